@@ -1,0 +1,331 @@
+"""A run: what each step of train.py's loop needs, what it leaves, and how it is saved and resumed.
+
+It joins the four parts (optim, rl, run, rewards), which do not know each other. Making the parts
+from the config is setup.py's; the algorithm is train.py's.
+"""
+
+import json
+import signal
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object, set_seed
+from datasets import Dataset
+from torch import Tensor
+from transformers import TrainerState
+from transformers.utils import logging as transformers_logging
+
+from adaptiverl import setup
+from adaptiverl.optim.base import make_optimizer
+from adaptiverl.rl.data import indices_at
+from adaptiverl.rl.reinforce import adapt_kl_coef
+from adaptiverl.rl.rollout import Rollout, check_logprobs, uniforms
+from adaptiverl.rl.sampler import Sampler
+from adaptiverl.run import checkpoint
+from adaptiverl.run.config import Config, UserError
+from adaptiverl.run.process import StopSignal
+from adaptiverl.run.tracking import RunLog
+from adaptiverl.setup import blame
+from rewards.composite import Scores
+
+Batch = dict[str, list]  # column → one value a completion
+Metrics = dict[str, Any]  # name → number, None where there is none
+# What may differ between a run and its continuation.
+FREE_KEYS = {
+    "SCHEMA", "STEPS", "EPOCHS", "OUTPUT_DIR", "RESUME", "SAVE_EVERY", "KEEP_CHECKPOINTS",
+    "LOG_EVERY", "EVAL_EVERY", "EVAL_FILE", "SAMPLES_EVERY", "TRACKERS",
+}  # fmt: skip
+
+
+@dataclass
+class State:
+    """What a run carries from step to step besides weights, optimizer and random generators."""
+
+    step: int = 0
+    kl_coef: float = 0.0
+    reward_ema: float | None = None
+    skipped: int = 0  # steps whose gradient was not finite
+
+
+class Run:
+    """A config made real. Every process has one; methods that gather must be called by all."""
+
+    def __init__(self, config: Config):
+        c = self.config = config
+        self.state = State(kl_coef=c.KL_COEF)
+        self.output = Path(c.OUTPUT_DIR)
+        self.accelerator = setup.accelerator(c)
+        set_seed(c.SEED)
+        transformers_logging.disable_progress_bar()
+        self.own_rows = setup.own_rows(c, self.accelerator)
+        self.prompts, self.eval_prompts = setup.prompts(c)
+        self.last_step = setup.last_step(c, len(self.prompts))
+        max_prompt = setup.max_prompt(c)
+        self.rewards = setup.rewards(c, self.prompts.column_names, self.accelerator.device)
+
+        found = checkpoint.newest(self.output) if c.RESUME == "auto" else None
+        folder = found[0] if found else None
+        self.tokenizer, policy = setup.policy(c, folder, self.accelerator.device)
+        self.sampler = Sampler(policy, self.tokenizer, max_prompt, c.TEMPERATURE, c.TOP_K, c.TOP_P)
+        optimizer = make_optimizer(
+            c.OPTIM,
+            [p for p in policy.parameters() if p.requires_grad],
+            lr=c.LRATE,
+            momentum=c.MOMENTUM,
+            weight_decay=c.WEIGHT_DECAY,
+        )
+        self.policy, self.optimizer = self.accelerator.prepare(policy, optimizer)
+        if folder:
+            self.restore(folder)
+        self.check()
+
+    # What a step needs
+
+    @property
+    def is_main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    def batch_at(self, step: int) -> Batch:
+        """This process's rows of the step's prompts, each NUM_GENERATIONS times, side by side."""
+        c = self.config
+        count = c.BATCH_SIZE // c.NUM_GENERATIONS
+        rows = indices_at(step - 1, count, len(self.prompts), c.SEED)
+        rows = [row for row in rows for _ in range(c.NUM_GENERATIONS)][self.own_rows]
+        return self._columns(self.prompts, rows)
+
+    def _columns(self, prompts: Dataset, rows: list[int]) -> Batch:
+        columns = prompts[rows]
+        return columns | {"prompt": columns[self.config.PROMPT_COLUMN]}
+
+    def uniforms_at(self, step: int) -> Tensor:
+        c = self.config
+        return uniforms(c.SEED, step, c.BATCH_SIZE, c.MAX_NEW_TOKENS)[self.own_rows]
+
+    def score(self, batch: Batch, rollout: Rollout, completions: list[str]) -> Scores:
+        """What each reward says of the completions of all processes."""
+        return _joined(gather_object([self._score_own(batch, rollout, completions)]))
+
+    def _score_own(self, batch: Batch, rollout: Rollout, completions: list[str]) -> Scores:
+        columns = {name: values for name, values in batch.items() if name not in setup.RESERVED}
+        return self.rewards.score(
+            batch["prompt"],
+            completions,
+            completion_ids=rollout.tokens(),
+            trainer_state=TrainerState(global_step=self.state.step, max_steps=self.last_step),
+            **columns,
+        )
+
+    def reference_logprobs(self, rollout: Rollout) -> Tensor:
+        with self.accelerator.autocast():
+            return self.sampler.reference_logprobs(rollout)
+
+    def gather(self, values: Tensor) -> Tensor:
+        """All processes' `values` [B], joined in order, on the CPU."""
+        return self.accelerator.gather(values).cpu()
+
+    def stopped_by(self, stop: StopSignal) -> int:
+        """The signal that any process has received, so that all stop at the same step; else 0."""
+        own = torch.tensor([stop.number], device=self.accelerator.device)
+        return int(self.gather(own).max())
+
+    # What a step leaves
+
+    def summary(
+        self, rollout: Rollout, reward: Tensor, kl: Tensor, sums: Tensor, grad_norm: Tensor
+    ) -> Metrics:
+        """The step's metrics; `sums` holds this process's loss and its sum of entropies."""
+        lengths = self.gather(rollout.completion_mask.sum(-1)).float()
+        loss, entropy = self.accelerator.reduce(sums, "mean").tolist()
+        known = reward[~reward.isnan()]
+        self.state.skipped += not grad_norm.isfinite()
+        result: Metrics = {
+            "reward": known.mean().item() if len(known) else None,
+            "reward_std": known.std().item() if len(known) > 1 else None,
+            "loss": loss,
+            "entropy": entropy * self.accelerator.num_processes / lengths.sum().item(),
+            "grad_norm": grad_norm.item(),
+            "completions/mean_length": lengths.mean().item(),
+            "skipped": self.state.skipped,
+        }
+        if self.config.KL_COEF:
+            result["kl"] = (kl.sum() / lengths.sum()).item()  # per token, as TRL has it
+            result["kl_per_completion"] = kl.mean().item()
+            result["kl_coef"] = self.state.kl_coef
+        return result
+
+    def said(self, scores: Scores, prefix: str = "") -> Metrics:
+        """Each reward's mean over what is not missing, the share that is, and what it reported."""
+        result: Metrics = {}
+        for name, column in scores.items():
+            known = [score for score in column if score is not None]
+            result[f"{prefix}rewards/{name}/mean"] = sum(known) / len(known) if known else None
+            if len(known) < len(column):
+                result[f"{prefix}rewards/{name}/missing"] = 1 - len(known) / len(column)
+            if count := self.rewards.quarantined[name]:
+                result[f"rewards/{name}/quarantined"] = count
+        return result | {prefix + name: value for name, value in self.rewards.metrics.items()}
+
+    def adapt(self, penalised: Tensor, kl: Tensor) -> None:
+        """Moves the KL coefficient and the running mean that is the ema baseline."""
+        state = self.state
+        if self.config.KL_TARGET:
+            state.kl_coef = adapt_kl_coef(state.kl_coef, kl.mean().item(), self.config.KL_TARGET)
+        if not penalised.isnan().all():
+            mean, old = penalised.nanmean().item(), state.reward_ema
+            state.reward_ema = mean if old is None else 0.9 * old + 0.1 * mean
+
+    def samples(
+        self, batch: Batch, rollout: Rollout, completions: list[str], reward: Tensor, scores: Scores
+    ) -> list[dict[str, Any]]:
+        """The step's rows of samples.jsonl: what the model wrote and what each reward said."""
+        if not self.config.SAMPLES_EVERY or self.state.step % self.config.SAMPLES_EVERY:
+            return []
+        ids = rollout.tokens()
+        logprobs = rollout.logprobs.tolist()
+        rows = gather_object(
+            [
+                {
+                    "step": self.state.step,
+                    "prompt": batch["prompt"][i],
+                    "completion": completions[i],
+                    "completion_ids": ids[i],
+                    "logprobs": [round(value, 6) for value in logprobs[i][: len(ids[i])]],
+                }
+                | {name: values[i] for name, values in self.rewards.extras.items()}
+                for i in range(len(ids))
+            ]
+        )
+        for i, row in enumerate(rows):
+            row["reward"] = reward[i].item()
+            row |= {f"rewards/{name}": column[i] for name, column in scores.items()}
+        return rows
+
+    def record(self, metrics: Metrics, samples: list[dict], log: RunLog | None) -> None:
+        """Writes the step to the run's files and the trackers."""
+        if log:
+            log.step({"step": self.state.step} | metrics, samples)
+        if self.config.TRACKERS:
+            numbers = {name: value for name, value in metrics.items() if value is not None}
+            self.accelerator.log(numbers, step=self.state.step)
+
+    def evaluate(self, prompts: Dataset) -> Metrics:
+        """One completion of every held-out prompt, always from the same random numbers."""
+        c = self.config
+        own = range(len(prompts))[self.accelerator.process_index :: self.accelerator.num_processes]
+        chance = uniforms(c.SEED, 0, len(prompts), c.MAX_NEW_TOKENS)
+        parts: list[Scores] = []
+        size = self.own_rows.stop - self.own_rows.start
+        for start in range(0, len(own), size):
+            rows = list(own[start : start + size])
+            batch = self._columns(prompts, rows)
+            rollout = self.sampler(batch["prompt"], chance[rows])
+            parts.append(self._score_own(batch, rollout, self.sampler.decode(rollout)))
+        scores = _joined(gather_object(parts))
+        known = [value for value in self.rewards.combine(scores) if value is not None]
+        mean = {"eval/reward": sum(known) / len(known) if known else None}
+        return mean | self.said(scores, prefix="eval/")
+
+    # Its beginning, checkpoints and end
+
+    def check(self) -> None:
+        """Stops before the first step if the loss would see other log-probabilities than sampling.
+
+        On the two shortest and the two longest of the first prompts, so that there is padding.
+        """
+        texts = self.prompts[: min(256, len(self.prompts))][self.config.PROMPT_COLUMN]
+        texts = sorted(texts, key=lambda text: len(self.tokenizer(text).input_ids))
+        texts = texts[:2] + texts[-2:]
+        length = min(8, self.config.MAX_NEW_TOKENS)
+        rollout = self.sampler(texts, uniforms(self.config.SEED, 0, len(texts), length))
+        c = self.config
+        exact = not (c.BF16 or c.FP16 or c.LOAD_4BIT or c.LOAD_8BIT)
+        with blame("MODEL"):
+            check_logprobs(self.sampler.policy, rollout, c.TEMPERATURE, exact)
+
+    def start(self) -> RunLog | None:
+        """Prepares OUTPUT_DIR; the log on the main process, None on others."""
+        c = self.config
+        log = None
+        if self.is_main:
+            if c.RESUME is None:
+                checkpoint.set_aside(self.output)
+            log = RunLog(self.output, self.state.step, self.last_step, c.LOG_EVERY)
+            resolved = c.model_dump_json(by_alias=True, indent=2)
+            (self.output / "config.json").write_text(resolved + "\n")
+        self.accelerator.wait_for_everyone()
+        if c.TRACKERS:
+            self.accelerator.init_trackers("adaptiverl", config=_flat(c))
+        return log
+
+    def save(self, name: str, log: RunLog | None) -> None:
+        """Writes the checkpoint `name`, from which `restore` continues exactly."""
+        rng = gather_object([checkpoint.rng_state()])
+        if log:
+            log.sync()
+            checkpoint.save(
+                self.output / name, self.state.step, lambda folder: self._write(folder, rng)
+            )
+            checkpoint.prune(self.output, self.config.KEEP_CHECKPOINTS)
+        self.accelerator.wait_for_everyone()
+
+    def finish(self, stop: StopSignal, log: RunLog | None) -> int:
+        """Saves what was reached and says so; the exit status, 128 + signal if one came."""
+        stopped_by = self.stopped_by(stop)
+        done = self.state.step >= self.last_step
+        name = "final" if done else f"step-{self.state.step:06d}"
+        self.save(name, log)
+        if log:
+            log.close()
+            if done:
+                print(f"finished: {self.state.step} steps, the model is in {self.output / name}")
+            else:
+                print(
+                    f"stopped by {signal.Signals(stopped_by).name} after step {self.state.step}, "
+                    f"saved in {self.output / name}; RESUME=auto continues"
+                )
+        self.accelerator.end_training()
+        return 0 if done else 128 + stopped_by
+
+    def _write(self, folder: Path, rng: list) -> None:
+        self.sampler.policy.save(folder)
+        self.tokenizer.save_pretrained(folder)
+        (folder / "run_config.json").write_text(self.config.model_dump_json(by_alias=True))
+        scaler = self.accelerator.scaler
+        state = {
+            "state": asdict(self.state),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": scaler.state_dict() if scaler else None,
+            "rng": rng,
+        }
+        torch.save(state, folder / "trainer.pt")
+
+    def restore(self, folder: Path) -> None:
+        """Continues from the checkpoint in `folder`; the policy was loaded from it already."""
+        before = json.loads((folder / "run_config.json").read_text())
+        now = json.loads(self.config.model_dump_json(by_alias=True))
+        for key in now.keys() - FREE_KEYS:
+            if before.get(key) != now[key]:
+                raise UserError(
+                    f"RESUME: {key} was {before.get(key)} in {folder} and is {now[key]} now; a "
+                    "resumed run goes on as it was. To go on otherwise, start a new run with "
+                    f"MODEL={folder} and another OUTPUT_DIR"
+                )
+        saved = torch.load(folder / "trainer.pt", weights_only=True, map_location="cpu")
+        self.state = State(**saved["state"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(saved["scaler"])
+        own = self.accelerator.process_index
+        checkpoint.set_rng_state(saved["rng"][own if own < len(saved["rng"]) else 0])
+
+
+def _joined(parts: list[Scores]) -> Scores:
+    return {name: [score for part in parts for score in part[name]] for name in parts[0]}
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    """The config as trackers take it: numbers and strings."""
+    values = config.model_dump()
+    return {k: v if isinstance(v, int | float | str) else json.dumps(v) for k, v in values.items()}

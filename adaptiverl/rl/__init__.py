@@ -1,0 +1,1 @@
+"""What is learned: prompts, policy, rollouts, REINFORCE. Knows no optimizer and no config key."""

@@ -1,0 +1,61 @@
+"""Prompts: files and hub ids through `datasets`, and which of them each step trains on."""
+
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetGenerationError
+from datasets.utils.logging import disable_progress_bar
+
+FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def load_prompts(source: str, column: str, split: str = "train") -> Dataset:
+    """The rows of a JSON, JSONL, CSV or Parquet file, or of a hub data set's `split`.
+
+    Raises FileNotFoundError or ValueError, saying what is missing: the file, rows, `column`,
+    or text in it.
+    """
+    disable_progress_bar()
+    path = Path(source)
+    if path.suffix in FORMATS:
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no file {source}")
+        if path.stat().st_size == 0:
+            raise ValueError(f"{source} is empty")
+        try:
+            rows = load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
+        except (DatasetGenerationError, ValueError) as error:
+            reason = str(error.__cause__ or error).splitlines()[0]
+            raise ValueError(f"{source} cannot be read as {path.suffix[1:]}: {reason}") from error
+    elif path.exists():
+        raise ValueError(f"{source} must end in one of {', '.join(FORMATS)}")
+    else:
+        rows = load_dataset(source, split=split)
+    if not rows.num_rows:
+        raise ValueError(f"{source} has no rows")
+    if column not in rows.column_names:
+        raise ValueError(f"{source} has no column {column!r}, only {', '.join(rows.column_names)}")
+    for i, prompt in enumerate(rows[column]):
+        if not isinstance(prompt, str) or not prompt:
+            raise ValueError(
+                f"{source}: row {i} of column {column!r} is {prompt!r}, not text "
+                "(to start from nothing, write the model's beginning-of-text token)"
+            )
+    return rows
+
+
+def indices_at(step: int, count: int, total: int, seed: int) -> list[int]:
+    """The rows of step `step` (from 0): `count` of `total`, each row once an epoch, shuffled.
+
+    A function of its arguments alone, so the position in the data needs no state to resume.
+    """
+    positions = range(step * count, (step + 1) * count)
+    return [_shuffled(k // total, total, seed)[k % total] for k in positions]
+
+
+@lru_cache(maxsize=2)
+def _shuffled(epoch: int, total: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(total, generator=generator).tolist()

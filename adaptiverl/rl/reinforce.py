@@ -1,0 +1,96 @@
+"""REINFORCE as pure functions of tensors: advantages, KL, loss. No model, no sampling, no state.
+
+A missing reward is NaN: it takes no part in a baseline and its completion gets no advantage.
+"""
+
+import torch
+from torch import Tensor
+
+
+def advantages(
+    rewards: Tensor,
+    baseline: str = "rloo",
+    *,
+    group_size: int = 1,
+    ema: float | None = None,
+    normalize: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """How much better each completion was than its baseline, and what a unit of reward weighs.
+
+    Both are [B] and 0 where the reward is missing: advantage = weight · (reward − baseline).
+
+    `rewards` is [B], completions of one prompt side by side in groups of `group_size`.
+    `baseline` is one of
+      none   0;
+      ema    `ema`, the running mean of earlier batches, or this batch's mean before there is one;
+      batch  the mean over the batch;
+      rloo   the mean over the *other* completions of the same prompt (Kool et al. 2019), over the
+             other completions of the batch where each prompt has one.
+    The weight is 1, or with `normalize` one over the advantages' root mean square plus 1e-4: where
+    all rewards are the same, their rounding errors must not become advantages.
+    """
+    present = ~rewards.isnan()
+    known = rewards.nan_to_num(0.0)
+    if baseline == "none":
+        base = torch.zeros_like(known)
+    elif baseline == "ema" and ema is not None:
+        base = torch.full_like(known, ema)
+    elif baseline in ("ema", "batch"):
+        base = (known.sum() / present.sum().clamp(min=1)).expand_as(known)
+    elif baseline == "rloo":
+        groups = known.view(-1, group_size if group_size > 1 else len(known))
+        count = present.view_as(groups).sum(-1, keepdim=True)
+        others = (groups.sum(-1, keepdim=True) - groups) / (count - 1).clamp(min=1)
+        base = torch.where(count > 1, others, groups).reshape(-1)  # alone: nothing to compare with
+    else:
+        raise ValueError(f"baseline must be none, ema, batch or rloo, not {baseline!r}")
+    advantage, weight = (known - base) * present, present.to(known)
+    if normalize and present.any():
+        weight = weight / (advantage[present].square().mean().sqrt() + 1e-4)
+    return advantage * weight, weight
+
+
+def kl_per_token(logprobs: Tensor, reference: Tensor, estimator: str = "k1") -> Tensor:
+    """Estimates KL(policy ‖ reference) in nats at each sampled token (Schulman 2020).
+
+    k1, log π − log ref, is unbiased; k3, ref/π − 1 − log(ref/π), is also never negative.
+    """
+    log_ratio = reference - logprobs
+    if estimator == "k1":
+        return -log_ratio
+    if estimator == "k3":
+        return log_ratio.exp() - 1 - log_ratio
+    raise ValueError(f"KL estimator must be k1 or k3, not {estimator!r}")
+
+
+def reinforce_loss(
+    logprobs: Tensor,
+    mask: Tensor,
+    advantage: Tensor,
+    *,
+    reference: Tensor | None = None,
+    kl_coef: float | Tensor = 0.0,
+    estimator: str = "k1",
+) -> Tensor:
+    """A scalar whose gradient is minus the policy gradient: mean over completions of −A Σₜ log πₜ.
+
+    `logprobs`, `mask` and `reference` are [B, T]; `advantage` is [B] and already carries the KL
+    penalty of its completion; `kl_coef` is a number or [B], in the advantage's units. The estimate
+    k3 depends on the policy beyond the sampled tokens' probability, so its own derivative is added,
+    and the expected gradient is that of reward − kl_coef · KL for both estimators. (k1's own
+    derivative has expectation 0: left out.)
+    """
+    per_completion = -advantage * (logprobs * mask).sum(-1)
+    if reference is not None and estimator == "k3":
+        penalty = kl_per_token(logprobs, reference, estimator)
+        per_completion = per_completion + kl_coef * (penalty * mask).sum(-1)
+    return per_completion.mean()
+
+
+def adapt_kl_coef(coef: float, kl: float, target: float, gain: float = 0.1) -> float:
+    """The next KL coefficient: up when `kl` is above `target`, else down, at most 10 %.
+
+    The proportional controller of Ziegler et al. 2019, in nats per completion.
+    """
+    error = min(max(kl / target - 1.0, -1.0), 1.0)
+    return coef * (1.0 + gain * error)

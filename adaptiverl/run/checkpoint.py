@@ -1,0 +1,133 @@
+"""Checkpoints: a folder that is there whole or not at all, and the newest that is undamaged.
+
+A checkpoint is written beside its place under a hidden name, every file is synced, a manifest with
+their hashes is written last, and the folder is renamed. What it holds is the caller's business.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+log = logging.getLogger(__name__)
+MANIFEST = "manifest.json"
+
+
+def save(folder: Path, step: int, write: Callable[[Path], None]) -> None:
+    """Makes `folder` the checkpoint of `step`, filled by `write(temporary_folder)`."""
+    temporary = folder.with_name(f".new-{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    write(temporary)
+    files = {str(file.relative_to(temporary)): _sha256(file) for file in _files(temporary)}
+    manifest = {"step": step, "files": files}
+    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2))
+    for path in [*_files(temporary), temporary]:
+        _sync(path)
+    replaced = folder.with_name(f".old-{folder.name}")
+    if (
+        folder.exists()
+    ):  # a longer run's final/; a kill between the renames leaves .old-, found below
+        folder.rename(replaced)
+    temporary.rename(folder)
+    _sync(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def newest(output_dir: Path) -> tuple[Path, int] | None:
+    """The undamaged checkpoint of the highest step and that step; damaged ones are warned of."""
+    found = []
+    for manifest in output_dir.glob(f"*/{MANIFEST}"):
+        if not manifest.parent.name.startswith(".new-"):
+            step = _step_of(manifest.parent)
+            if step is not None:
+                found.append((step, manifest.parent.name == "final", manifest.parent))
+    for step, _, folder in sorted(found, reverse=True):
+        damage = _damage(folder)
+        if damage is None:
+            return folder, step
+        log.warning("%s is damaged (%s): using the one before it", folder, damage)
+    return None
+
+
+def set_aside(output_dir: Path) -> None:
+    """Moves what an earlier run left in `output_dir` into earlier-001, -002, …: nothing is lost."""
+    kept = (".gitkeep", ".gitignore")
+    old = [p for p in output_dir.glob("*") if p.name not in kept and p.name[:8] != "earlier-"]
+    if old:
+        place = output_dir / f"earlier-{len(list(output_dir.glob('earlier-*'))) + 1:03d}"
+        place.mkdir()
+        for path in old:
+            path.rename(place / path.name)
+        log.warning("%s held an earlier run: it is now in %s", output_dir, place)
+
+
+def prune(output_dir: Path, keep: int) -> None:
+    """Removes all but the newest `keep` step checkpoints, 0 keeps all, and unfinished ones."""
+    for leftover in output_dir.glob(".new-*"):
+        shutil.rmtree(leftover)
+    steps = sorted(output_dir.glob("step-*"))
+    for folder in steps[: len(steps) - keep] if keep else []:
+        shutil.rmtree(folder)
+
+
+def _step_of(folder: Path) -> int | None:
+    try:
+        return int(json.loads((folder / MANIFEST).read_text())["step"])
+    except (ValueError, KeyError) as error:
+        log.warning("%s is damaged (%s: %s): not used", folder, MANIFEST, error)
+        return None
+
+
+def _damage(folder: Path) -> str | None:
+    files = json.loads((folder / MANIFEST).read_text())["files"]
+    for name, digest in files.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if _sha256(folder / name) != digest:
+            return f"{name} has changed"
+    return None
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of every global random generator, in plain numbers and tensors."""
+    numpy: Any = np.random.get_state()  # (kind, keys, …)
+    return {
+        "python": random.getstate(),
+        "numpy": (numpy[0], numpy[1].tolist(), *numpy[2:]),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

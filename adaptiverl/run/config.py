@@ -1,0 +1,292 @@
+"""The configuration: JSON with comments and KEY=VALUE overrides → one validated, frozen object.
+
+The only place that knows what keys exist and which of them contradict each other. What needs a
+model or a device to be known (its positions, FP16 on a CPU) is checked by train.py.
+`python -m adaptiverl.run.config > config.schema.json` writes the schema for editors.
+"""
+
+import difflib
+import importlib.util
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+SENTIMENT = "adaptiverl/assets/sentiment"
+PYTHON_NAME = r"^[\w.]+:\w+$"
+
+
+class UserError(Exception):
+    """A mistake in what the user gave: one line that says what is wrong, where, what to do."""
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Reward(Strict):
+    NAME: str | None = Field(None, description="Name in the logs; TYPE if absent")
+    WEIGHT: float = Field(1.0, description="Factor of this reward in the sum")
+
+    @property
+    def name(self) -> str:
+        return self.NAME or self.TYPE  # type: ignore[attr-defined]
+
+    def arguments(self) -> dict[str, Any]:
+        """What the reward itself is constructed with, lower-case."""
+        own = self.model_dump(exclude={"TYPE", "NAME", "WEIGHT"})
+        return {key.lower(): value for key, value in own.items()}
+
+
+class RegexReward(Reward):
+    """1 where the completion matches, else 0."""
+
+    TYPE: Literal["regex"]
+    PATTERNS: list[str] | str = Field(description="One or several patterns")
+    LITERAL: bool = Field(False, description="Patterns are plain substrings")
+    MATCH: Literal["any", "all"] = Field("any", description="How many patterns must match")
+    NEGATE: bool = Field(False, description="Reward the absence instead")
+    IGNORE_CASE: bool = Field(False, description="Upper and lower case are the same")
+
+
+class LengthReward(Reward):
+    """1 at TARGET or inside MIN…MAX, falling linearly to 0 outside."""
+
+    TYPE: Literal["length"]
+    TARGET: int | None = Field(None, ge=1, description="Wanted length")
+    MIN: int | None = Field(None, ge=0, description="Shortest wanted length")
+    MAX: int | None = Field(None, ge=1, description="Longest wanted length")
+    UNIT: Literal["tokens", "words"] = Field("tokens", description="What is counted")
+
+
+class CosineReward(Reward):
+    """Cosine similarity of sentence embeddings of the completion and a reference."""
+
+    TYPE: Literal["cosine"]
+    MODEL: str = Field("all-MiniLM-L6-v2", description="A sentence-transformers id or folder")
+    COLUMN: str = Field("reference", description="Column that holds the reference text")
+
+
+class ClassifierReward(Reward):
+    """What a sequence classifier says of the completion, by the label's name."""
+
+    TYPE: Literal["classifier"]
+    MODEL: str = Field(SENTIMENT, description="A sequence classifier: hub id or folder")
+    LABEL: str = Field("positive", description="Name of the label that is rewarded")
+    OUTPUT: Literal["probability", "logit"] = Field("probability", description="What is returned")
+    WITH_PROMPT: bool = Field(False, description="Classify prompt + completion")
+
+
+class PythonReward(Reward):
+    """Any function with TRL's reward signature."""
+
+    TYPE: Literal["python"]
+    FUNCTION: str = Field(pattern=PYTHON_NAME, description="my_module:my_reward")
+
+    @property
+    def name(self) -> str:
+        return self.NAME or self.FUNCTION.split(":")[1]
+
+
+AnyReward = Annotated[
+    RegexReward | LengthReward | CosineReward | ClassifierReward | PythonReward,
+    Field(discriminator="TYPE"),
+]
+
+
+REWARD_KINDS = get_args(get_args(AnyReward)[0])
+
+
+class Config(Strict):
+    """Keys of config.json. Strings are read as the type they stand for: "5e-5" is 5e-5."""
+
+    SCHEMA: str | None = Field(None, alias="$schema", description="For editors; not read")
+
+    MODEL: str = Field("adaptiverl/assets/policy", description="Causal LM: hub id or folder")
+    FULLTUNE: bool = Field(True, description="Train all weights; false trains a LoRA adapter")
+    LORA_R: int = Field(8, ge=1, description="Rank of the adapter")
+    LORA_ALPHA: int = Field(16, ge=1, description="Scale of the adapter: LORA_ALPHA / LORA_R")
+    LORA_TARGETS: list[str] | None = Field(
+        None, description="Modules that get an adapter; peft's choice for the model if null"
+    )
+    LOAD_4BIT: bool = Field(False, description="Freeze the model in NF4 (needs FULLTUNE false)")
+    LOAD_8BIT: bool = Field(False, description="Freeze the model in int8 (needs FULLTUNE false)")
+    FP16: bool = Field(False, description="fp16 autocast with a gradient scaler; needs a GPU")
+    BF16: bool = Field(False, description="bf16 autocast")
+
+    TRAIN_FILE: str = Field("data.json", description="Prompts: .json .jsonl .csv .parquet, hub id")
+    EVAL_FILE: str | None = Field(None, description="Held-out prompts, sampled every EVAL_EVERY")
+    PROMPT_COLUMN: str = Field("prompt", description="Column of the prompts")
+    REWARDS: list[AnyReward] = Field(
+        [ClassifierReward(TYPE="classifier")], description="What is rewarded, summed by WEIGHT"
+    )
+
+    BATCH_SIZE: int = Field(32, ge=1, description="Completions a step, over all processes")
+    NUM_GENERATIONS: int = Field(2, ge=1, description="Completions of each prompt")
+    MAX_NEW_TOKENS: int = Field(32, ge=1, description="Longest completion")
+    MAXSEQ: int | None = Field(
+        None, ge=2, description="Longest prompt + completion; the model's positions if null"
+    )
+    TEMPERATURE: float = Field(1.0, gt=0, description="Of sampling and of the log-probabilities")
+    TOP_K: int = Field(0, ge=0, description="Sample among the k likeliest; 0 is off")
+    TOP_P: float = Field(1.0, gt=0, le=1, description="Sample in the nucleus of mass p; 1 is off")
+
+    BASELINE: Literal["none", "ema", "batch", "rloo"] = Field(
+        "rloo", description="What a reward is compared with"
+    )
+    NORMALIZE_ADVANTAGES: bool = Field(True, description="Divide by their standard deviation")
+    KL_COEF: float = Field(0.05, ge=0, description="Penalty on KL to the start; 0: no reference")
+    KL_ESTIMATOR: Literal["k1", "k3"] = Field("k1", description="Schulman's estimators")
+    KL_TARGET: float | None = Field(
+        None, gt=0, description="Nats per completion that KL_COEF is adapted to; null: constant"
+    )
+
+    OPTIM: Literal["sgd", "rmsprop", "adamw", "adamw_8bit"] = Field(
+        "adamw", description="Optimizer; adamw_8bit is bitsandbytes'"
+    )
+    LRATE: float = Field(1e-4, ge=0, description="Learning rate")
+    MOMENTUM: float = Field(0.9, ge=0, lt=1, description="SGD, RMSprop: momentum; AdamW: beta1")
+    WEIGHT_DECAY: float = Field(0.0, ge=0, description="Weight decay")
+    GRAD_ACCUM: int = Field(1, ge=1, description="Pieces a step's batch is computed in")
+    MAX_GRAD_NORM: float = Field(1.0, ge=0, description="Gradient clipping; 0 is off")
+
+    STEPS: int = Field(100, ge=1, description="Stop after so many steps")
+    EPOCHS: int | None = Field(
+        None, ge=1, description="Stop after so many passes over the prompts, if that comes first"
+    )
+    SEED: int = Field(0, ge=0, lt=2**32, description="Of everything random")
+
+    OUTPUT_DIR: str = Field("checkpoints", description="Where a run is written")
+    RESUME: str | None = Field(
+        None, description='"auto" continues the run in OUTPUT_DIR; null starts anew'
+    )
+    SAVE_EVERY: int = Field(50, ge=0, description="Steps between checkpoints; 0: only the last")
+    KEEP_CHECKPOINTS: int = Field(2, ge=0, description="How many step checkpoints stay; 0: all")
+    LOG_EVERY: int = Field(10, ge=0, description="Steps between lines on the console")
+    EVAL_EVERY: int = Field(50, ge=0, description="Steps between evaluations on EVAL_FILE")
+    SAMPLES_EVERY: int = Field(1, ge=0, description="Steps between entries in samples.jsonl")
+    TRACKERS: list[Literal["tensorboard", "wandb"]] = Field([], description="Where else to log")
+
+    @model_validator(mode="after")
+    def _contradictions(self) -> "Config":
+        given = self.model_fields_set
+        if self.FP16 and self.BF16:
+            raise ValueError("FP16 and BF16 exclude each other; BF16 needs no gradient scaler")
+        if self.LOAD_4BIT and self.LOAD_8BIT:
+            raise ValueError("LOAD_4BIT and LOAD_8BIT exclude each other")
+        if self.FULLTUNE and (self.LOAD_4BIT or self.LOAD_8BIT):
+            raise ValueError(
+                "a quantised model cannot be fully tuned: set FULLTUNE to false (LoRA)"
+            )
+        if self.FULLTUNE and (lora := given & {"LORA_R", "LORA_ALPHA", "LORA_TARGETS"}):
+            raise ValueError(f"{', '.join(sorted(lora))} needs FULLTUNE false")
+        if not self.REWARDS:
+            raise ValueError("REWARDS is empty: name at least one reward")
+        names = [reward.name for reward in self.REWARDS]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"two rewards are named {twice.pop()!r}: give one of them a NAME")
+        if self.BATCH_SIZE % self.NUM_GENERATIONS:
+            raise ValueError(
+                f"BATCH_SIZE {self.BATCH_SIZE} counts completions and must be a multiple of "
+                f"NUM_GENERATIONS {self.NUM_GENERATIONS}"
+            )
+        if self.BATCH_SIZE % self.GRAD_ACCUM:
+            raise ValueError(
+                f"BATCH_SIZE {self.BATCH_SIZE} must be a multiple of GRAD_ACCUM {self.GRAD_ACCUM}"
+            )
+        if self.MAXSEQ is not None and self.MAXSEQ <= self.MAX_NEW_TOKENS:
+            raise ValueError(
+                f"MAXSEQ {self.MAXSEQ} leaves no room for a prompt before MAX_NEW_TOKENS "
+                f"{self.MAX_NEW_TOKENS}"
+            )
+        if self.BASELINE == "rloo" and self.BATCH_SIZE == 1:
+            raise ValueError(
+                "BASELINE rloo compares completions: BATCH_SIZE 1 has nothing to compare"
+            )
+        if self.KL_COEF == 0 and (kl := given & {"KL_TARGET", "KL_ESTIMATOR"}):
+            raise ValueError(f"{', '.join(sorted(kl))} needs a KL_COEF above 0")
+        if self.EVAL_FILE is None and self.EVAL_EVERY and "EVAL_EVERY" in given:
+            raise ValueError("EVAL_EVERY needs an EVAL_FILE")
+        if self.RESUME not in (None, "auto"):
+            raise ValueError(f"RESUME is 'auto' or null, not {self.RESUME!r}")
+        for tracker in self.TRACKERS:
+            if importlib.util.find_spec(tracker) is None:
+                raise ValueError(f"TRACKERS: {tracker} is not installed: pip install {tracker}")
+        return self
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The config at `path` with KEY=VALUE `overrides`; a VALUE that is no JSON is a string."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read the config {path}: {error.strerror}") from error
+    try:
+        values = json.loads(strip_comments(text))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}: {error.msg}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold one JSON object, {{ ... }}")
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise UserError(f"{override!r} is not KEY=VALUE")
+        try:
+            values[key] = json.loads(value)
+        except json.JSONDecodeError:
+            values[key] = value
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{path}: " + "; ".join(map(_explain, error.errors()))) from error
+
+
+def strip_comments(text: str) -> str:
+    """JSON without // and /* */ comments and trailing commas; line numbers stay."""
+    string = r'"(?:\\.|[^"\\])*"'
+
+    def blank(match: re.Match) -> str:
+        found = match.group()
+        return found if found.startswith('"') else "\n" * found.count("\n")
+
+    text = re.sub(rf"{string}|//[^\n]*|/\*.*?\*/", blank, text, flags=re.DOTALL)
+    return re.sub(
+        rf"{string}|,(?=\s*[}}\]])", lambda m: "" if m.group() == "," else m.group(), text
+    )
+
+
+def _explain(error: Any) -> str:
+    """One of pydantic's errors in the words of the config file."""
+    where = [str(part) for part in error["loc"]]
+    kinds = {get_args(kind.model_fields["TYPE"].annotation)[0]: kind for kind in REWARD_KINDS}
+    kind = kinds.get(where[2]) if len(where) > 2 and where[0] == "REWARDS" else None
+    if kind:
+        del where[2]
+    name = ".".join(where)
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(
+            where[-1].upper(), list((kind or Config).model_fields), n=1, cutoff=0
+        )
+        return f"unknown key {name}; the nearest is {near[0]}"
+    if error["type"] == "union_tag_invalid":
+        return f"{name}: TYPE is one of {', '.join(kinds)}, not {error['ctx']['tag']!r}"
+    if error["type"] == "union_tag_not_found":
+        return f"{name}: a reward needs a TYPE, one of {', '.join(kinds)}"
+    if error["type"] == "missing":
+        return f"{name} is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    if not name:
+        return message
+    return f"{name} is {json.dumps(error['input'])}: {message[0].lower()}{message[1:]}"
+
+
+def schema() -> str:
+    """The JSON schema of the config, as text."""
+    return json.dumps(Config.model_json_schema(by_alias=True), indent=2) + "\n"
+
+
+if __name__ == "__main__":
+    print(schema(), end="")

@@ -1,0 +1,48 @@
+"""A run seen from outside: the signals that stop it, the seconds and the memory it takes."""
+
+import resource
+import signal
+import sys
+import time
+
+import torch
+
+
+class StopSignal:
+    """Remembers the first SIGINT or SIGTERM; a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: object) -> None:
+        self.number = number
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
+
+
+class Clock:
+    """Seconds between laps, by name."""
+
+    def __init__(self) -> None:
+        self.start = self.last = time.perf_counter()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = now - self.last
+        self.last = now
+
+    def metrics(self, tokens: int) -> dict[str, float]:
+        """seconds/<lap> of each lap, and tokens a second over all of them."""
+        seconds = {f"seconds/{name}": round(lap, 4) for name, lap in self.laps.items()}
+        return {"tokens_per_second": round(tokens / (self.last - self.start), 1)} | seconds
+
+
+def peak_memory() -> int:
+    """Bytes: the most this process held, on the GPU where there is one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB elsewhere

@@ -1,0 +1,110 @@
+"""What a run writes as it goes: metrics.jsonl, samples.jsonl and lines on the console.
+
+TensorBoard and W&B are accelerate's; checkpoints are checkpoint.py's.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+FILES = ("metrics.jsonl", "samples.jsonl")
+
+
+class RunLog:
+    """Appends to the files of a run in `output_dir`, first cutting off what came after `step`.
+
+    So a run that was killed past its last checkpoint and resumed has each step once.
+    """
+
+    def __init__(self, output_dir: Path, step: int, last_step: int, log_every: int):
+        output_dir.mkdir(parents=True, exist_ok=True)
+        self.files = []
+        for name in FILES:
+            path = output_dir / name
+            _keep_until(path, step)
+            self.files.append(path.open("a", encoding="utf-8"))
+        self.log_every = log_every
+        # disable=None: a bar on a terminal, nothing in a file or a pipe
+        self.bar = tqdm(total=last_step, initial=step, disable=None, unit="step")
+
+    def step(self, metrics: dict[str, Any], samples: Iterable[dict[str, Any]]) -> None:
+        """Records one step; both files are flushed, so that a kill loses nothing."""
+        for file, rows in zip(self.files, ([metrics], samples), strict=True):
+            file.writelines(json.dumps(_plain(row), ensure_ascii=False) + "\n" for row in rows)
+            file.flush()
+        self.bar.update()
+        if metrics["reward"] is not None:
+            self.bar.set_postfix_str(f"reward {metrics['reward']:.3f}", refresh=False)
+        if self.log_every and (metrics["step"] == 1 or metrics["step"] % self.log_every == 0):
+            self.say(step_line(metrics))
+
+    def say(self, line: str) -> None:
+        """A line on the console, above the progress bar."""
+        self.bar.write(line)
+
+    def sync(self) -> None:
+        """Forces the files to disk: before a checkpoint claims their steps."""
+        for file in self.files:
+            os.fsync(file.fileno())
+
+    def close(self) -> None:
+        self.bar.close()
+        for file in self.files:
+            file.close()
+
+
+def step_line(metrics: dict[str, Any]) -> str:
+    """Step 50 | Reward: 0.82 | Loss: -0.3456 | LR: 3.2e-05 | Momentum: 0.912"""
+    reward = "missing" if metrics["reward"] is None else f"{metrics['reward']:.2f}"
+    line = (
+        f"Step {metrics['step']} | Reward: {reward} | Loss: {metrics['loss']:.4f} | "
+        f"LR: {metrics['lr']:.3g} | Momentum: {metrics['momentum']:.3f}"
+    )
+    if "kl" in metrics:
+        line += f" | KL: {metrics['kl']:.3f}"
+    if "eval/reward" in metrics:
+        line += f" | Eval reward: {metrics['eval/reward']:.2f}"
+    return line
+
+
+def table(columns: dict[str, list], limit: int) -> str:
+    """Columns as aligned text, one row a line, long cells shortened."""
+    cells = [list(columns)]
+    for row in list(zip(*columns.values(), strict=True))[:limit]:
+        cells.append([_cell(value) for value in row])
+    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
+    return "\n".join(lines)
+
+
+def _cell(value: Any, width: int = 60) -> str:
+    if value is None:
+        return "missing"
+    text = f"{value:.3f}" if isinstance(value, float) else " ".join(str(value).split())
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with NaN and infinity, which JSON does not have, as null."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in row.items()
+    }
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Cuts the file before the first line that is torn or of a later step."""
+    if not path.exists():
+        return
+    end = 0
+    with path.open("rb") as file:
+        for line in file:
+            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                break
+            end += len(line)
+    os.truncate(path, end)

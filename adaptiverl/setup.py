@@ -1,0 +1,124 @@
+"""From the config's keys to the parts of a run; a user's mistakes are found here.
+
+Each function raises UserError. What can be wrong without a model is looked at before one loads.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from adaptiverl.rl.data import load_prompts
+from adaptiverl.rl.policy import Policy, load_policy, load_tokenizer, positions_of
+from adaptiverl.run.config import Config, UserError
+from rewards import CompositeReward, make_reward
+
+# Names that rewards are called with; a column of that name is not passed on.
+RESERVED = {
+    "prompt", "prompts", "completion", "completions", "completion_ids", "trainer_state",
+    "log_metric", "log_extra",
+}  # fmt: skip
+
+
+@contextmanager
+def blame(key: str) -> Iterator[None]:
+    """Turns what a library says of the value of `key` into the user's mistake."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        raise UserError(f"{key}: {' '.join(str(error).split())}") from error
+
+
+def accelerator(c: Config) -> Accelerator:
+    """The device, the processes and the precision."""
+    if c.FP16 and not torch.cuda.is_available():
+        raise UserError("FP16 needs a GPU, and there is none: use BF16 or neither")
+    return Accelerator(
+        cpu=not torch.cuda.is_available(),  # said, or CPU processes do not find each other
+        mixed_precision="bf16" if c.BF16 else "fp16" if c.FP16 else "no",
+        log_with=c.TRACKERS or None,
+        project_dir=c.OUTPUT_DIR,
+    )
+
+
+def own_rows(c: Config, processes: Accelerator) -> slice:
+    """Which of a step's completions are this process's: all generations of some prompts."""
+    prompts = c.BATCH_SIZE // c.NUM_GENERATIONS
+    share, rest = divmod(prompts, processes.num_processes)
+    if rest:
+        raise UserError(
+            f"BATCH_SIZE / NUM_GENERATIONS = {prompts} prompts a step cannot be shared by "
+            f"{processes.num_processes} processes"
+        )
+    size = share * c.NUM_GENERATIONS
+    return slice(processes.process_index * size, (processes.process_index + 1) * size)
+
+
+def prompts(c: Config) -> tuple[Dataset, Dataset | None]:
+    """The prompts to train on and those to evaluate on."""
+    with blame("TRAIN_FILE"):
+        train = load_prompts(c.TRAIN_FILE, c.PROMPT_COLUMN)
+    if not c.EVAL_FILE:
+        return train, None
+    with blame("EVAL_FILE"):
+        return train, load_prompts(c.EVAL_FILE, c.PROMPT_COLUMN, split="test")
+
+
+def last_step(c: Config, prompts: int) -> int:
+    """Where STEPS or EPOCHS ends the run, whichever comes first."""
+    if c.EPOCHS is None:
+        return c.STEPS
+    return min(c.STEPS, math.ceil(c.EPOCHS * prompts * c.NUM_GENERATIONS / c.BATCH_SIZE))
+
+
+def max_prompt(c: Config) -> int | None:
+    """How many tokens of a prompt fit before MAX_NEW_TOKENS; None if the model sets no limit."""
+    with blame("MODEL"):
+        positions = positions_of(c.MODEL)
+    if positions and c.MAXSEQ and positions < c.MAXSEQ:
+        raise UserError(f"MAXSEQ {c.MAXSEQ} is beyond the {positions} positions of {c.MODEL}")
+    longest = c.MAXSEQ or positions
+    if longest and longest <= c.MAX_NEW_TOKENS:
+        raise UserError(
+            f"MAX_NEW_TOKENS {c.MAX_NEW_TOKENS} leaves no room for a prompt in the {longest} "
+            f"positions of {c.MODEL}"
+        )
+    return longest and longest - c.MAX_NEW_TOKENS
+
+
+def rewards(c: Config, columns: list[str], device: torch.device) -> CompositeReward:
+    """All of REWARDS; `columns` are those of the prompts."""
+    parts = {}
+    for i, spec in enumerate(c.REWARDS):
+        with blame(f"REWARDS.{i}"):
+            arguments = spec.arguments()
+            if spec.TYPE == "cosine" and spec.COLUMN not in set(columns) - RESERVED:
+                raise ValueError(f"{c.TRAIN_FILE} has no column {spec.COLUMN!r} (COLUMN)")
+            if spec.TYPE in ("classifier", "cosine"):
+                arguments["device"] = device
+            parts[spec.name] = make_reward(spec.TYPE, **arguments)
+    return CompositeReward(parts, {spec.name: spec.WEIGHT for spec in c.REWARDS})
+
+
+def policy(
+    c: Config, checkpoint: Path | None, device: torch.device
+) -> tuple[PreTrainedTokenizerBase, Policy]:
+    """The model, with the weights of `checkpoint` if there is one."""
+    with blame("MODEL"):
+        return load_tokenizer(c.MODEL), load_policy(
+            c.MODEL,
+            checkpoint=checkpoint,
+            full_tune=c.FULLTUNE,
+            quantize="4bit" if c.LOAD_4BIT else "8bit" if c.LOAD_8BIT else None,
+            compute_dtype=torch.bfloat16 if c.BF16 else torch.float32,
+            reference=c.KL_COEF > 0,
+            device=device,
+            lora_r=c.LORA_R,
+            lora_alpha=c.LORA_ALPHA,
+            lora_targets=c.LORA_TARGETS,
+        )

@@ -1,0 +1,44 @@
+"""Rewards: callables with TRL's signature, `f(prompts, completions, **columns) -> list`.
+
+They know nothing of adaptiverl: any of them works in TRL, and any TRL reward works here.
+"""
+
+import importlib
+from collections.abc import Callable
+
+from rewards.composite import CompositeReward
+
+__all__ = ["CompositeReward", "make_reward"]
+
+
+def make_reward(kind: str, **arguments) -> Callable:
+    """The reward that a config's TYPE names; raises ValueError for arguments that cannot work."""
+    match kind:
+        case "regex":
+            from rewards.text import RegexReward
+
+            return RegexReward(**arguments)
+        case "length":
+            from rewards.text import LengthReward
+
+            return LengthReward(**arguments)
+        case "cosine":
+            from rewards.similarity import CosineReward
+
+            return CosineReward(**arguments)
+        case "classifier":
+            from rewards.classifier import ClassifierReward
+
+            return ClassifierReward(**arguments)
+        case "python":
+            return python_reward(**arguments)
+    raise ValueError(f"no reward is called {kind!r}")
+
+
+def python_reward(function: str) -> Callable:
+    """The reward function that "my_module:my_reward" names."""
+    module, _, name = function.partition(":")
+    found = getattr(importlib.import_module(module), name, None)
+    if not callable(found):
+        raise ValueError(f"module {module} has no function {name}")
+    return found

