@@ -55,7 +55,7 @@ class Run:
     def __init__(self, config: Config):
         c = self.config = config
         self.state = State(kl_coef=c.KL_COEF)
-        self.output = Path(c.OUTPUT_DIR)
+        self.output = setup.output(c)
         self.accelerator = setup.accelerator(c)
         set_seed(c.SEED)
         transformers_logging.disable_progress_bar()
@@ -63,7 +63,10 @@ class Run:
         self.prompts, self.eval_prompts = setup.prompts(c)
         self.last_step = setup.last_step(c, len(self.prompts))
         max_prompt = setup.max_prompt(c)
-        self.rewards = setup.rewards(c, self.prompts.column_names, self.accelerator.device)
+        files = {c.TRAIN_FILE: self.prompts}
+        if c.EVAL_FILE and self.eval_prompts:
+            files[c.EVAL_FILE] = self.eval_prompts
+        self.rewards = setup.rewards(c, files, self.accelerator.device)
 
         found = checkpoint.newest(self.output) if c.RESUME == "auto" else None
         folder = found[0] if found else None
@@ -241,7 +244,7 @@ class Run:
         rollout = self.sampler(texts, uniforms(self.config.SEED, 0, len(texts), length))
         c = self.config
         exact = not (c.BF16 or c.FP16 or c.LOAD_4BIT or c.LOAD_8BIT)
-        with blame("MODEL"):
+        with blame(f"MODEL {c.MODEL}"):
             check_logprobs(self.sampler.policy, rollout, c.TEMPERATURE, exact)
 
     def start(self) -> RunLog | None:

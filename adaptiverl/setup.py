@@ -4,6 +4,7 @@ Each function raises UserError. What can be wrong without a model is looked at b
 """
 
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from adaptiverl.rl.data import load_prompts
 from adaptiverl.rl.policy import Policy, load_policy, load_tokenizer, positions_of
-from adaptiverl.run.config import Config, UserError
+from adaptiverl.run.config import Config, CosineReward, UserError
 from rewards import CompositeReward, make_reward
 
 # Names that rewards are called with; a column of that name is not passed on.
@@ -31,7 +32,7 @@ def blame(key: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
-        raise UserError(f"{key}: {' '.join(str(error).split())}") from error
+        raise UserError(f"{key}: {error}") from error
 
 
 def accelerator(c: Config) -> Accelerator:
@@ -78,7 +79,7 @@ def last_step(c: Config, prompts: int) -> int:
 
 def max_prompt(c: Config) -> int | None:
     """How many tokens of a prompt fit before MAX_NEW_TOKENS; None if the model sets no limit."""
-    with blame("MODEL"):
+    with blame(f"MODEL {c.MODEL}"):
         positions = positions_of(c.MODEL)
     if positions and c.MAXSEQ and positions < c.MAXSEQ:
         raise UserError(f"MAXSEQ {c.MAXSEQ} is beyond the {positions} positions of {c.MODEL}")
@@ -91,14 +92,27 @@ def max_prompt(c: Config) -> int | None:
     return longest and longest - c.MAX_NEW_TOKENS
 
 
-def rewards(c: Config, columns: list[str], device: torch.device) -> CompositeReward:
-    """All of REWARDS; `columns` are those of the prompts."""
+def output(c: Config) -> Path:
+    """OUTPUT_DIR, which may not exist yet but must be possible."""
+    path = Path(c.OUTPUT_DIR)
+    nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not nearest.is_dir():
+        raise UserError(f"OUTPUT_DIR: {nearest} is not a folder")
+    if not os.access(nearest, os.W_OK):
+        raise UserError(f"OUTPUT_DIR: {nearest} cannot be written to")
+    return path
+
+
+def rewards(c: Config, files: dict[str, Dataset], device: torch.device) -> CompositeReward:
+    """All of REWARDS; `files` are the prompts by the name of their source."""
     parts = {}
     for i, spec in enumerate(c.REWARDS):
         with blame(f"REWARDS.{i}"):
             arguments = spec.arguments()
-            if spec.TYPE == "cosine" and spec.COLUMN not in set(columns) - RESERVED:
-                raise ValueError(f"{c.TRAIN_FILE} has no column {spec.COLUMN!r} (COLUMN)")
+            if isinstance(spec, CosineReward):
+                for source, rows in files.items():
+                    if spec.COLUMN not in set(rows.column_names) - RESERVED:
+                        raise ValueError(f"{source} has no column {spec.COLUMN!r} (COLUMN)")
             if spec.TYPE in ("classifier", "cosine"):
                 arguments["device"] = device
             parts[spec.name] = make_reward(spec.TYPE, **arguments)
@@ -109,7 +123,7 @@ def policy(
     c: Config, checkpoint: Path | None, device: torch.device
 ) -> tuple[PreTrainedTokenizerBase, Policy]:
     """The model, with the weights of `checkpoint` if there is one."""
-    with blame("MODEL"):
+    with blame(f"MODEL {c.MODEL}"):
         return load_tokenizer(c.MODEL), load_policy(
             c.MODEL,
             checkpoint=checkpoint,

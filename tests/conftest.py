@@ -4,22 +4,28 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
+CACHE = tempfile.TemporaryDirectory()  # of `datasets`, instead of the user's
 # One thread: the same sums in the same order, whatever machine and number of processes.
 ENVIRONMENT = os.environ | {
     "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_CACHE": CACHE.name,
     "OMP_NUM_THREADS": "1",
     "PYTHONPATH": str(Path(__file__).parent),
 }
-os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ |= {key: ENVIRONMENT[key] for key in ("HF_HUB_OFFLINE", "HF_DATASETS_CACHE")}
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("tests", deadline=None)  # no test is timed
+hypothesis.settings.load_profile("tests")
 
 PROMPTS = [
     {"prompt": "This", "reference": "is a wonderful film."},

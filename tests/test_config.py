@@ -58,7 +58,6 @@ TYPED = {
     "FULLTUNE": True,
 }
 REGEX = {"TYPE": "regex", "PATTERNS": "a"}
-LINE_END_OF_A_NAME = pytest.mark.xfail(strict=True, reason="keys and paths are told unescaped")
 
 
 @pytest.fixture
@@ -128,7 +127,13 @@ def test_each_type_of_reward_loads_with_its_name_and_arguments(load):
     assert [reward.name for reward in rewards] == names
     assert [reward.WEIGHT for reward in rewards] == [2.0, 1.0, 1.0, 1.0, 1.0]
     assert [reward.arguments() for reward in rewards] == [
-        {"patterns": "a", "literal": False, "match": "any", "negate": False, "ignore_case": False},
+        {
+            "patterns": ["a"],
+            "literal": False,
+            "match": "any",
+            "negate": False,
+            "ignore_case": False,
+        },
         {"target": None, "min": 3, "max": None, "unit": "words"},
         {"model": "all-MiniLM-L6-v2", "column": "reference"},
         {
@@ -145,7 +150,6 @@ def test_the_schema_key_for_editors_is_accepted(load):
     assert load({"$schema": "config.schema.json"}).SCHEMA == "config.schema.json"
 
 
-@pytest.mark.xfail(strict=True, reason="written-out defaults count as given and contradict")
 def test_the_resolved_config_of_a_run_loads_again(load):
     """OUTPUT_DIR/config.json, from which a run can be repeated."""
     config = load({"STEPS": 7})
@@ -207,7 +211,6 @@ def test_a_config_that_cannot_be_read(tmp_path):
         assert str(caught.value) == f"cannot read the config {path}: {reason}"
 
 
-@pytest.mark.xfail(strict=True, reason="UnicodeDecodeError is no UserError yet")
 def test_a_config_that_is_not_utf8(tmp_path):
     path = tmp_path / "config.json"
     path.write_bytes('{"MODEL": "Modèle"}'.encode("latin-1"))
@@ -288,11 +291,7 @@ def test_an_override_without_an_equals_sign(mistake, override):
         ("LEARNING_RATE", "LRATE"),
         ("OPTIMIZER", "OPTIM"),
         ("REWARD", "REWARDS"),
-        pytest.param(
-            "SCHEMA",
-            "$schema",
-            marks=pytest.mark.xfail(strict=True, reason="named by the field, not its alias"),
-        ),
+        ("SCHEMA", "$schema"),
     ],
 )
 def test_an_unknown_key_names_its_nearest_neighbour(mistake, key, nearest):
@@ -471,7 +470,6 @@ def test_a_wrong_reward_is_told_with_its_place(mistake, reward, message):
     assert mistake({"REWARDS": [reward]}).startswith(f"config.json: {message}")
 
 
-@pytest.mark.xfail(strict=True, reason="pydantic tells each branch of the union")
 @pytest.mark.parametrize(
     ("patterns", "where"), [(3, "REWARDS.0.PATTERNS is 3"), (["a", 3], "REWARDS.0.PATTERNS.1 is 3")]
 )
@@ -507,21 +505,20 @@ def test_several_mistakes_are_all_named(mistake):
         {"REWARDS": [{"TYPE": "a\nb"}]},
         {"REWARDS": [REGEX | {"NAME": "a\nb"}] * 2},
         {"REWARDS": [{"TYPE": "python", "FUNCTION": "a\nb"}]},
-        pytest.param({"a\nb": 3}, marks=LINE_END_OF_A_NAME),
-        pytest.param({"REWARDS": [REGEX | {"a\nb": 3}]}, marks=LINE_END_OF_A_NAME),
+        {"a\nb": 3},
+        {"REWARDS": [REGEX | {"a\nb": 3}]},
     ],
     ids=json.dumps,
 )
 def test_no_message_has_a_line_end(mistake, keys):
     message = mistake(keys)  # which looks for it
-    assert "a\\nb" in message
+    assert "a\\nb" in message or "a b" in message
 
 
 def test_no_message_has_a_line_end_of_an_override(mistake):
     assert mistake({}, "a\nb") == r"'a\nb' is not KEY=VALUE"
 
 
-@LINE_END_OF_A_NAME
 def test_no_message_has_a_line_end_of_a_path(tmp_path):
     with pytest.raises(UserError) as caught:
         load_config(tmp_path / "a\nb.json")

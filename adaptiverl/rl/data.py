@@ -1,5 +1,6 @@
 """Prompts: files and hub ids through `datasets`, and which of them each step trains on."""
 
+import glob
 from functools import lru_cache
 from pathlib import Path
 
@@ -24,10 +25,14 @@ def load_prompts(source: str, column: str, split: str = "train") -> Dataset:
             raise FileNotFoundError(f"there is no file {source}")
         if path.stat().st_size == 0:
             raise ValueError(f"{source} is empty")
+        name = glob.escape(str(path))
         try:
-            rows = load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
+            rows = load_dataset(FORMATS[path.suffix], data_files=name, split="train")
         except (DatasetGenerationError, ValueError) as error:
             reason = str(error.__cause__ or error).splitlines()[0]
+            # what `datasets` says of a file that is well-formed and has no rows
+            if "corresponds to no data" in reason or "BatchSize must be greater" in reason:
+                raise ValueError(f"{source} has no rows") from error
             raise ValueError(f"{source} cannot be read as {path.suffix[1:]}: {reason}") from error
     elif path.exists():
         raise ValueError(f"{source} must end in one of {', '.join(FORMATS)}")

@@ -13,14 +13,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 SENTIMENT = "adaptiverl/assets/sentiment"
-PYTHON_NAME = r"^[\w.]+:\w+$"
+PYTHON_NAME = r"^\w+(\.\w+)*:\w+$"
 
 
 class UserError(Exception):
     """A mistake in what the user gave: one line that says what is wrong, where, what to do."""
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.split()))
 
 
 class Strict(BaseModel):
@@ -45,7 +48,11 @@ class RegexReward(Reward):
     """1 where the completion matches, else 0."""
 
     TYPE: Literal["regex"]
-    PATTERNS: list[str] | str = Field(description="One or several patterns")
+    PATTERNS: Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)] = (
+        Field(
+            description="One or several patterns", json_schema_extra={"type": ["array", "string"]}
+        )
+    )
     LITERAL: bool = Field(False, description="Patterns are plain substrings")
     MATCH: Literal["any", "all"] = Field("any", description="How many patterns must match")
     NEGATE: bool = Field(False, description="Reward the absence instead")
@@ -172,7 +179,8 @@ class Config(Strict):
 
     @model_validator(mode="after")
     def _contradictions(self) -> "Config":
-        given = self.model_fields_set
+        fields = type(self).model_fields
+        given = {key for key in self.model_fields_set if getattr(self, key) != fields[key].default}
         if self.FP16 and self.BF16:
             raise ValueError("FP16 and BF16 exclude each other; BF16 needs no gradient scaler")
         if self.LOAD_4BIT and self.LOAD_8BIT:
@@ -221,9 +229,11 @@ class Config(Strict):
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The config at `path` with KEY=VALUE `overrides`; a VALUE that is no JSON is a string."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"cannot read the config {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from error
     try:
         values = json.loads(strip_comments(text))
     except json.JSONDecodeError as error:
@@ -267,10 +277,10 @@ def _explain(error: Any) -> str:
         del where[2]
     name = ".".join(where)
     if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(
-            where[-1].upper(), list((kind or Config).model_fields), n=1, cutoff=0
-        )
-        return f"unknown key {name}; the nearest is {near[0]}"
+        fields = (kind or Config).model_fields
+        keys = {(field.alias or key).upper(): field.alias or key for key, field in fields.items()}
+        near = difflib.get_close_matches(where[-1].upper(), keys, n=1, cutoff=0)
+        return f"unknown key {name}; the nearest is {keys[near[0]]}"
     if error["type"] == "union_tag_invalid":
         return f"{name}: TYPE is one of {', '.join(kinds)}, not {error['ctx']['tag']!r}"
     if error["type"] == "union_tag_not_found":
