@@ -123,8 +123,9 @@ def dry_run(run: Run) -> None:
     clock.lap("update")
     if not run.is_main:
         return
-    columns = {"prompt": batch["prompt"], "completion": completions, **scores}
-    print(table(columns | {"reward": run.rewards.combine(scores)}, limit=len(completions)))
+    scores |= {"reward": run.rewards.combine(scores)}
+    own = {name: column[run.own_rows] for name, column in scores.items()}
+    print(table({"prompt": batch["prompt"], "completion": completions} | own))
     counts = [(p.numel(), p.requires_grad) for p in run.policy.parameters()]
     total, trained = sum(n for n, _ in counts), sum(n for n, grad in counts if grad)
     print(f"trainable parameters  {trained:,} of {total:,} ({trained / total:.1%})")

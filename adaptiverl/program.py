@@ -8,13 +8,13 @@ import json
 import signal
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object, set_seed
 from datasets import Dataset
 from torch import Tensor
-from transformers import TrainerState
 from transformers.utils import logging as transformers_logging
 
 from adaptiverl import setup
@@ -116,7 +116,8 @@ class Run:
             batch["prompt"],
             completions,
             completion_ids=rollout.tokens(),
-            trainer_state=TrainerState(global_step=self.state.step, max_steps=self.last_step),
+            # as TRL's trainers pass it, without importing transformers' trainer and peft for it
+            trainer_state=SimpleNamespace(global_step=self.state.step, max_steps=self.last_step),
             **columns,
         )
 

@@ -163,7 +163,6 @@ def main() -> None:
             print(f"{step}/{steps} loss {loss.item():.3f} {time.time() - start:.0f} s", flush=True)
         if step % 400 == 399:
             print(f"val {evaluate(model, streams['val'], args.context, 256):.4f}", flush=True)
-            model.save_pretrained(args.out.with_name(args.out.name + "-partial"))
 
     for split in ("val", "test"):
         nats = evaluate(model, streams[split], args.context, 2048)
@@ -181,7 +180,7 @@ def sample(model: GPT2LMHeadModel, tokenizer: GPT2TokenizerFast) -> None:
             attention_mask=torch.ones_like(ids),
             max_new_tokens=48,
             do_sample=True,
-            temperature=0.8,
+            temperature=0.7,
             top_k=0,
             pad_token_id=tokenizer.eos_token_id,
         )

@@ -154,7 +154,7 @@ class Config(Strict):
     OPTIM: Literal["sgd", "rmsprop", "adamw", "adamw_8bit"] = Field(
         "adamw", description="Optimizer; adamw_8bit is bitsandbytes'"
     )
-    LRATE: float = Field(1e-4, ge=0, description="Learning rate")
+    LRATE: float = Field(5e-5, ge=0, description="Learning rate")
     MOMENTUM: float = Field(0.9, ge=0, lt=1, description="SGD, RMSprop: momentum; AdamW: beta1")
     WEIGHT_DECAY: float = Field(0.0, ge=0, description="Weight decay")
     GRAD_ACCUM: int = Field(1, ge=1, description="Pieces a step's batch is computed in")

@@ -72,11 +72,10 @@ def step_line(metrics: dict[str, Any]) -> str:
     return line
 
 
-def table(columns: dict[str, list], limit: int) -> str:
+def table(columns: dict[str, list]) -> str:
     """Columns as aligned text, one row a line, long cells shortened."""
     cells = [list(columns)]
-    for row in list(zip(*columns.values(), strict=True))[:limit]:
-        cells.append([_cell(value) for value in row])
+    cells += [[_cell(value) for value in row] for row in zip(*columns.values(), strict=True)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
     return "\n".join(lines)
