@@ -140,7 +140,7 @@ def main() -> int:
     parser.add_argument("config", help="a JSON file, comments allowed; its keys are in README.md")
     parser.add_argument("override", nargs="*", metavar="KEY=VALUE", help="replaces a key's value")
     parser.add_argument("--dry-run", action="store_true", help="one batch, no training")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()  # KEY=VALUE may stand anywhere
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         run = Run(load_config(arguments.config, arguments.override))

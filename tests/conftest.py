@@ -70,6 +70,7 @@ def settings(tiny: Path, tmp_path: Path) -> dict[str, Any]:
         "OUTPUT_DIR": str(tmp_path / "run"),
         "REWARDS": [{"TYPE": "regex", "PATTERNS": "th"}, {"TYPE": "length", "TARGET": 6}],
         "BATCH_SIZE": 8,
+        "NUM_GENERATIONS": 4,
         "MAX_NEW_TOKENS": 8,
         "LRATE": 1e-3,
         "STEPS": 3,

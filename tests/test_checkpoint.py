@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import random
 import signal
 import subprocess
@@ -57,6 +58,25 @@ def test_a_write_that_fails_leaves_nothing_that_looks_complete(tmp_path):
     checkpoint.save(tmp_path / "step-000002", 2, write("two"))
     checkpoint.prune(tmp_path, keep=0)
     assert [p.name for p in tmp_path.iterdir()] == ["step-000002"]
+
+
+def test_a_checkpoint_appears_by_one_rename_after_all_of_it_is_on_disk(tmp_path, monkeypatch):
+    events = []
+    fsync, rename = os.fsync, Path.rename
+    monkeypatch.setattr(os, "fsync", lambda file: (events.append("sync"), fsync(file)))
+
+    def cut_off(self: Path, target: Path) -> None:
+        events.append("rename")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "rename", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(tmp_path / "step-000001", 1, write("one"))
+    assert events == ["sync", "sync", "sync", "rename"]  # weights, manifest, their folder
+    assert checkpoint.newest(tmp_path) is None
+    monkeypatch.setattr(Path, "rename", rename)
+    checkpoint.save(tmp_path / "step-000001", 1, write("one"))
+    assert checkpoint.newest(tmp_path) == (tmp_path / "step-000001", 1)
 
 
 def test_a_replaced_checkpoint_survives_a_kill_between_the_renames(tmp_path):

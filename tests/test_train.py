@@ -132,11 +132,12 @@ def test_every_optimizer_moves_the_policy_and_logs_its_momentum(main, settings, 
 
 
 def test_pieces_of_a_batch_give_the_gradient_of_the_whole(main, settings):
+    """With SGD: AdamW's first steps turn rounding errors of tiny gradients into whole steps."""
     out = settings["OUTPUT_DIR"]
     rows = []
     for pieces in (1, 4):
         keys = {"GRAD_ACCUM": pieces, "OUTPUT_DIR": f"{out}-{pieces}", "KL_ESTIMATOR": "k3"}
-        assert main(settings | keys) == 0
+        assert main(settings | keys | {"OPTIM": "sgd", "LRATE": 1e-2}) == 0
         rows.append(read_jsonl(Path(f"{out}-{pieces}") / "metrics.jsonl"))
     for whole, parts in zip(*rows, strict=True):
         for name in ("loss", "entropy", "grad_norm", "reward", "kl"):

@@ -66,7 +66,7 @@ def step_line(metrics: dict[str, Any]) -> str:
         f"LR: {metrics['lr']:.3g} | Momentum: {metrics['momentum']:.3f}"
     )
     if "kl" in metrics:
-        line += f" | KL: {metrics['kl']:.3f}"
+        line += f" | KL: {round(metrics['kl'], 3) + 0.0:.3f}"  # + 0.0: never "-0.000"
     if "eval/reward" in metrics:
         line += f" | Eval reward: {metrics['eval/reward']:.2f}"
     return line
