@@ -38,7 +38,8 @@ def test_two_processes_give_the_losses_of_one(run, main, settings):
         assert left.keys() == right.keys()
         for name in left.keys() - {"tokens_per_second"}:
             if not name.startswith("seconds/"):
-                assert right[name] == pytest.approx(left[name], rel=1e-4, abs=1e-5), name
+                # abs: the loss is a small mean of terms around 50, A times eight log-probabilities
+                assert right[name] == pytest.approx(left[name], rel=1e-4, abs=1e-4), name
     samples = [read_jsonl(Path(f"{out}-{n}") / "samples.jsonl") for n in ("one", "two")]
     for left, right in zip(*samples, strict=True):
         assert left["completion_ids"] == right["completion_ids"]

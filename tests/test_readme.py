@@ -62,6 +62,14 @@ def test_the_commands_to_try_run_as_written(tmp_path, monkeypatch, capsys):
     assert steps == list(range(1, steps[-1] + 1)) and steps[-1] > 1
 
 
+def test_the_example_in_python_gives_what_its_comment_says():
+    *code, last = README.split("```python")[1].split("```")[0].strip().splitlines()
+    call, comment = last.split("  # ")
+    namespace: dict = {}
+    exec("\n".join([*code, f"result = {call}"]), namespace)
+    assert namespace["result"] == json.loads(comment)
+
+
 @pytest.mark.parametrize("target", ["train", "test"])
 def test_make_has_the_two_commands(target):
     makefile = (ROOT / "Makefile").read_text()
