@@ -17,6 +17,7 @@ check: .venv/dev
 	$(PYTHON) -m venv .venv
 
 .venv/run: requirements.txt | .venv/bin/python
+	@echo "installing requirements.txt into .venv: minutes, once"
 	$(PIP) -r requirements.txt
 	touch $@
 

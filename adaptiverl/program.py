@@ -34,7 +34,7 @@ Batch = dict[str, list]  # column → one value a completion
 Metrics = dict[str, Any]  # name → number, None where there is none
 # What may differ between a run and its continuation.
 FREE_KEYS = {
-    "SCHEMA", "STEPS", "EPOCHS", "OUTPUT_DIR", "RESUME", "SAVE_EVERY", "KEEP_CHECKPOINTS",
+    "$schema", "STEPS", "EPOCHS", "OUTPUT_DIR", "RESUME", "SAVE_EVERY", "KEEP_CHECKPOINTS",
     "LOG_EVERY", "EVAL_EVERY", "EVAL_FILE", "SAMPLES_EVERY", "TRACKERS",
 }  # fmt: skip
 

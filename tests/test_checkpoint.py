@@ -225,3 +225,4 @@ def test_resuming_with_another_setting_is_refused(main, settings, capsys):
     assert main(settings | {"RESUME": "auto", "STEPS": 4, "LRATE": 5e-3}) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "LRATE was 0.001" in error and "0.005 now" in error and "OUTPUT_DIR" in error
+    assert main(settings | {"RESUME": "auto", "STEPS": 4, "LOG_EVERY": 1, "$schema": "any"}) == 0

@@ -6,6 +6,7 @@ TensorBoard and W&B are accelerate's; checkpoints are checkpoint.py's.
 import json
 import math
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ class RunLog:
     def say(self, line: str) -> None:
         """A line on the console, above the progress bar."""
         self.bar.write(line)
+        sys.stdout.flush()  # a pipe or a file shows each line when it is said
 
     def sync(self) -> None:
         """Forces the files to disk: before a checkpoint claims their steps."""
