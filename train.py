@@ -17,8 +17,8 @@ from torch import Tensor
 
 from adaptiverl.optim.base import momentum_of
 from adaptiverl.program import Run
-from adaptiverl.rl.reinforce import advantages, kl_per_token, reinforce_loss
-from adaptiverl.rl.rollout import Rollout, token_logprobs
+from adaptiverl.rl.reinforce import advantages, kl_per_token, token_weights
+from adaptiverl.rl.rollout import Rollout
 from adaptiverl.run.config import UserError, load_config
 from adaptiverl.run.process import Clock, StopSignal, peak_memory
 from adaptiverl.run.tracking import RunLog, table
@@ -33,7 +33,7 @@ def train(run: Run, log: RunLog | None, stop: StopSignal) -> None:
 
         # Sample completions of the step's prompts from the policy as it is now, y ~ π(·|x).
         batch = run.batch_at(state.step)
-        rollout = run.sampler(batch["prompt"], run.uniforms_at(state.step))
+        rollout = run.sample(batch, state.step)
         completions = run.sampler.decode(rollout)
         clock.lap("rollout")
 
@@ -47,6 +47,7 @@ def train(run: Run, log: RunLog | None, stop: StopSignal) -> None:
         kl = kl_per_token(rollout.logprobs, reference, c.KL_ESTIMATOR) * rollout.completion_mask
         kl = run.gather(kl.sum(-1))
         penalised = reward - state.kl_coef * kl
+        clock.lap("reference")
 
         # Compare with a baseline, A = R − b.
         advantage, weight = advantages(
@@ -70,7 +71,7 @@ def train(run: Run, log: RunLog | None, stop: StopSignal) -> None:
 
         metrics |= run.summary(rollout, reward, kl, sums, grad_norm) | run.said(scores)
         run.adapt(penalised, kl)
-        metrics |= clock.metrics(round(metrics["completions/mean_length"] * len(reward)))
+        metrics |= run.timed(clock, tokens=metrics["completions/mean_length"] * len(reward))
         if run.eval_prompts and c.EVAL_EVERY and state.step % c.EVAL_EVERY == 0:
             metrics |= run.evaluate(run.eval_prompts)
         run.record(metrics, run.samples(batch, rollout, completions, reward, scores), log)
@@ -88,23 +89,22 @@ def policy_gradient(
     """
     c, sums = run.config, torch.zeros(2, device=run.accelerator.device)
     advantage, kl_coef = (x[run.own_rows].to(rollout.logprobs) for x in (advantage, kl_coef))
-    pieces = torch.arange(len(rollout)).chunk(c.GRAD_ACCUM)
-    for piece in pieces:
-        rows = slice(int(piece[0]), int(piece[-1]) + 1)
+    weights = token_weights(
+        rollout.logprobs,
+        rollout.completion_mask,
+        advantage,
+        reference=reference,
+        kl_coef=kl_coef,
+        estimator=c.KL_ESTIMATOR,
+    )
+    pieces = rollout.pieces(c.GRAD_ACCUM)
+    for rows in pieces:
         part = rollout.part(rows)
-        with nullcontext() if piece is pieces[-1] else run.accelerator.no_sync(run.policy):
-            logprobs, entropy = token_logprobs(run.policy, part, c.TEMPERATURE)
-            loss = reinforce_loss(
-                logprobs,
-                part.completion_mask,
-                advantage[rows],
-                reference=reference[rows, : logprobs.shape[1]] if c.KL_COEF else None,
-                kl_coef=kl_coef[rows],
-                estimator=c.KL_ESTIMATOR,
-            )
-            loss = loss * (len(part) / len(rollout))
-            run.accelerator.backward(loss)
-        sums += torch.stack([loss.detach(), entropy.sum()])
+        width = part.completion_ids.shape[1]
+        with nullcontext() if rows is pieces[-1] else run.accelerator.no_sync(run.policy):
+            gain, entropy = run.policy(part, weights[rows, :width], c.TEMPERATURE)
+            run.accelerator.backward(-gain)
+        sums += torch.stack([-gain.detach(), entropy.sum()])
     return sums
 
 
@@ -112,12 +112,13 @@ def dry_run(run: Run) -> None:
     """Samples, rewards and differentiates one batch, says what came of it, and trains nothing."""
     clock = Clock()
     batch = run.batch_at(1)
-    rollout = run.sampler(batch["prompt"], run.uniforms_at(1))
+    rollout = run.sample(batch, 1)
     completions = run.sampler.decode(rollout)
     clock.lap("rollout")
     scores = run.score(batch, rollout, completions)
     clock.lap("reward")
     reference = run.reference_logprobs(rollout) if run.config.KL_COEF else rollout.logprobs
+    clock.lap("reference")
     ones = torch.ones(run.config.BATCH_SIZE)
     policy_gradient(run, rollout, ones, run.config.KL_COEF * ones, reference)
     clock.lap("update")

@@ -21,11 +21,11 @@ from adaptiverl import setup
 from adaptiverl.optim.base import make_optimizer
 from adaptiverl.rl.data import indices_at
 from adaptiverl.rl.reinforce import adapt_kl_coef
-from adaptiverl.rl.rollout import Rollout, check_logprobs, uniforms
+from adaptiverl.rl.rollout import Rollout, uniforms
 from adaptiverl.rl.sampler import Sampler
 from adaptiverl.run import checkpoint
 from adaptiverl.run.config import Config, UserError
-from adaptiverl.run.process import StopSignal
+from adaptiverl.run.process import Clock, StopSignal
 from adaptiverl.run.tracking import RunLog
 from adaptiverl.setup import blame
 from rewards.composite import Scores
@@ -102,9 +102,12 @@ class Run:
         columns = prompts[rows]
         return columns | {"prompt": columns[self.config.PROMPT_COLUMN]}
 
-    def uniforms_at(self, step: int) -> Tensor:
+    def sample(self, batch: Batch, step: int) -> Rollout:
+        """A completion of each prompt; which one follows from the policy, SEED and `step`."""
         c = self.config
-        return uniforms(c.SEED, step, c.BATCH_SIZE, c.MAX_NEW_TOKENS)[self.own_rows]
+        chance = uniforms(c.SEED, step, c.BATCH_SIZE, c.MAX_NEW_TOKENS)[self.own_rows]
+        with self.accelerator.autocast():
+            return self.sampler(batch["prompt"], chance)
 
     def score(self, batch: Batch, rollout: Rollout, completions: list[str]) -> Scores:
         """What each reward says of the completions of all processes."""
@@ -123,7 +126,7 @@ class Run:
 
     def reference_logprobs(self, rollout: Rollout) -> Tensor:
         with self.accelerator.autocast():
-            return self.sampler.reference_logprobs(rollout)
+            return self.sampler.reference_logprobs(rollout, self.config.GRAD_ACCUM)
 
     def gather(self, values: Tensor) -> Tensor:
         """All processes' `values` [B], joined in order, on the CPU."""
@@ -158,6 +161,14 @@ class Run:
             result["kl_per_completion"] = kl.mean().item()
             result["kl_coef"] = self.state.kl_coef
         return result
+
+    def timed(self, clock: Clock, tokens: float) -> Metrics:
+        """Seconds of each lap, the mean over processes, and tokens a second of all of them."""
+        laps = torch.tensor(list(clock.laps.values()), device=self.accelerator.device)
+        seconds = self.accelerator.reduce(laps, "mean").tolist()
+        speed = {"tokens_per_second": round(tokens / sum(seconds), 1)}
+        named = zip(clock.laps, seconds, strict=True)
+        return speed | {f"seconds/{name}": round(lap, 4) for name, lap in named}
 
     def said(self, scores: Scores, prefix: str = "") -> Metrics:
         """Each reward's mean over what is not missing, the share that is, and what it reported."""
@@ -224,7 +235,8 @@ class Run:
         for start in range(0, len(own), size):
             rows = list(own[start : start + size])
             batch = self._columns(prompts, rows)
-            rollout = self.sampler(batch["prompt"], chance[rows])
+            with self.accelerator.autocast():
+                rollout = self.sampler(batch["prompt"], chance[rows])
             parts.append(self._score_own(batch, rollout, self.sampler.decode(rollout)))
         scores = _joined(gather_object(parts))
         known = [value for value in self.rewards.combine(scores) if value is not None]
@@ -234,19 +246,18 @@ class Run:
     # Its beginning, checkpoints and end
 
     def check(self) -> None:
-        """Stops before the first step if the loss would see other log-probabilities than sampling.
+        """Stops before the first step if log-probabilities are not the library's own.
 
         On the two shortest and the two longest of the first prompts, so that there is padding.
         """
         texts = self.prompts[: min(256, len(self.prompts))][self.config.PROMPT_COLUMN]
         texts = sorted(texts, key=lambda text: len(self.tokenizer(text).input_ids))
         texts = texts[:2] + texts[-2:]
-        length = min(8, self.config.MAX_NEW_TOKENS)
-        rollout = self.sampler(texts, uniforms(self.config.SEED, 0, len(texts), length))
         c = self.config
+        chance = uniforms(c.SEED, 0, len(texts), min(8, c.MAX_NEW_TOKENS))
         exact = not (c.BF16 or c.FP16 or c.LOAD_4BIT or c.LOAD_8BIT)
-        with blame(f"MODEL {c.MODEL}"):
-            check_logprobs(self.sampler.policy, rollout, c.TEMPERATURE, exact)
+        with blame(f"MODEL {c.MODEL}"), self.accelerator.autocast():
+            self.sampler.check(self.sampler(texts, chance), exact)
 
     def start(self) -> RunLog | None:
         """Prepares OUTPUT_DIR; the log on the main process, None on others."""

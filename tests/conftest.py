@@ -82,12 +82,17 @@ def settings(tiny: Path, tmp_path: Path) -> dict[str, Any]:
 def start(tmp_path: Path) -> Callable[..., subprocess.Popen]:
     """Starts `python train.py` on a dict of keys, or on a config file."""
 
-    def run(config: dict | Path, *arguments: str, launcher: tuple[str, ...] = (sys.executable,)):
+    def run(
+        config: dict | Path,
+        *arguments: str,
+        launcher: tuple[str, ...] = (sys.executable,),
+        program: str = "train.py",
+    ):
         if isinstance(config, dict):
             path = tmp_path / "config.json"
             path.write_text(json.dumps(config))
             config = path
-        command = [*launcher, "train.py", str(config), *arguments]
+        command = [*launcher, program, str(config), *arguments]
         return subprocess.Popen(
             command,
             cwd=ROOT,

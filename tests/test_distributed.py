@@ -1,11 +1,30 @@
-"""Two CPU processes do what one does with the same global batch."""
+"""Two CPU processes do what one does with the same global batch, agree, and resume exactly."""
 
+import os
+import signal
 import socket
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import read_jsonl
+from conftest import ROOT, read_jsonl, without_clock
+
+# Every process writes down each step's metrics and learning rate; only the main one has a log.
+SPY = """
+import json, sys
+sys.path.insert(0, {root!r})
+from adaptiverl.program import Run
+import train
+record = Run.record
+def spy(run, metrics, samples, log):
+    with open({folder!r} + f"/rank{{run.accelerator.process_index}}.jsonl", "a") as file:
+        group = {{k: v for k, v in run.optimizer.param_groups[0].items() if k != "params"}}
+        state = [run.state.kl_coef, run.state.reward_ema]
+        file.write(json.dumps([metrics, group, state], default=str) + "\\n")
+    record(run, metrics, samples, log)
+Run.record = spy
+sys.exit(train.main())
+"""
 
 
 def torchrun() -> tuple[str, ...]:
@@ -16,17 +35,22 @@ def torchrun() -> tuple[str, ...]:
     return (*command, "--master_addr", "127.0.0.1", "--master_port", str(port))
 
 
-def test_two_processes_give_the_losses_of_one(run, main, settings):
-    out = Path(settings["OUTPUT_DIR"])
-    keys = settings | {
+@pytest.fixture
+def keys(settings):
+    return settings | {
         "STEPS": 4,
         "GRAD_ACCUM": 2,
         "KL_ESTIMATOR": "k3",
+        "KL_TARGET": 0.5,
         "OPTIM": "sgd",  # AdamW's first steps turn rounding errors into whole steps
         "LRATE": 1e-2,
         "EVAL_FILE": settings["TRAIN_FILE"],
         "EVAL_EVERY": 2,
     }
+
+
+def test_two_processes_give_the_losses_of_one(run, main, keys):
+    out = Path(keys["OUTPUT_DIR"])
     assert main(keys | {"OUTPUT_DIR": f"{out}-one"}) == 0
     result = run(keys | {"OUTPUT_DIR": f"{out}-two"}, launcher=torchrun())
     assert result.returncode == 0, result.stderr
@@ -34,15 +58,60 @@ def test_two_processes_give_the_losses_of_one(run, main, settings):
 
     one, two = (read_jsonl(Path(f"{out}-{n}") / "metrics.jsonl") for n in ("one", "two"))
     assert [row["step"] for row in two] == [1, 2, 3, 4]
-    for left, right in zip(one, two, strict=True):
+    for left, right in zip(without_clock(one), without_clock(two), strict=True):
         assert left.keys() == right.keys()
-        for name in left.keys() - {"tokens_per_second"}:
-            if not name.startswith("seconds/"):
-                # abs: the loss is a small mean of terms around 50, A times eight log-probabilities
-                assert right[name] == pytest.approx(left[name], rel=1e-4, abs=1e-4), name
+        for name in left:
+            # abs: the loss is a small mean of terms around 50, A times eight log-probabilities
+            assert right[name] == pytest.approx(left[name], rel=1e-4, abs=1e-4), name
     samples = [read_jsonl(Path(f"{out}-{n}") / "samples.jsonl") for n in ("one", "two")]
     for left, right in zip(*samples, strict=True):
         assert left["completion_ids"] == right["completion_ids"]
+
+
+def test_both_processes_have_the_same_metrics_and_hyperparameters(start, keys, tmp_path):
+    """To the last bit, seconds included: what one of them adapts, the other adapts too."""
+    spy = tmp_path / "spy.py"
+    spy.write_text(SPY.format(root=str(ROOT), folder=str(tmp_path)))
+    process = start(keys, "STEPS=6", launcher=torchrun(), program=str(spy))
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    first, second = (read_jsonl(tmp_path / f"rank{rank}.jsonl") for rank in (0, 1))
+    assert len(first) == 6
+    assert first == second
+    assert {"loss", "kl", "grad_norm", "lr", "seconds/update"} <= first[0][0].keys()
+
+
+def children(pid: int) -> list[int]:
+    listed = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in listed]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
+def test_killed_in_the_middle_two_processes_resume_exactly(start, keys):
+    """SIGKILL to both workers and their launcher, then the same command with RESUME."""
+    out = Path(keys["OUTPUT_DIR"])
+    keys |= {"STEPS": 30, "SAVE_EVERY": 3, "OPTIM": "adamw", "LRATE": 1e-3, "LOG_EVERY": 1}
+    whole = start(keys | {"OUTPUT_DIR": f"{out}-whole"}, launcher=torchrun())
+    _, err = whole.communicate(timeout=300)
+    assert whole.returncode == 0, err
+
+    killed = start(keys, launcher=torchrun())
+    for line in killed.stdout:
+        if line.startswith("Step 8 |"):
+            break
+    for pid in (*children(killed.pid), killed.pid):
+        os.kill(pid, signal.SIGKILL)
+    killed.communicate(timeout=60)
+    reached = len(read_jsonl(out / "metrics.jsonl"))
+    assert 8 <= reached < 30, "killed in the middle"
+
+    resumed = start(keys, "RESUME=auto", launcher=torchrun())
+    _, err = resumed.communicate(timeout=300)
+    assert resumed.returncode == 0, err
+    rows = [read_jsonl(Path(f"{out}{name}") / "metrics.jsonl") for name in ("-whole", "")]
+    assert without_clock(rows[1]) == without_clock(rows[0])
+    weights = [Path(f"{out}{name}") / "final/model.safetensors" for name in ("-whole", "")]
+    assert weights[1].read_bytes() == weights[0].read_bytes()
 
 
 def test_prompts_that_cannot_be_shared_are_refused(run, settings):

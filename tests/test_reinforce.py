@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from adaptiverl.rl import reinforce
-from adaptiverl.rl.reinforce import adapt_kl_coef, kl_per_token, reinforce_loss
+from adaptiverl.rl.reinforce import adapt_kl_coef, kl_per_token, token_weights
 
 NAN = math.nan
 property_test = settings(deadline=None, derandomize=True, database=None, max_examples=100)
@@ -64,23 +64,29 @@ def slow_advantages(
     return result
 
 
+def reinforce_loss(logprobs: Tensor, *arguments, **options) -> Tensor:
+    """What training differentiates: weights known beforehand, times log-probabilities."""
+    return -(token_weights(logprobs.detach(), *arguments, **options) * logprobs).sum()
+
+
 def slow_loss(
-    logprobs: list[list[float]],
+    logprobs: Tensor,
     mask: list[list[int]],
     advantage: list[float],
     reference: list[list[float]] | None,
     kl_coef: float,
     estimator: str,
-) -> float:
-    total = 0.0
+) -> Tensor:
+    """−A log π and the penalty written out, one token at a time: autograd finds its gradient."""
+    total = torch.zeros((), dtype=logprobs.dtype)
     for i in range(len(logprobs)):
         for t in range(len(logprobs[i])):
             if not mask[i][t]:
                 continue
-            total -= advantage[i] * logprobs[i][t]
+            total = total - advantage[i] * logprobs[i][t]
             if reference is not None and estimator == "k3":
                 log_ratio = reference[i][t] - logprobs[i][t]
-                total += kl_coef * (math.exp(log_ratio) - 1 - log_ratio)
+                total = total + kl_coef * (log_ratio.exp() - 1 - log_ratio)
     return total / len(logprobs)
 
 
@@ -111,20 +117,20 @@ def test_advantages_equal_a_plain_loop(batch, baseline, ema, normalize):
 @pytest.mark.parametrize("with_reference", [False, True])
 @property_test
 @given(data=st.data())
-def test_loss_equals_a_plain_loop(data, estimator, with_reference):
+def test_weights_are_the_gradient_of_a_plain_loop(data, estimator, with_reference):
     rows, length = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 5))
 
     def matrix(values: st.SearchStrategy) -> list[list]:
         row = st.lists(values, min_size=length, max_size=length)
         return data.draw(st.lists(row, min_size=rows, max_size=rows))
 
-    logprobs = matrix(st.floats(-4, 0))
+    logprobs = torch.tensor(matrix(st.floats(-4, 0)), dtype=torch.float64, requires_grad=True)
     reference = matrix(st.floats(-4, 0)) if with_reference else None
     mask = matrix(st.integers(0, 1))
     advantage = data.draw(st.lists(st.floats(-9, 9), min_size=rows, max_size=rows))
     kl_coef = data.draw(st.floats(0, 2))
-    ours = reinforce_loss(
-        torch.tensor(logprobs, dtype=torch.float64),
+    ours = token_weights(
+        logprobs.detach(),
         torch.tensor(mask),
         torch.tensor(advantage, dtype=torch.float64),
         reference=torch.tensor(reference, dtype=torch.float64) if with_reference else None,
@@ -132,7 +138,11 @@ def test_loss_equals_a_plain_loop(data, estimator, with_reference):
         estimator=estimator,
     )
     slow = slow_loss(logprobs, mask, advantage, reference, kl_coef, estimator)
-    assert ours.item() == pytest.approx(slow, rel=1e-9, abs=1e-9)
+    if slow.requires_grad:
+        (gradient,) = torch.autograd.grad(slow, logprobs)
+    else:  # everything is masked
+        gradient = torch.zeros_like(logprobs)
+    torch.testing.assert_close(ours, -gradient, rtol=1e-9, atol=1e-9)
 
 
 # Rewards with nothing to compare

@@ -37,7 +37,7 @@ def test_a_run_leaves_all_it_says(run, settings):
         "step", "reward", "reward_std", "rewards/regex/mean", "rewards/length/mean", "loss", "kl",
         "kl_per_completion", "kl_coef", "entropy", "grad_norm", "lr", "momentum",
         "completions/mean_length", "tokens_per_second", "seconds/rollout", "seconds/reward",
-        "seconds/update", "skipped",
+        "seconds/reference", "seconds/update", "skipped",
     }  # fmt: skip
     evaluated = {"eval/reward", "eval/rewards/regex/mean", "eval/rewards/length/mean"}
     assert [set(row) for row in metrics] == [always, always, always | evaluated, always]

@@ -1,7 +1,7 @@
 """The policy: any causal LM with its tokenizer and reference, fully tuned or through LoRA.
 
 Weights that are trained are fp32; fp16 and bf16 are the autocast of whoever runs the policy.
-Leaves out devices and processes (accelerate's) and sampling (rollout.py's).
+Leaves out devices and processes (accelerate's) and sampling (sampler.py's).
 """
 
 import copy
@@ -21,6 +21,10 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from adaptiverl.rl.gpt2 import is_gpt2, predicting_states
+from adaptiverl.rl.head import plain_logprobs, weighted_logprobs
+from adaptiverl.rl.rollout import Rollout
+
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """The model's tokenizer, padding and truncating on the left as prompts need."""
@@ -36,7 +40,7 @@ def positions_of(model: str) -> int | None:
 
 
 class Policy(nn.Module):
-    """A causal LM that returns logits at the right positions, and its frozen reference.
+    """A causal LM that measures rollouts, and its frozen reference.
 
     The reference is the policy with its adapter off, or a frozen copy, or absent.
     """
@@ -47,48 +51,103 @@ class Policy(nn.Module):
         super().__init__()
         self.lm = lm.eval()  # dropout would make the policy differ from itself
         self._reference = (reference,)  # in a tuple: no submodule, not trained, not saved
-        base = self.lm.get_base_model() if self.has_adapter else self.lm
-        self.takes = set(inspect.signature(base.forward).parameters)
+        self.gpt2 = is_gpt2(self.base)
+        self.plain_head = has_plain_head(self.base)
 
     @property
     def has_adapter(self) -> bool:
         return bool(getattr(self.lm, "peft_config", None))
 
-    def forward(
-        self, ids: Tensor, mask: Tensor, keep: int, *, use_cache: bool = False, cache=None
-    ) -> tuple[Tensor, object]:
-        """Logits [B, keep, V] of the last `keep` of `ids` [B, N], and the cache.
+    @property
+    def base(self) -> Any:
+        """The PreTrainedModel; adapters are in its layers."""
+        return self.lm.get_base_model() if self.has_adapter else self.lm
 
-        `mask` [B, cached + N] is 1 at real tokens. Absolute positions are counted over it, so a
-        padded prompt gets the same logits as an unpadded one.
+    def forward(
+        self, rollout: Rollout, weights: Tensor, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """Σ weights · log π over the completions' tokens, and the entropy at each [B, T], detached.
+
+        `weights` is [B, T], the factor of each token in the gradient.
         """
-        return self._logits(self.lm, ids, mask, keep, use_cache, cache)
+        mask = rollout.completion_mask.bool()
+        tokens, weights = rollout.completion_ids[mask], weights[mask]
+        if self.plain_head:
+            states, head = self._states(self.base, rollout), self.base.get_output_embeddings()
+            score, _, entropy = weighted_logprobs(states, head, tokens, weights, temperature)
+        else:
+            table = self._log_softmax(self.base, rollout, temperature)
+            score = (weights * table.gather(-1, tokens[:, None])[:, 0]).sum()
+            entropy = -(table.detach().exp() * table.detach()).sum(-1)
+        return score, entropy.new_zeros(mask.shape).masked_scatter(mask, entropy)
 
     @torch.no_grad()
-    def reference_forward(self, ids: Tensor, mask: Tensor, keep: int) -> tuple[Tensor, None]:
-        """As `forward`, by the reference."""
+    def logprobs(self, rollout: Rollout, temperature: float = 1.0) -> Tensor:
+        """log π of the completions' tokens, [B, T], 0 where masked."""
+        return self._logprobs(self.base, rollout, temperature)
+
+    @torch.no_grad()
+    def reference_logprobs(self, rollout: Rollout, temperature: float = 1.0) -> Tensor:
+        """As `logprobs`, by the reference."""
         (reference,) = self._reference
         if reference is not None:
-            return self._logits(reference, ids, mask, keep)
+            return self._logprobs(reference, rollout, temperature)
         if not self.has_adapter:
             raise RuntimeError("this policy was loaded without a reference")
         with self.lm.disable_adapter():
-            return self._logits(self.lm, ids, mask, keep)
+            return self._logprobs(self.base, rollout, temperature)
 
-    def _logits(self, lm, ids, mask, keep, use_cache=False, cache=None):
-        extra = {}
-        if "position_ids" in self.takes:
-            extra["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        if "logits_to_keep" in self.takes:
-            extra["logits_to_keep"] = keep
-        out = lm(
-            input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=use_cache, **extra
-        )
-        return out.logits[:, -keep:], out.past_key_values if use_cache else None
+    def _logprobs(self, base: Any, rollout: Rollout, temperature: float) -> Tensor:
+        mask = rollout.completion_mask.bool()
+        tokens = rollout.completion_ids[mask]
+        if self.plain_head:
+            states = self._states(base, rollout)
+            result = plain_logprobs(states, base.get_output_embeddings(), tokens, temperature)
+        else:
+            table = self._log_softmax(base, rollout, temperature)
+            result = table.gather(-1, tokens[:, None])[:, 0]
+        return result.new_zeros(mask.shape).masked_scatter(mask, result)
+
+    def _states(self, base: Any, rollout: Rollout) -> Tensor:
+        """The states [N, D] that predict the completions' tokens, N of them unmasked."""
+        mask = rollout.completion_mask.bool()
+        if self.gpt2:
+            return predicting_states(base.transformer, rollout)[mask]
+        start = rollout.prompt_ids.shape[1]
+        return base.base_model(**_inputs(base, rollout)).last_hidden_state[:, start - 1 : -1][mask]
+
+    def _log_softmax(self, base: Any, rollout: Rollout, temperature: float) -> Tensor:
+        """[N, V] by the model's own head, for those that do more there than a projection."""
+        start = rollout.prompt_ids.shape[1]
+        logits = base(**_inputs(base, rollout)).logits[:, start - 1 : -1]
+        return (logits[rollout.completion_mask.bool()].float() / temperature).log_softmax(-1)
 
     def save(self, folder: Path) -> None:
         """Weights, or the adapter alone, in the form `from_pretrained` loads."""
         self.lm.save_pretrained(folder)
+
+
+def _inputs(base: Any, rollout: Rollout) -> dict[str, Any]:
+    """Prompts and completions as the library's models take them.
+
+    Absolute positions are counted over the mask, so a padded prompt is read like an unpadded one.
+    """
+    ids, mask = rollout.whole()
+    inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    if "position_ids" in inspect.signature(base.forward).parameters:
+        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    return inputs
+
+
+@torch.no_grad()
+def has_plain_head(base: Any) -> bool:
+    """Whether logits are the head's projection of the last states and no more: tried, not read."""
+    head = base.get_output_embeddings()
+    if type(head) is not nn.Linear:  # a quantised one, or one with an adapter
+        return False
+    ids = torch.arange(4, device=head.weight.device)[None]
+    states = base.base_model(input_ids=ids).last_hidden_state
+    return torch.allclose(head(states), base(input_ids=ids).logits, rtol=1e-3, atol=1e-3)
 
 
 def load_policy(
@@ -111,7 +170,9 @@ def load_policy(
     if quantize and full_tune:
         raise ValueError("quantised weights cannot be trained: use LoRA")
     weights = str(checkpoint) if checkpoint and full_tune else model
-    kwargs = {"dtype": torch.float32, "device_map": {"": device}}
+    # What is not trained needs no more precision than it is computed in.
+    frozen = compute_dtype if not full_tune else torch.float32
+    kwargs = {"dtype": frozen, "device_map": {"": device}}
     if quantize == "4bit":
         kwargs["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype

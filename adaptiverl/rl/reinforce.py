@@ -1,4 +1,6 @@
-"""REINFORCE as pure functions of tensors: advantages, KL, loss. No model, no sampling, no state.
+"""REINFORCE as pure functions of tensors: advantages, KL, weights of the gradient.
+
+No model, no sampling, no state.
 
 A missing reward is NaN: it takes no part in a baseline and its completion gets no advantage.
 """
@@ -63,7 +65,7 @@ def kl_per_token(logprobs: Tensor, reference: Tensor, estimator: str = "k1") -> 
     raise ValueError(f"KL estimator must be k1 or k3, not {estimator!r}")
 
 
-def reinforce_loss(
+def token_weights(
     logprobs: Tensor,
     mask: Tensor,
     advantage: Tensor,
@@ -72,19 +74,20 @@ def reinforce_loss(
     kl_coef: float | Tensor = 0.0,
     estimator: str = "k1",
 ) -> Tensor:
-    """A scalar whose gradient is minus the policy gradient: mean over completions of −A Σₜ log πₜ.
+    """w [B, T], such that the policy gradient is the sum of w ∇ log π over all tokens.
 
-    `logprobs`, `mask` and `reference` are [B, T]; `advantage` is [B] and already carries the KL
-    penalty of its completion; `kl_coef` is a number or [B], in the advantage's units. The estimate
-    k3 depends on the policy beyond the sampled tokens' probability, so its own derivative is added,
-    and the expected gradient is that of reward − kl_coef · KL for both estimators. (k1's own
-    derivative has expectation 0: left out.)
+    That is the gradient of the mean over completions of A Σₜ log πₜ. `logprobs`, `mask` and
+    `reference` are [B, T]; `advantage` is [B] and already carries the KL penalty of its completion;
+    `kl_coef` is a number or [B], in the advantage's units. The estimate k3 depends on the policy
+    beyond the sampled tokens' probability, so its own derivative is added, and the expected
+    gradient is that of reward − kl_coef · KL for both estimators. (k1's own derivative has
+    expectation 0: left out.)
     """
-    per_completion = -advantage * (logprobs * mask).sum(-1)
+    weights = advantage[:, None].expand_as(logprobs)
     if reference is not None and estimator == "k3":
-        penalty = kl_per_token(logprobs, reference, estimator)
-        per_completion = per_completion + kl_coef * (penalty * mask).sum(-1)
-    return per_completion.mean()
+        coef = torch.as_tensor(kl_coef, dtype=logprobs.dtype, device=logprobs.device).view(-1, 1)
+        weights = weights - coef * (1 - (reference - logprobs).exp())
+    return weights * mask / len(mask)
 
 
 def adapt_kl_coef(coef: float, kl: float, target: float, gain: float = 0.1) -> float:

@@ -1,29 +1,30 @@
-"""Rollouts: sampling completions, and the log-probabilities of what was sampled.
+"""Rollouts: what was sampled, how a token is chosen, and the check that the loss sees the same.
 
 Layout of every tensor here: prompts padded on the left, completions on the right,
-    [pad pad p p p | c c eos pad]      prompt [B, P], completion [B, T].
+    [pad pad p p p | c c eos pad]      prompt [Q, P], completion [B, T].
 Masks come from positions, never from `!= pad`, because GPT-2's pad is its EOS. A completion's mask
 ends with its first EOS, included. Log-probabilities are those of softmax(logits / temperature),
 the distribution that is sampled; top-k and top-p bend it further, and that part is not in them.
-Leaves out speed: one Python pass a token, whole logits in the loss.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
-Forward = Callable[..., tuple[Tensor, object]]  # as Policy.forward
+from adaptiverl.rl.head import exponentials_
+
+BLOCK = 256  # words
 
 
 @dataclass(frozen=True)
 class Rollout:
     """A batch of sampled completions; `logprobs` are those measured while sampling."""
 
-    prompt_ids: Tensor  # [B, P]
-    prompt_mask: Tensor  # [B, P]
+    prompt_ids: Tensor  # [Q, P], each prompt once
+    prompt_mask: Tensor  # [Q, P]
+    prompt_of: Tensor  # [B], the prompt of each completion
     completion_ids: Tensor  # [B, T]
     completion_mask: Tensor  # [B, T]
     logprobs: Tensor  # [B, T], 0 where masked
@@ -31,16 +32,32 @@ class Rollout:
     def __len__(self) -> int:
         return len(self.completion_ids)
 
-    def part(self, rows: slice) -> "Rollout":
-        """Some of the completions, cut to the longest of them."""
-        width = max(1, int(self.completion_mask[rows].sum(-1).max()))
-        narrow = {
-            name: getattr(self, name)[rows, :width]
-            for name in ("completion_ids", "completion_mask", "logprobs")
-        }
-        return replace(
-            self, prompt_ids=self.prompt_ids[rows], prompt_mask=self.prompt_mask[rows], **narrow
+    def part(self, rows: Tensor) -> "Rollout":
+        """Some of the completions and their prompts, without the padding that they share."""
+        mask = self.completion_mask[rows]
+        width = max(1, int(mask.sum(-1).max()))
+        prompts, prompt_of = self.prompt_of[rows].unique(return_inverse=True)
+        longest = int(self.prompt_mask[prompts].sum(-1).max())
+        return Rollout(
+            self.prompt_ids[prompts, -longest:],
+            self.prompt_mask[prompts, -longest:],
+            prompt_of,
+            self.completion_ids[rows, :width],
+            mask[:, :width],
+            self.logprobs[rows, :width],
         )
+
+    def pieces(self, count: int) -> list[Tensor]:
+        """All rows in `count` pieces of like length, so that little padding is computed."""
+        if count == 1:
+            return [torch.arange(len(self), device=self.prompt_of.device)]
+        return list(self.completion_mask.sum(-1).argsort(stable=True).chunk(count))
+
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """Ids and mask [B, P + T] of each prompt with its completion."""
+        prompts = self.prompt_ids[self.prompt_of], self.prompt_mask[self.prompt_of]
+        ids = torch.cat([prompts[0], self.completion_ids], 1)
+        return ids, torch.cat([prompts[1], self.completion_mask], 1)
 
     def tokens(self) -> list[list[int]]:
         """Each completion's ids, its EOS included, padding left out."""
@@ -57,98 +74,77 @@ def uniforms(seed: int, step: int, batch_size: int, length: int) -> Tensor:
     return torch.rand(batch_size, length, generator=generator, dtype=torch.float64)
 
 
-def pick(logits: Tensor, uniform: Tensor) -> Tensor:
-    """One token a row from softmax(logits), by inverting its cumulative sum at `uniform` [B].
+def pick_(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """A word for each column of softmax(logits) [V, n], and its log-probability; spoils `logits`.
 
-    One random number a row instead of one a vocabulary entry; float64, because a float32 sum
-    over 50,000 entries is off by more than a rare token's probability.
+    Inverts the cumulative sum at `uniform` [n]: one random number a token, not one a word. First
+    among blocks of words, then within one: float64 is needed for sums over 50,000 words, where
+    float32 is off by more than a rare word's probability, but not for those over 256.
     """
-    cumulative = logits.double().softmax(-1).cumsum(-1)
+    words, n = logits.shape
+    weights, _, total = exponentials_(logits)
+    even = words // BLOCK * BLOCK
+    sums = torch.cat([weights[:even].view(-1, BLOCK, n).sum(1), weights[even:].sum(0)[None]])
+    cumulative = sums.t().double().cumsum(-1)  # [n, blocks]
     threshold = uniform[:, None] * cumulative[:, -1:]
     # right=True: the first entry whose sum exceeds the threshold, so never one of probability 0
-    index = torch.searchsorted(cumulative, threshold, right=True)
-    return index.clamp(max=logits.shape[-1] - 1).squeeze(-1)
+    block = torch.searchsorted(cumulative, threshold, right=True).clamp(max=len(sums) - 1)
+    end = cumulative.gather(1, block)
+    size = sums.t().gather(1, block).double()
+    # How far into the block, in [0, 1)
+    fraction = ((threshold - (end - size)) / size).clamp(min=0, max=1 - 2**-52)
+    index = block * BLOCK + torch.arange(BLOCK, device=logits.device)  # [n, BLOCK]
+    column = torch.arange(n, device=logits.device)
+    own = weights[index.clamp(max=words - 1), column[:, None]] * (index < words)
+    within = own.double().cumsum(-1)
+    word = torch.searchsorted(within, fraction * within[:, -1:], right=True)
+    token = (block * BLOCK + word.clamp(max=BLOCK - 1))[:, 0]
+    return token, (weights[token, column] / total).log()
 
 
-@torch.no_grad()
-def sample(
-    forward: Forward,
-    prompt_ids: Tensor,
-    prompt_mask: Tensor,
-    uniform: Tensor,
-    *,
-    eos_ids: Tensor,
-    pad_id: int,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-) -> Rollout:
-    """Completions of at most `uniform.shape[1]` tokens for left-padded prompts [B, P]."""
-    bend = LogitsProcessorList()
-    if top_k:
-        bend.append(TopKLogitsWarper(top_k))
-    if top_p < 1.0:
-        bend.append(TopPLogitsWarper(top_p))
+@dataclass(frozen=True)
+class Choice:
+    """How a token is chosen, and what ends a completion."""
 
-    cache = None
-    alive = torch.ones(len(prompt_ids), dtype=torch.bool, device=prompt_ids.device)
-    ids, mask = prompt_ids, prompt_mask
-    tokens, masks, logprobs = [], [], []
-    for t in range(uniform.shape[1]):
-        logits, cache = forward(ids, mask, keep=1, use_cache=True, cache=cache)
-        logits = logits[:, -1].float() / temperature  # [B, V]
-        token = pick(bend(ids, logits), uniform[:, t])
-        logprob = logits.gather(-1, token[:, None]).squeeze(-1) - logits.logsumexp(-1)
-        tokens.append(token.where(alive, pad_id))
-        masks.append(alive)
-        logprobs.append(logprob.where(alive, 0.0))
-        alive = alive & ~torch.isin(token, eos_ids)
-        if not alive.any():
-            break
-        ids = tokens[-1][:, None]
-        mask = torch.cat([mask, masks[-1][:, None].to(mask.dtype)], dim=1)
-    return Rollout(
-        prompt_ids,
-        prompt_mask,
-        torch.stack(tokens, 1),
-        torch.stack(masks, 1).to(prompt_mask.dtype),
-        torch.stack(logprobs, 1),
-    )
+    eos_ids: Tensor
+    pad_id: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __call__(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens and log-probabilities [n] from logits [V, n] over the temperature; spoils them.
+
+        Top-k and top-p bend what is sampled, not the log-probability, and make copies.
+        """
+        bend = LogitsProcessorList()
+        if self.top_k:
+            bend.append(TopKLogitsWarper(self.top_k))
+        if self.top_p < 1.0:
+            bend.append(TopPLogitsWarper(self.top_p))
+        if not bend:
+            return pick_(logits, uniform)
+        token, _ = pick_(bend(None, logits.t()).t().contiguous(), uniform)
+        own = logits.gather(0, token[None])[0]
+        return token, own - exponentials_(logits)[1]
 
 
-def token_logprobs(
-    forward: Forward, rollout: Rollout, temperature: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """Log-probability of each completion token and entropy at it, both [B, T] and 0 where masked.
+def check_logprobs(
+    sampled: Tensor, measured: Tensor, library: Tensor, rollout: Rollout, exact: bool
+) -> float:
+    """Stops a run whose log-probabilities are wrong; returns the largest gap.
 
-    One full pass, differentiable; the entropy is only for the logs and carries no gradient.
+    `sampled` and `measured` (the loss's) are held against `library`, one unpadded pass a completion
+    by the model's own code, all [B, T]. `exact` (fp32 weights and arithmetic) allows 1e-3 at any
+    token. Otherwise rounding moves single tokens, and the mean gap may be 0.05. Raises ValueError
+    with the likely cause.
     """
-    ids = torch.cat([rollout.prompt_ids, rollout.completion_ids], 1)
-    mask = torch.cat([rollout.prompt_mask, rollout.completion_mask], 1)
-    length = rollout.completion_ids.shape[1]
-    logits, _ = forward(ids, mask, keep=length + 1)
-    logits = logits[:, :-1].float() / temperature  # [B, T, V]
-    log_z = logits.logsumexp(-1)
-    chosen = logits.gather(-1, rollout.completion_ids[..., None]).squeeze(-1) - log_z
-    with torch.no_grad():
-        entropy = log_z - (logits.softmax(-1) * logits).sum(-1)
-    return chosen * rollout.completion_mask, entropy * rollout.completion_mask
-
-
-def check_logprobs(forward: Forward, rollout: Rollout, temperature: float, exact: bool) -> float:
-    """Stops a run whose sampled and recomputed log-probabilities disagree; returns the largest gap.
-
-    `exact` (fp32 weights and arithmetic) allows 1e-3 at any token. Otherwise rounding moves single
-    tokens, and the mean gap may be 0.05. Raises ValueError with the likely cause.
-    """
-    with torch.no_grad():
-        again, _ = token_logprobs(forward, rollout, temperature)
-    gap = (again - rollout.logprobs).abs()
+    gap = torch.maximum((sampled - library).abs(), (measured - library).abs())
     mean = (gap.sum() / rollout.completion_mask.sum()).item()
     worst = gap.max().item()
     if (worst if exact else mean) <= (1e-3 if exact else 0.05):
         return worst
-    padded = rollout.prompt_mask.min(-1).values == 0
+    padded = rollout.prompt_mask[rollout.prompt_of].min(-1).values == 0
     by_row = gap.max(-1).values
     if padded.any() and not padded.all() and by_row[padded].min() > 10 * by_row[~padded].max():
         cause = "only padded prompts are off: the model ignores position_ids or the attention mask"

@@ -1,18 +1,23 @@
 """From texts to rollouts and back: a policy with its tokenizer and sampling settings."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from adaptiverl.rl.decode import Decoder
+from adaptiverl.rl.generate import generate
 from adaptiverl.rl.policy import Policy
-from adaptiverl.rl.rollout import Rollout, sample, token_logprobs
+from adaptiverl.rl.rollout import Choice, Rollout, check_logprobs
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """Samples from `policy` and measures what was sampled, always at the same temperature."""
+    """Samples from `policy` and measures what was sampled, always at the same temperature.
+
+    Whoever calls it decides on autocast.
+    """
 
     policy: Policy
     tokenizer: PreTrainedTokenizerBase
@@ -20,6 +25,7 @@ class Sampler:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    kept: dict[tuple, Decoder] = field(default_factory=dict)  # CUDA's, with their graphs
 
     @property
     def device(self) -> torch.device:
@@ -27,23 +33,44 @@ class Sampler:
 
     def __call__(self, prompts: list[str], uniform: Tensor) -> Rollout:
         """A completion of each prompt, from the random numbers `uniform` [B, T]."""
+        number = {text: i for i, text in enumerate(dict.fromkeys(prompts))}
         batch = self.tokenizer(
-            prompts,
+            list(number),
             padding=True,
             truncation=self.max_prompt is not None,
             max_length=self.max_prompt,
             return_tensors="pt",
         ).to(self.device)
-        return sample(
-            self.policy,
-            batch.input_ids,
-            batch.attention_mask,
-            uniform.to(self.device),
-            eos_ids=self.eos_ids(),
-            pad_id=self.tokenizer.pad_token_id,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
+        prompt_of = torch.tensor([number[text] for text in prompts], device=self.device)
+        inputs = batch.input_ids, batch.attention_mask, prompt_of, uniform.to(self.device)
+        if self.policy.gpt2 and self.policy.plain_head:
+            return self._decoder(batch.input_ids.shape[1], *uniform.shape)(*inputs)
+        return generate(self.policy.base, self._choice(), *inputs)
+
+    def _decoder(self, prompt: int, rows: int, length: int) -> Decoder:
+        lm, width = self.policy.base, prompt + length
+        static = self.device.type == "cuda"
+        if static:
+            width = -(-width // 64) * 64  # few widths, so few captures
+        key = (rows, length, width)
+        if key in self.kept:
+            return self.kept[key]
+        decoder = Decoder(
+            lm.transformer,
+            lm.get_output_embeddings(),
+            self._choice(),
+            rows=rows,
+            length=length,
+            width=width,
+            static=static,
+        )
+        if static:
+            self.kept[key] = decoder
+        return decoder
+
+    def _choice(self) -> Choice:
+        return Choice(
+            self.eos_ids(), self.tokenizer.pad_token_id, self.temperature, self.top_k, self.top_p
         )
 
     def eos_ids(self) -> Tensor:
@@ -56,7 +83,24 @@ class Sampler:
         """The completions as text, special tokens left out."""
         return self.tokenizer.batch_decode(rollout.tokens(), skip_special_tokens=True)
 
+    def reference_logprobs(self, rollout: Rollout, pieces: int = 1) -> Tensor:
+        """[B, T], by the reference, in `pieces` passes."""
+        result = torch.zeros_like(rollout.logprobs)
+        for rows in rollout.pieces(pieces):
+            measured = self.policy.reference_logprobs(rollout.part(rows), self.temperature)
+            result[rows, : measured.shape[1]] = measured
+        return result
+
     @torch.no_grad()
-    def reference_logprobs(self, rollout: Rollout) -> Tensor:
-        """[B, T], by the reference."""
-        return token_logprobs(self.policy.reference_forward, rollout, self.temperature)[0]
+    def check(self, rollout: Rollout, exact: bool) -> float:
+        """Holds sampling and the loss against the library's own forward pass (check_logprobs)."""
+        library = torch.zeros_like(rollout.logprobs)
+        for row, completion in enumerate(rollout.tokens()):
+            prompt = rollout.prompt_of[row]
+            ids = rollout.prompt_ids[prompt][rollout.prompt_mask[prompt].bool()]
+            tokens = torch.tensor(completion, device=self.device)
+            logits = self.policy.lm(input_ids=torch.cat([ids, tokens])[None]).logits
+            table = (logits[0, len(ids) - 1 : -1].float() / self.temperature).log_softmax(-1)
+            library[row, : len(tokens)] = table.gather(-1, tokens[:, None])[:, 0]
+        measured = self.policy.logprobs(rollout, self.temperature)
+        return check_logprobs(rollout.logprobs, measured, library, rollout, exact)

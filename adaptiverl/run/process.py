@@ -26,18 +26,13 @@ class Clock:
     """Seconds between laps, by name."""
 
     def __init__(self) -> None:
-        self.start = self.last = time.perf_counter()
+        self.last = time.perf_counter()
         self.laps: dict[str, float] = {}
 
     def lap(self, name: str) -> None:
         now = time.perf_counter()
         self.laps[name] = now - self.last
         self.last = now
-
-    def metrics(self, tokens: int) -> dict[str, float]:
-        """seconds/<lap> of each lap, and tokens a second over all of them."""
-        seconds = {f"seconds/{name}": round(lap, 4) for name, lap in self.laps.items()}
-        return {"tokens_per_second": round(tokens / (self.last - self.start), 1)} | seconds
 
 
 def peak_memory() -> int:

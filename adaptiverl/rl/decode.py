@@ -1,0 +1,206 @@
+"""Sampling from GPT-2: every buffer is made once, and completions that have ended cost nothing.
+
+A slot is a row of the buffers. When completions end, the last live slots move into the gaps, so
+the live ones are the first n and a step works on those alone. On CUDA a step is a graph, captured
+for each power of two of slots and replayed; gaps are closed only every GAP tokens, because for
+that the host must wait for the device.
+"""
+
+import copy
+
+import torch
+from torch import Tensor
+from transformers import GPT2Model
+from transformers.pytorch_utils import Conv1D
+
+from adaptiverl.rl.gpt2 import hidden_states, read_prompts
+from adaptiverl.rl.head import Projection
+from adaptiverl.rl.rollout import Choice, Rollout
+
+GAP = 16  # tokens between looks at a CUDA device
+
+
+class Slots:
+    """One layer's keys and values [B, H, S, D / H], written at `column`."""
+
+    def __init__(self, keys: Tensor, values: Tensor, column: Tensor):
+        self.keys, self.values, self.column = keys, values, column
+        self.live, self.width = keys.shape[0], keys.shape[2]  # what a step uses of B and S
+
+    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        seen = []
+        for buffer, new in ((self.keys, keys), (self.values, values)):
+            buffer[: self.live].index_copy_(2, self.column, new.to(buffer.dtype))
+            seen.append(buffer[: self.live, :, : self.width])
+        return seen[0], seen[1]
+
+
+class Decoder:
+    """Buffers for `rows` completions of up to `length` tokens within `width` columns of context.
+
+    `static` is how it works on CUDA, where it is kept from rollout to rollout: sizes that a graph
+    can have. A graph sees new weights because optimizers write in place.
+    """
+
+    def __init__(
+        self,
+        transformer: GPT2Model,
+        head: torch.nn.Linear,
+        choice: Choice,
+        *,
+        rows: int,
+        length: int,
+        width: int,
+        static: bool = False,
+    ):
+        device = head.weight.device
+        self.choice, self.static = choice, static
+        self.projection = Projection(head, choice.temperature)
+        self.dtype = self.projection.weight.dtype
+        self.transformer = transformer
+        self.copies: list[tuple[Tensor, Tensor]] = []  # what autocast would cast, and from what
+        if self.dtype != head.weight.dtype:
+            self.copies.append((self.projection.weight, head.weight))
+            self.transformer = self._cast(transformer)
+
+        # By slot
+        self.row = torch.arange(rows, device=device)
+        self.live = torch.ones(rows, dtype=torch.bool, device=device)
+        self.token = torch.zeros(rows, dtype=torch.long, device=device)
+        self.position = torch.zeros(rows, dtype=torch.long, device=device)
+        self.uniform = torch.zeros(rows, length, dtype=torch.float64, device=device)
+        self.attend = torch.zeros(rows, 1, 1, width, dtype=torch.bool, device=device)
+        # By row
+        self.tokens = torch.zeros(rows, length, dtype=torch.long, device=device)
+        self.mask = torch.zeros(rows, length, dtype=torch.long, device=device)
+        self.logprobs = torch.zeros(rows, length, device=device)
+        # Where a step writes: on the device, so that a graph can move it
+        self.time = torch.zeros(1, dtype=torch.long, device=device)
+        self.column = torch.zeros(1, dtype=torch.long, device=device)
+
+        config = transformer.config
+        shape = (rows, config.n_head, width, config.n_embd // config.n_head)
+        make = lambda: torch.zeros(shape, dtype=self.dtype, device=device)  # noqa
+        self.caches = [Slots(make(), make(), self.column) for _ in transformer.h]
+        self.moving = [self.row, self.live, self.token, self.position, self.uniform, self.attend]
+        self.moving += [x for slots in self.caches for x in (slots.keys, slots.values)]
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        if device.type == "cuda":
+            self._capture()
+
+    @torch.no_grad()
+    def __call__(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, prompt_of: Tensor, uniform: Tensor
+    ) -> Rollout:
+        """Completes prompt `prompt_of[i]` of left-padded [Q, P] from row i of `uniform` [B, T]."""
+        live, length = uniform.shape
+        self._begin(prompt_ids, prompt_mask, prompt_of, uniform)
+        for t in range(1, length):
+            if not self.static or t % GAP == 0:
+                live = self._close_gaps(live)
+                if live == 0:
+                    break
+            if self.graphs:
+                self.graphs[live].replay()
+            else:
+                self._step(live, None if self.static else prompt_ids.shape[1] + t)
+        width = max(1, int(self.mask.sum(-1).max()))
+        written = [x[:, :width].clone() for x in (self.tokens, self.mask, self.logprobs)]
+        return Rollout(prompt_ids, prompt_mask, prompt_of, *written)
+
+    def _begin(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, prompt_of: Tensor, uniform: Tensor
+    ) -> None:
+        """Reads each prompt once, hands its cache to its rows and picks their first tokens."""
+        for copied, weight in self.copies:
+            copied.copy_(weight)
+        states, caches = read_prompts(self.transformer, prompt_ids, prompt_mask)
+        columns = prompt_ids.shape[1]
+        for slots, cache in zip(self.caches, caches, strict=True):
+            assert cache.keys is not None and cache.values is not None
+            slots.keys[:, :, :columns] = cache.keys[prompt_of]
+            slots.values[:, :, :columns] = cache.values[prompt_of]
+        self.attend.zero_()
+        self.attend[..., :columns] = prompt_mask[prompt_of, None, None].bool()
+        self.row.copy_(torch.arange(len(self.row), device=self.row.device))
+        self.live.fill_(True)
+        self.position.copy_(prompt_mask.sum(-1)[prompt_of])
+        self.uniform.copy_(uniform)
+        self.tokens.fill_(self.choice.pad_id)
+        self.mask.zero_()
+        self.logprobs.zero_()
+        self.time.zero_()
+        self.column.fill_(columns)
+        self._pick(states[prompt_of, -1])
+
+    def _pick(self, states: Tensor) -> None:
+        """Draws the next token of the first slots after their hidden `states` [n, D]."""
+        n = len(states)
+        uniform = self.uniform[:n].index_select(1, self.time)[:, 0]
+        token, logprob = self.choice(self.projection.logits(states), uniform)
+        at, live = (self.row[:n], self.time), self.live[:n]
+        self.token[:n] = token
+        self.tokens[at] = token.where(live, self.choice.pad_id)
+        self.mask[at] = live.long()
+        self.logprobs[at] = logprob.where(live, 0.0)
+        live &= ~torch.isin(token, self.choice.eos_ids)
+
+    def _step(self, n: int, width: int | None = None) -> None:
+        """Reads the first `n` slots' tokens and draws their next, looking at `width` columns."""
+        for slots in self.caches:
+            slots.live, slots.width = n, width or slots.keys.shape[2]
+        self.attend.index_fill_(3, self.column, True)
+        states = hidden_states(
+            self.transformer,
+            self.token[:n, None],
+            self.position[:n, None],
+            self.attend[:n, ..., :width],
+            self.caches,
+        )
+        self.column += 1
+        self.position += 1
+        self.time += 1
+        self._pick(states[:, 0])
+
+    def _sizes(self) -> list[int]:
+        """How many slots a graph may have: all, half, a quarter, an eighth."""
+        return [max(1, len(self.row) >> k) for k in range(4)]
+
+    def _close_gaps(self, n: int) -> int:
+        """Moves the last live of the first `n` slots into the gaps; how many slots to go on with."""
+        live = self.live[:n]
+        alive = int(live.sum())
+        rest = alive
+        if self.static and alive:
+            rest = min(size for size in self._sizes() if size >= alive)
+        gaps, moving = (~live[:rest]).nonzero()[:, 0], rest + live[rest:].nonzero()[:, 0]
+        if len(moving):
+            gaps = gaps[: len(moving)]
+            for buffer in self.moving:
+                buffer[gaps] = buffer[moving]
+            self.live[moving] = False
+        return rest
+
+    def _cast(self, transformer: GPT2Model) -> GPT2Model:
+        """A copy with its matrices in autocast's type: cast once a rollout, not once a token."""
+        result = copy.deepcopy(transformer)
+        for module in result.modules():
+            if isinstance(module, Conv1D) and module.weight.is_floating_point():
+                module.weight.data = module.weight.data.to(self.dtype)
+        self.copies += zip(result.parameters(), transformer.parameters(), strict=True)
+        return result
+
+    def _capture(self) -> None:
+        """Captures a step for each number of slots; what it writes into the buffers is overwritten."""
+        device = self.row.device
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.no_grad(), torch.cuda.stream(side):
+            for n in self._sizes():  # the libraries' workspaces, the largest logits buffer
+                self._step(n)
+        torch.cuda.current_stream(device).wait_stream(side)
+        for n in self._sizes():
+            graph = torch.cuda.CUDAGraph()
+            with torch.no_grad(), torch.cuda.graph(graph):
+                self._step(n)
+            self.graphs[n] = graph

@@ -1,0 +1,106 @@
+"""GPT-2's forward pass over transformers' own modules: shared prompts, caches written in place.
+
+One function serves sampling, the reference and training, so all three see the same policy. The
+modules are called, not their weights, so adapters and quantised layers stay as they are.
+Leaves out dropout (it is off in all of them), projection to logits (head.py) and every GPT-2
+variant that `is_gpt2` does not name: those run by transformers' own code.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu, scaled_dot_product_attention
+from transformers import GPT2LMHeadModel, GPT2Model, PreTrainedModel
+
+from adaptiverl.rl.rollout import Rollout
+
+
+class LayerCache(Protocol):
+    """The keys and values of one layer, [B, H, N, D / H] each."""
+
+    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds those of the new tokens; all that these tokens may look at."""
+
+
+class Growing:
+    """Keeps what it is given, differentiable; `take` repeats a prompt for its completions."""
+
+    def __init__(self, keys: Tensor | None = None, values: Tensor | None = None):
+        self.keys, self.values = keys, values
+
+    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        if self.keys is not None and self.values is not None:
+            keys, values = torch.cat([self.keys, keys], 2), torch.cat([self.values, values], 2)
+        self.keys, self.values = keys, values
+        return keys, values
+
+    def take(self, rows: Tensor) -> "Growing":
+        assert self.keys is not None and self.values is not None
+        return Growing(self.keys[rows], self.values[rows])
+
+
+def is_gpt2(lm: PreTrainedModel) -> bool:
+    """Whether `hidden_states` computes what `lm` does: GPT-2 with its usual attention and GELU."""
+    return (
+        type(lm) is GPT2LMHeadModel
+        and lm.config.activation_function in ("gelu_new", "gelu_pytorch_tanh")  # the same formula
+        and lm.config.scale_attn_weights
+        and not lm.config.scale_attn_by_inverse_layer_idx
+        and not lm.config.add_cross_attention
+    )
+
+
+def hidden_states(
+    transformer: GPT2Model,
+    ids: Tensor,
+    positions: Tensor,
+    attend: Tensor,
+    caches: Sequence[LayerCache],
+) -> Tensor:
+    """The last layer's output [B, N, D] for `ids` [B, N] at `positions` [B, N].
+
+    `attend` [B, 1, N, cached + N] is True, or 0 in floating point, where a token looks.
+    """
+    rows, length = ids.shape
+    heads = transformer.config.n_head
+    x = transformer.wte(ids) + transformer.wpe(positions)
+    for block, cache in zip(transformer.h, caches, strict=True):
+        qkv = block.attn.c_attn(block.ln_1(x)).view(rows, length, 3, heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, H, N, D / H] each
+        k, v = cache.extend(k, v)
+        attended = scaled_dot_product_attention(q, k, v, attn_mask=attend)
+        x = x + block.attn.c_proj(attended.transpose(1, 2).reshape(rows, length, -1))
+        x = x + block.mlp.c_proj(gelu(block.mlp.c_fc(block.ln_2(x)), approximate="tanh"))
+    return transformer.ln_f(x)
+
+
+def read_prompts(transformer: GPT2Model, ids: Tensor, mask: Tensor) -> tuple[Tensor, list[Growing]]:
+    """The hidden states [Q, P, D] of left-padded prompts, and their caches."""
+    size = ids.shape[1]
+    # A padding token looks at itself: with nothing to look at, its softmax would be NaN.
+    causal = torch.ones(size, size, dtype=torch.bool, device=ids.device).tril()
+    itself = torch.eye(size, dtype=torch.bool, device=ids.device)
+    attend = (causal & mask[:, None].bool()) | itself  # [Q, P, P]
+    caches = [Growing() for _ in transformer.h]
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    return hidden_states(transformer, ids, positions, attend[:, None], caches), caches
+
+
+def predicting_states(transformer: GPT2Model, rollout: Rollout) -> Tensor:
+    """The states [B, T, D] that predict each completion's tokens; each prompt is read once."""
+    prompts, caches = read_prompts(transformer, rollout.prompt_ids, rollout.prompt_mask)
+    first = prompts[rollout.prompt_of, -1:]  # predicts the first token
+    ids = rollout.completion_ids[:, :-1]  # the last token predicts nothing that is asked for
+    rows, length = ids.shape
+    if length == 0:
+        return first
+    prompt_mask = rollout.prompt_mask[rollout.prompt_of]
+    causal = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
+    seen = prompt_mask.bool()[:, None].expand(-1, length, -1)
+    attend = torch.cat([seen, causal.expand(rows, -1, -1)], -1)  # [B, T - 1, P + T - 1]
+    positions = prompt_mask.sum(-1, keepdim=True) + torch.arange(length, device=ids.device)
+    caches = [cache.take(rollout.prompt_of) for cache in caches]
+    rest = hidden_states(transformer, ids, positions, attend[:, None], caches)
+    return torch.cat([first, rest], 1)

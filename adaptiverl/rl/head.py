@@ -1,0 +1,148 @@
+"""From hidden states to log-probabilities, never holding the logits of all tokens.
+
+The projection to V words is made for CHUNK tokens at a time, in one buffer that is used again, and
+the gradient of REINFORCE, Σ w log π, is formed while a chunk's probabilities are there. The buffer
+is [V, tokens]: on a CPU that makes the products and the sums along V up to twice as fast.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK = 256  # tokens; with fewer the products are slower, more only take memory
+
+
+class Projection:
+    """Logits of a few hidden states at a time, fp32, in one buffer.
+
+    `weight` is [V, D], `bias` [V] or None; both are taken in autocast's type where that is on.
+    """
+
+    def __init__(self, head: torch.nn.Linear, temperature: float = 1.0):
+        device = head.weight.device
+        on = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if on else head.weight.dtype
+        self.weight = head.weight.detach().to(dtype)  # itself, where there is nothing to cast
+        self.bias = None if head.bias is None else head.bias.detach().float()[:, None]
+        self.temperature = temperature
+        self.buffer = torch.empty(0, device=device)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[V, n] for `hidden` [n, D], over the temperature; valid until the next call."""
+        size = len(self.weight) * len(hidden)
+        if self.buffer.numel() < size:
+            self.buffer = self.buffer.new_empty(size)
+        logits = self.buffer[:size].view(-1, len(hidden))
+        columns = (hidden.detach() / self.temperature).to(self.weight.dtype).t()
+        with torch.autocast(hidden.device.type, enabled=False):
+            if self.weight.dtype == torch.float32:
+                torch.mm(self.weight, columns, out=logits)
+            else:
+                logits.copy_(torch.mm(self.weight, columns))
+        if self.bias is not None:
+            logits += self.bias / self.temperature
+        return logits
+
+
+def exponentials_(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """exp(logits − m) in place of the logits [V, n], then log Z and Z·exp(−m), [n] each.
+
+    m is a column's largest logit; the exponentials are the probabilities times Z·exp(−m).
+    """
+    largest = logits.amax(0)
+    total = logits.sub_(largest).exp_().sum(0)
+    return logits, largest + total.log(), total
+
+
+@torch.no_grad()
+def plain_logprobs(
+    hidden: Tensor, head: torch.nn.Linear, tokens: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """log π of `tokens` [N] after `hidden` [N, D], without gradient."""
+    projection, parts = Projection(head, temperature), []
+    for states, chosen in zip(hidden.split(CHUNK), tokens.split(CHUNK), strict=True):
+        logits = projection.logits(states)
+        own = logits.gather(0, chosen[None])[0]
+        parts.append(own - exponentials_(logits)[1])
+    return torch.cat(parts)
+
+
+def weighted_logprobs(
+    hidden: Tensor,
+    head: torch.nn.Linear,
+    tokens: Tensor,
+    weights: Tensor,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Σ weights · log π(tokens), differentiable, with log π and the entropy at each token, which
+    are not.
+
+    `hidden` is [N, D], `tokens` and `weights` [N]. Weights take no gradient: they are known before
+    the policy's pass, so that pass forms the gradient too, by three products and not four.
+    """
+    score, logprobs, entropy = _WeightedLogprobs.apply(
+        hidden, head.weight, head.bias, head, tokens, weights, temperature
+    )
+    return score, logprobs, entropy
+
+
+class _WeightedLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        head: torch.nn.Linear,
+        tokens: Tensor,
+        weights: Tensor,
+        temperature: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        train_weight, train_bias = ctx.needs_input_grad[1:3]
+        project = Projection(head, temperature)
+        by_weight = torch.zeros_like(weight, dtype=torch.float32) if train_weight else None
+        by_bias = weight.new_zeros(len(weight), dtype=torch.float32) if train_bias else None
+        by_hidden, logprobs, entropy = [], [], []
+        scales = weights.float() / temperature
+        for states, chosen, scale in zip(
+            hidden.split(CHUNK), tokens.split(CHUNK), scales.split(CHUNK), strict=True
+        ):
+            logits = project.logits(states)
+            own = logits.gather(0, chosen[None])[0]
+            relative, log_z, total = exponentials_(logits)  # the probabilities times total
+            logprobs.append(own - log_z)
+
+            # ∂ log π(y)/∂h = (W_y − Σ_v π(v) W_v)/τ, and Σ_v π(v) logit(v) is h · Σ_v π(v) W_v / τ
+            with torch.autocast(hidden.device.type, enabled=False):
+                as_weight = relative.to(project.weight.dtype)
+                mean = torch.mm(as_weight.t(), project.weight).float() / total[:, None]
+            states = states.float()
+            mean_logit = (states * mean).sum(-1)
+            if project.bias is not None:
+                mean_logit += torch.mv(relative.t(), project.bias[:, 0]) / total
+            entropy.append(log_z - mean_logit / temperature)
+            by_hidden.append(scale[:, None] * (project.weight[chosen].float() - mean))
+
+            # ∂ log π(y)/∂W_v = (1[v = y] − π(v)) h/τ
+            if by_weight is not None:
+                by_weight.index_add_(0, chosen, scale[:, None] * states)
+                by_weight.addmm_(relative, (scale / total)[:, None] * states, alpha=-1)
+            if by_bias is not None:
+                by_bias.index_add_(0, chosen, scale)
+                by_bias.addmv_(relative, scale / total, alpha=-1)
+        ctx.save_for_backward(torch.cat(by_hidden).to(hidden.dtype), by_weight, by_bias)
+        ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
+        logprob, entropies = torch.cat(logprobs), torch.cat(entropy)
+        ctx.mark_non_differentiable(logprob, entropies)
+        return (weights * logprob).sum(), logprob, entropies
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, score: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        by_hidden, by_weight, by_bias = ctx.saved_tensors
+        # In place: a second backward pass through the same graph is an error, not a wrong number.
+        grads = [by_hidden.mul_(score)]
+        for grad, dtype in zip((by_weight, by_bias), ctx.dtypes, strict=True):
+            grads.append(None if grad is None else grad.mul_(score).to(dtype))
+        return (*grads, None, None, None, None)

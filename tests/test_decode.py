@@ -1,0 +1,282 @@
+"""Three ways to sample, one distribution: exact probabilities, equal tokens, no wasted work."""
+
+from collections import Counter
+from itertools import product
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTJConfig,
+    GPTJForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from adaptiverl.rl import decode
+from adaptiverl.rl.decode import Decoder
+from adaptiverl.rl.generate import generate
+from adaptiverl.rl.policy import Policy
+from adaptiverl.rl.rollout import Choice, Rollout, uniforms
+
+EOS = 3
+WAYS = ["generate", "decoder", "static"]
+
+
+def small_gpt2(words: int, **config) -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    sizes = {"n_positions": 96, "n_embd": 16, "n_layer": 2, "n_head": 2, "initializer_range": 0.3}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=words, **(sizes | config))).eval()
+
+
+def choice(**settings) -> Choice:
+    return Choice(torch.tensor([EOS]), EOS, **settings)
+
+
+def sampled(way: str, lm, how: Choice, prompts: list[list[int]], of: list[int], chance: Tensor):
+    """Completions of `prompts`, prompt of[i] for row i, by one of the ways."""
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.tensor([[EOS] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    inputs = ids, mask, torch.tensor(of), chance
+    if way == "generate":
+        return generate(lm, how, *inputs)
+    rows, length = chance.shape
+    sizes = {"rows": rows, "length": length, "width": width + length}
+    if way == "static":
+        sizes |= {"width": width + length + 5, "static": True}
+    return Decoder(lm.transformer, lm.lm_head, how, **sizes)(*inputs)
+
+
+PROMPTS, OF = [[0, 1, 2, 4, 1], [2], [4, 4]], [0, 0, 1, 2, 2, 2, 0, 1]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("way", WAYS)
+def test_completions_follow_their_exact_probabilities(way, temperature):
+    """Chi-square over all completions of at most three of five words, for two prompts at once.
+
+    The exact probabilities come from the library's model, one unpadded completion at a time.
+    """
+    lm, how, n = small_gpt2(5), choice(temperature=temperature), 12_000
+    prompts = PROMPTS[:2]
+    rollout = sampled(way, lm, how, prompts, [0] * n + [1] * n, uniforms(0, 1, 2 * n, 3))
+    counts = [Counter(map(tuple, part)) for part in (rollout.tokens()[:n], rollout.tokens()[n:])]
+    others = [word for word in range(5) if word != EOS]
+    possible = [(*head, EOS) for size in (0, 1) for head in product(others, repeat=size)]
+    possible += [(*head, last) for head in product(others, repeat=2) for last in range(5)]
+    for prompt, count in zip(prompts, counts, strict=True):
+        assert set(count) <= set(possible)
+        statistic, passed = 0.0, 0.0
+        for completion in possible:
+            ids = torch.tensor([[*prompt, *completion]])
+            with torch.no_grad():
+                table = (lm(ids).logits[0, len(prompt) - 1 :] / temperature).log_softmax(-1)
+            logprob = sum(table[t, word].item() for t, word in enumerate(completion))
+            expected = n * torch.tensor(logprob).exp().item()
+            passed += expected
+            statistic += (count[completion] - expected) ** 2 / expected
+        assert passed == pytest.approx(n)
+        assert statistic < 129.0, "the 99.9 % point of chi-square with 84 degrees of freedom"
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_k": 3}, {"top_p": 0.6}, {"temperature": 0.5}])
+@pytest.mark.parametrize("seed", range(5))
+def test_all_ways_write_the_same(seed, settings):
+    """EOS is one word of seven, so completions end at all times and slots move."""
+    lm, chance = small_gpt2(7, initializer_range=0.2), uniforms(seed, 1, len(OF), 40)
+    theirs, *ours = (sampled(way, lm, choice(**settings), PROMPTS, OF, chance) for way in WAYS)
+    assert len(set(map(len, theirs.tokens()))) > 1
+    for own in ours:
+        assert own.tokens() == theirs.tokens()
+        assert torch.equal(own.completion_ids, theirs.completion_ids), "padding too"
+        assert torch.equal(own.completion_mask, theirs.completion_mask)
+        torch.testing.assert_close(own.logprobs, theirs.logprobs, rtol=0, atol=1e-5)
+
+
+def test_ended_completions_are_not_computed(monkeypatch):
+    lm, seen = small_gpt2(7), []
+    inner = decode.hidden_states
+    monkeypatch.setattr(
+        decode,
+        "hidden_states",
+        lambda model, ids, *rest: seen.append(len(ids)) or inner(model, ids, *rest),
+    )
+    chance = uniforms(1, 1, len(OF), 40)
+    rollout = sampled("decoder", lm, choice(), PROMPTS, OF, chance)
+    lengths = rollout.completion_mask.sum(-1)
+    going_on = [int((lengths > t).sum()) for t in range(1, 40)]
+    assert seen == [n for n in going_on if n]
+    seen.clear()
+    sampled("static", lm, choice(), PROMPTS, OF, chance)
+    assert seen[:15] == [8] * 15 and seen[15] < 8, "a look every 16 tokens"
+    assert all(size in (8, 4, 2, 1) for size in seen)
+
+
+def test_sampling_stops_when_every_completion_has_ended(monkeypatch):
+    lm, seen = small_gpt2(7), []
+    with torch.no_grad():
+        lm.transformer.ln_f.bias.copy_(50 * lm.lm_head.weight[EOS])  # EOS is certain
+    inner = decode.hidden_states
+    monkeypatch.setattr(decode, "hidden_states", lambda *given: seen.append(0) or inner(*given))
+    rollout = sampled("decoder", lm, choice(), PROMPTS, OF, uniforms(0, 1, 8, 40))
+    assert rollout.tokens() == [[EOS]] * 8
+    assert seen == []
+
+
+class Forbid(TorchDispatchMode):
+    """Fails on what would make the host wait for a device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2"}
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_static_step_never_waits_for_the_device():
+    lm = small_gpt2(300)
+    decoder = Decoder(lm.transformer, lm.lm_head, choice(), rows=4, length=8, width=16, static=True)
+    decoder(
+        torch.tensor([[1, 2]]), torch.ones(1, 2).long(), torch.zeros(4).long(), uniforms(0, 1, 4, 8)
+    )
+    decoder.time.fill_(1), decoder.column.fill_(2)
+    with torch.no_grad(), Forbid():
+        decoder._step(4)
+    with pytest.raises(AssertionError), Forbid():
+        decoder.live.sum().item()
+
+
+class NewStorages(TorchDispatchMode):
+    """Sizes of the results that lie in memory not seen before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[int, object] = {}
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for out in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(out, Tensor) and out.untyped_storage().data_ptr() not in self.seen:
+                self.seen[out.untyped_storage().data_ptr()] = out  # kept, or its place is reused
+                self.sizes.append(out.numel())
+        return result
+
+
+def test_one_buffer_serves_all_tokens():
+    """After the first token, no tensor of the size of the vocabulary is made."""
+    words, rows = 4000, 8
+    lm = small_gpt2(words)
+    decoder = Decoder(lm.transformer, lm.lm_head, choice(), rows=rows, length=8, width=16)
+    prompts = torch.tensor([[1, 2]]), torch.ones(1, 2).long(), torch.zeros(rows).long()
+    decoder(*prompts, uniforms(0, 1, rows, 8))
+    decoder.time.fill_(1), decoder.column.fill_(2)
+    with torch.no_grad(), NewStorages() as new:
+        new.seen = {x.untyped_storage().data_ptr(): x for x in (decoder.projection.buffer,)}
+        new.seen |= {x.untyped_storage().data_ptr(): x for x in lm.parameters()}
+        decoder._step(rows, 4)
+    assert new.sizes and max(new.sizes) < words
+
+
+def others() -> list:
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    usual = {"initializer_range": 0.3, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": EOS}
+    gemma = Gemma2Config(**sizes, **heads, **usual, final_logit_softcapping=2.0, sliding_window=8)
+    llama = LlamaConfig(**sizes, **heads, **usual)
+    gptj = GPTJConfig(vocab_size=40, n_embd=16, n_layer=2, n_head=2, rotary_dim=4, n_positions=96)
+    gptj.initializer_range = 0.3
+    return [(Gemma2ForCausalLM, gemma), (LlamaForCausalLM, llama), (GPTJForCausalLM, gptj)]
+
+
+@pytest.mark.parametrize(
+    ("cls", "config"), others(), ids=lambda value: getattr(value, "__name__", "")
+)
+def test_other_models_are_sampled_and_measured_like_their_unpadded_selves(cls, config):
+    torch.manual_seed(0)
+    lm = cls(config).eval()
+    # What the model would like to do in `generate` is not what REINFORCE is told was done.
+    lm.generation_config = GenerationConfig(repetition_penalty=5.0, do_sample=True, top_k=2)
+    policy = Policy(lm)
+    assert (policy.gpt2, policy.plain_head) == (False, cls is not Gemma2ForCausalLM)
+    how = choice(temperature=0.8)
+    rollout = sampled("generate", lm, how, PROMPTS, OF, uniforms(0, 1, len(OF), 20))
+    assert lm.generation_config.repetition_penalty == 5.0
+    check_against_library(policy, rollout, 0.8)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft's
+@pytest.mark.parametrize("adapter", [False, True])
+def test_gpt2_is_measured_like_its_unpadded_self(adapter):
+    policy = Policy(small_gpt2(7))
+    if adapter:
+        from peft import LoraConfig, get_peft_model
+
+        lora = LoraConfig(target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
+        policy = Policy(get_peft_model(policy.lm, lora))
+        with torch.no_grad():
+            for name, parameter in policy.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_()
+    assert policy.gpt2 and policy.plain_head
+    rollout = sampled("decoder", policy.base, choice(), PROMPTS, OF, uniforms(0, 1, len(OF), 20))
+    check_against_library(policy, rollout, 1.0)
+
+
+def check_against_library(policy: Policy, rollout: Rollout, temperature: float) -> None:
+    """Sampled and measured log-probabilities, entropy and gradient against the obvious way."""
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    weights = torch.randn(rollout.completion_mask.shape) * rollout.completion_mask
+    score, entropy = policy(rollout, weights, temperature)
+    ours = torch.autograd.grad(score, trained)
+    measured = policy.logprobs(rollout, temperature)
+    total = torch.zeros(())
+    for row, completion in enumerate(rollout.tokens()):
+        prompt = PROMPTS[OF[row]]
+        logits = policy.lm(input_ids=torch.tensor([[*prompt, *completion]])).logits
+        table = (logits[0, len(prompt) - 1 : -1] / temperature).log_softmax(-1)
+        n = len(completion)
+        exact = table.gather(-1, torch.tensor(completion)[:, None])[:, 0]
+        for own in (rollout.logprobs, measured):
+            torch.testing.assert_close(own[row, :n], exact, rtol=1e-4, atol=1e-4)
+            assert not own[row, n:].any()
+        spread = -(table.exp() * table).sum(-1)
+        torch.testing.assert_close(entropy[row, :n], spread, rtol=1e-4, atol=1e-4)
+        total = total + (weights[row, :n] * exact).sum()
+    torch.testing.assert_close(score, total, rtol=1e-4, atol=1e-3)
+    for own, other in zip(ours, torch.autograd.grad(total, trained), strict=True):
+        scale = max(1e-3, other.abs().max().item())
+        torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-4 * scale)
+
+
+def test_autocast_casts_gpt2_once_a_rollout_and_sees_new_weights():
+    lm = small_gpt2(7)
+    with torch.autocast("cpu", torch.bfloat16):
+        first = sampled("decoder", lm, choice(), PROMPTS, OF, uniforms(0, 1, len(OF), 20))
+        policy = Policy(lm)
+        gap = (policy.logprobs(first) - first.logprobs).abs()
+    assert gap.max() < 0.1
+    assert lm.transformer.h[0].mlp.c_fc.weight.dtype == torch.float32
+
+
+def test_a_kept_decoder_samples_from_the_weights_as_they_are():
+    """As on CUDA, where it is kept from step to step; under autocast its copies must follow."""
+    lm, inputs = small_gpt2(7), SimpleNamespace()
+    inputs.prompts = torch.tensor([[1, 2]]), torch.ones(1, 2).long(), torch.zeros(4).long()
+    with torch.autocast("cpu", torch.bfloat16):
+        kept = Decoder(lm.transformer, lm.lm_head, choice(), rows=4, length=8, width=16)
+        before = kept(*inputs.prompts, uniforms(0, 1, 4, 8))
+        with torch.no_grad():
+            for parameter in lm.parameters():
+                parameter.mul_(1.3)
+        after = kept(*inputs.prompts, uniforms(0, 1, 4, 8))
+        fresh = Decoder(lm.transformer, lm.lm_head, choice(), rows=4, length=8, width=16)
+        assert torch.equal(after.logprobs, fresh(*inputs.prompts, uniforms(0, 1, 4, 8)).logprobs)
+    assert not torch.equal(before.logprobs, after.logprobs)

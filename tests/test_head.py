@@ -1,0 +1,119 @@
+"""Log-probabilities in chunks against whole logits: values, gradients, and what is never held."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from adaptiverl.rl.head import CHUNK, plain_logprobs, weighted_logprobs
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that any result had."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for out in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(out, Tensor):
+                self.elements = max(self.elements, out.numel())
+        return result
+
+
+def problem(words: int, tokens: int, bias: bool) -> tuple[Tensor, nn.Linear, Tensor, Tensor]:
+    torch.manual_seed(words + tokens)
+    head = nn.Linear(24, words, bias=bias)
+    with torch.no_grad():
+        head.weight.mul_(6)
+    hidden = torch.randn(tokens, 24, requires_grad=True)
+    return hidden, head, torch.randint(words, (tokens,)), torch.randn(tokens)
+
+
+def whole(hidden: Tensor, head: nn.Linear, tokens: Tensor, temperature: float):
+    """The obvious way: all logits, in double precision."""
+    bias = None if head.bias is None else head.bias.double()
+    logits = nn.functional.linear(hidden.double(), head.weight.double(), bias) / temperature
+    table = logits.log_softmax(-1)
+    return table.gather(-1, tokens[:, None])[:, 0], -(table.exp() * table).sum(-1)
+
+
+@pytest.mark.parametrize("tokens", [1, CHUNK, 2 * CHUNK + 17])
+@pytest.mark.parametrize("words", [2, 255, 1003])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_values_and_gradients_are_those_of_whole_logits(words, tokens, bias, temperature):
+    hidden, head, chosen, weights = problem(words, tokens, bias)
+    score, logprobs, entropy = weighted_logprobs(hidden, head, chosen, weights, temperature)
+    assert not logprobs.requires_grad and not entropy.requires_grad
+    trained = [hidden, *head.parameters()]
+    ours = torch.autograd.grad(-3 * score, trained)
+
+    exact, exact_entropy = whole(hidden, head, chosen, temperature)
+    exact_score = (weights.double() * exact).sum()
+    theirs = torch.autograd.grad(-3 * exact_score, trained)
+    torch.testing.assert_close(logprobs.double(), exact, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(entropy.double(), exact_entropy, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(score.double(), exact_score, rtol=1e-4, atol=1e-3)
+    for own, other in zip(ours, theirs, strict=True):
+        scale = max(1, other.abs().max().item())  # rounding is relative to what was added up
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-5 * scale)
+    plain = plain_logprobs(hidden, head, chosen, temperature)
+    torch.testing.assert_close(plain, logprobs, rtol=0, atol=1e-6)
+    assert not plain.requires_grad
+
+
+def test_a_frozen_head_gets_no_gradient_and_hidden_states_the_same():
+    hidden, head, chosen, weights = problem(300, 40, True)
+    free = torch.autograd.grad(weighted_logprobs(hidden, head, chosen, weights)[0], hidden)
+    head.requires_grad_(False)
+    weighted_logprobs(hidden, head, chosen, weights)[0].backward()
+    assert torch.equal(hidden.grad, free[0])
+    assert head.weight.grad is None and head.bias.grad is None
+
+
+def test_a_word_without_chance_has_its_logprob_and_no_nan():
+    """e^-200 is 0 in float32; its logarithm must not come from there."""
+    head = nn.Linear(1, 2, bias=False)
+    with torch.no_grad():
+        head.weight.copy_(torch.tensor([[0.0], [-200.0]]))
+    hidden = torch.ones(1, 1, requires_grad=True)
+    score, logprobs, entropy = weighted_logprobs(hidden, head, torch.tensor([1]), torch.ones(1))
+    score.backward()
+    assert (logprobs.item(), entropy.item()) == (-200.0, 0.0)
+    assert hidden.grad.item() == -200.0
+    assert head.weight.grad.tolist() == [[-1.0], [1.0]]
+
+
+def test_the_logits_of_all_tokens_are_never_held():
+    words, tokens = 5000, 4 * CHUNK
+    hidden, head, chosen, weights = problem(words, tokens, False)
+    with Largest() as seen:
+        weighted_logprobs(hidden, head, chosen, weights)[0].backward()
+        plain_logprobs(hidden, head, chosen)
+    assert seen.elements == words * CHUNK
+
+
+def test_a_second_backward_pass_is_refused():
+    hidden, head, chosen, weights = problem(50, 10, False)
+    score = weighted_logprobs(hidden, head, chosen, weights)[0]
+    score.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        score.backward()
+
+
+def test_autocast_computes_in_its_type_and_adds_in_fp32():
+    hidden, head, chosen, weights = problem(1003, 400, True)
+    with torch.autocast("cpu", torch.bfloat16):
+        score, logprobs, entropy = weighted_logprobs(hidden, head, chosen, weights)
+    score.backward()
+    assert (logprobs.dtype, entropy.dtype, head.weight.grad.dtype) == (torch.float32,) * 3
+    exact, _ = whole(hidden, head, chosen, 1.0)
+    gap = (logprobs - exact).abs()
+    assert 1e-3 < gap.max() < 0.5, "bfloat16 keeps 8 bits of logits around 10"
+    assert gap.mean() < 0.05
+    ours, hidden.grad = hidden.grad, None
+    (weights * exact).sum().backward()
+    assert torch.cosine_similarity(ours.flatten(), hidden.grad.flatten(), 0) > 0.999
