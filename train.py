@@ -11,6 +11,7 @@ import logging
 import math
 import sys
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -102,7 +103,8 @@ def policy_gradient(
         part = rollout.part(rows)
         width = part.completion_ids.shape[1]
         with nullcontext() if rows is pieces[-1] else run.accelerator.no_sync(run.policy):
-            gain, entropy = run.policy(part, weights[rows, :width], c.TEMPERATURE)
+            measure = partial(run.sampler.weighted_logprobs, part, weights[rows, :width])
+            gain, entropy = run.policy(measure)
             run.accelerator.backward(-gain)
         sums += torch.stack([-gain.detach(), entropy.sum()])
     return sums

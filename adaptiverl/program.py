@@ -5,14 +5,17 @@ from the config is setup.py's; the algorithm is train.py's.
 """
 
 import json
+import math
 import signal
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import DistributedType, gather_object, set_seed
 from datasets import Dataset
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
@@ -23,6 +26,7 @@ from adaptiverl.rl.data import indices_at
 from adaptiverl.rl.reinforce import adapt_kl_coef
 from adaptiverl.rl.rollout import Rollout, uniforms
 from adaptiverl.rl.sampler import Sampler
+from adaptiverl.rl.sharded import kept_whole, load_optimizer, whole_state
 from adaptiverl.run import checkpoint
 from adaptiverl.run.config import Config, UserError
 from adaptiverl.run.process import Clock, StopSignal
@@ -71,7 +75,10 @@ class Run:
         found = checkpoint.newest(self.output) if c.RESUME == "auto" else None
         folder = found[0] if found else None
         self.tokenizer, policy = setup.policy(c, folder, self.accelerator.device)
-        self.sampler = Sampler(policy, self.tokenizer, max_prompt, c.TEMPERATURE, c.TOP_K, c.TOP_P)
+        self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
+        self.sampler = Sampler(
+            policy, self.tokenizer, max_prompt, c.TEMPERATURE, c.TOP_K, c.TOP_P, synced=self.sharded
+        )
         optimizer = make_optimizer(
             c.OPTIM,
             [p for p in policy.parameters() if p.requires_grad],
@@ -79,6 +86,8 @@ class Run:
             momentum=c.MOMENTUM,
             weight_decay=c.WEIGHT_DECAY,
         )
+        if self.sharded:
+            policy.gpt2 = False
         self.policy, self.optimizer = self.accelerator.prepare(policy, optimizer)
         if folder:
             self.restore(folder)
@@ -106,8 +115,15 @@ class Run:
         """A completion of each prompt; which one follows from the policy, SEED and `step`."""
         c = self.config
         chance = uniforms(c.SEED, step, c.BATCH_SIZE, c.MAX_NEW_TOKENS)[self.own_rows]
-        with self.accelerator.autocast():
-            return self.sampler(batch["prompt"], chance)
+        return self._without_gradient(partial(self.sampler, batch["prompt"], chance))
+
+    def _without_gradient(self, work: Callable[[], Any]) -> Any:
+        """What `work` returns. DDP must not see it, or it would wait for gradients; FSDP must."""
+        with torch.no_grad(), self.accelerator.autocast():
+            if not self.sharded:
+                return work()
+            with kept_whole(self.policy):
+                return self.policy(work)
 
     def score(self, batch: Batch, rollout: Rollout, completions: list[str]) -> Scores:
         """What each reward says of the completions of all processes."""
@@ -125,8 +141,8 @@ class Run:
         )
 
     def reference_logprobs(self, rollout: Rollout) -> Tensor:
-        with self.accelerator.autocast():
-            return self.sampler.reference_logprobs(rollout, self.config.GRAD_ACCUM)
+        pieces = self.config.GRAD_ACCUM
+        return self._without_gradient(partial(self.sampler.reference_logprobs, rollout, pieces))
 
     def gather(self, values: Tensor) -> Tensor:
         """All processes' `values` [B], joined in order, on the CPU."""
@@ -228,16 +244,20 @@ class Run:
     def evaluate(self, prompts: Dataset) -> Metrics:
         """One completion of every held-out prompt, always from the same random numbers."""
         c = self.config
-        own = range(len(prompts))[self.accelerator.process_index :: self.accelerator.num_processes]
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        # As many rows in each process, because a sharded policy is sampled by all at once.
+        own = range(rank, math.ceil(len(prompts) / processes) * processes, processes)
         chance = uniforms(c.SEED, 0, len(prompts), c.MAX_NEW_TOKENS)
         parts: list[Scores] = []
         size = self.own_rows.stop - self.own_rows.start
         for start in range(0, len(own), size):
-            rows = list(own[start : start + size])
+            rows = [row % len(prompts) for row in own[start : start + size]]
+            real = sum(row < len(prompts) for row in own[start : start + size])
             batch = self._columns(prompts, rows)
-            with self.accelerator.autocast():
-                rollout = self.sampler(batch["prompt"], chance[rows])
-            parts.append(self._score_own(batch, rollout, self.sampler.decode(rollout)))
+            sample = partial(self.sampler, batch["prompt"], chance[rows])
+            rollout = self._without_gradient(sample)
+            scored = self._score_own(batch, rollout, self.sampler.decode(rollout))
+            parts.append({name: column[:real] for name, column in scored.items()})
         scores = _joined(gather_object(parts))
         known = [value for value in self.rewards.combine(scores) if value is not None]
         mean = {"eval/reward": sum(known) / len(known) if known else None}
@@ -256,8 +276,9 @@ class Run:
         c = self.config
         chance = uniforms(c.SEED, 0, len(texts), min(8, c.MAX_NEW_TOKENS))
         exact = not (c.BF16 or c.FP16 or c.LOAD_4BIT or c.LOAD_8BIT)
-        with blame(f"MODEL {c.MODEL}"), self.accelerator.autocast():
-            self.sampler.check(self.sampler(texts, chance), exact)
+        rollout = self._without_gradient(partial(self.sampler, texts, chance))
+        with blame(f"MODEL {c.MODEL}"):
+            self._without_gradient(partial(self.sampler.check, rollout, exact))
 
     def start(self) -> RunLog | None:
         """Prepares OUTPUT_DIR; the log on the main process, None on others."""
@@ -277,10 +298,11 @@ class Run:
     def save(self, name: str, log: RunLog | None) -> None:
         """Writes the checkpoint `name`, from which `restore` continues exactly."""
         rng = gather_object([checkpoint.rng_state()])
+        whole = whole_state(self.policy, self.optimizer.optimizer) if self.sharded else None
         if log:
             log.sync()
             checkpoint.save(
-                self.output / name, self.state.step, lambda folder: self._write(folder, rng)
+                self.output / name, self.state.step, lambda folder: self._write(folder, rng, whole)
             )
             checkpoint.prune(self.output, self.config.KEEP_CHECKPOINTS)
         self.accelerator.wait_for_everyone()
@@ -303,14 +325,15 @@ class Run:
         self.accelerator.end_training()
         return 0 if done else 128 + stopped_by
 
-    def _write(self, folder: Path, rng: list) -> None:
-        self.sampler.policy.save(folder)
+    def _write(self, folder: Path, rng: list, whole: tuple[dict, dict] | None) -> None:
+        weights, optimizer = whole or (None, self.optimizer.state_dict())
+        self.sampler.policy.save(folder, weights)
         self.tokenizer.save_pretrained(folder)
         (folder / "run_config.json").write_text(self.config.model_dump_json(by_alias=True))
         scaler = self.accelerator.scaler
         state = {
             "state": asdict(self.state),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer,
             "scaler": scaler.state_dict() if scaler else None,
             "rng": rng,
         }
@@ -329,7 +352,10 @@ class Run:
                 )
         saved = torch.load(folder / "trainer.pt", weights_only=True, map_location="cpu")
         self.state = State(**saved["state"])
-        self.optimizer.load_state_dict(saved["optimizer"])
+        if self.sharded:
+            load_optimizer(self.policy, self.optimizer.optimizer, saved["optimizer"])
+        else:
+            self.optimizer.load_state_dict(saved["optimizer"])
         if self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
         own = self.accelerator.process_index

@@ -104,6 +104,7 @@ def test_all_ways_write_the_same(seed, settings):
 def test_ended_completions_are_not_computed(monkeypatch):
     lm, seen = small_gpt2(7), []
     inner = decode.hidden_states
+    monkeypatch.setattr(decode, "ROUND", 1)
     monkeypatch.setattr(
         decode,
         "hidden_states",
@@ -114,6 +115,11 @@ def test_ended_completions_are_not_computed(monkeypatch):
     lengths = rollout.completion_mask.sum(-1)
     going_on = [int((lengths > t).sum()) for t in range(1, 40)]
     assert seen == [n for n in going_on if n]
+    seen.clear()
+    monkeypatch.setattr(decode, "ROUND", 2)
+    again = sampled("decoder", lm, choice(), PROMPTS, OF, chance)
+    assert again.tokens() == rollout.tokens()
+    assert seen == [n + n % 2 for n in going_on if n]
     seen.clear()
     sampled("static", lm, choice(), PROMPTS, OF, chance)
     assert seen[:15] == [8] * 15 and seen[15] < 8, "a look every 16 tokens"
@@ -234,7 +240,7 @@ def check_against_library(policy: Policy, rollout: Rollout, temperature: float) 
     """Sampled and measured log-probabilities, entropy and gradient against the obvious way."""
     trained = [p for p in policy.parameters() if p.requires_grad]
     weights = torch.randn(rollout.completion_mask.shape) * rollout.completion_mask
-    score, entropy = policy(rollout, weights, temperature)
+    score, entropy = policy.weighted_logprobs(rollout, weights, temperature)
     ours = torch.autograd.grad(score, trained)
     measured = policy.logprobs(rollout, temperature)
     total = torch.zeros(())

@@ -1,6 +1,7 @@
 """Two CPU processes do what one does with the same global batch, agree, and resume exactly."""
 
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, read_jsonl, without_clock
+from safetensors.torch import load_file
 
 # Every process writes down each step's metrics and learning rate; only the main one has a log.
 SPY = """
@@ -23,6 +25,33 @@ def spy(run, metrics, samples, log):
         file.write(json.dumps([metrics, group, state], default=str) + "\\n")
     record(run, metrics, samples, log)
 Run.record = spy
+sys.exit(train.main())
+"""
+
+
+# accelerate spreads a model by FSDP on GPUs only; what it then does works on CPUs too.
+SHARDED = """
+import sys
+sys.path.insert(0, {root!r})
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+import train
+from adaptiverl import setup
+accelerator = setup.accelerator
+def sharding(config):
+    result = accelerator(config)
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["GPT2Block"],
+        reshard_after_forward=True,
+        cpu_ram_efficient_loading=False,
+        state_dict_type="FULL_STATE_DICT",
+    )
+    result.state._shared_state |= {{
+        "distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin
+    }}
+    return result
+setup.accelerator = sharding
 sys.exit(train.main())
 """
 
@@ -109,9 +138,37 @@ def test_killed_in_the_middle_two_processes_resume_exactly(start, keys):
     _, err = resumed.communicate(timeout=300)
     assert resumed.returncode == 0, err
     rows = [read_jsonl(Path(f"{out}{name}") / "metrics.jsonl") for name in ("-whole", "")]
-    assert without_clock(rows[1]) == without_clock(rows[0])
+    for right, left in zip(without_clock(rows[1]), without_clock(rows[0]), strict=True):
+        assert right == left
     weights = [Path(f"{out}{name}") / "final/model.safetensors" for name in ("-whole", "")]
     assert weights[1].read_bytes() == weights[0].read_bytes()
+
+
+def test_a_sharded_policy_does_what_a_whole_one_does(run, main, keys, tmp_path):
+    """FSDP on two CPU processes: losses, checkpoints, and exact resume from its own checkpoint."""
+    out = Path(keys["OUTPUT_DIR"])
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDED.format(root=str(ROOT)))
+    keys |= {"SAVE_EVERY": 2}
+    assert main(keys | {"OUTPUT_DIR": f"{out}-one"}) == 0
+    result = run(keys, launcher=torchrun(), program=str(script))
+    assert result.returncode == 0, result.stderr
+    one, two = (read_jsonl(folder / "metrics.jsonl") for folder in (Path(f"{out}-one"), out))
+    for left, right in zip(without_clock(one), without_clock(two), strict=True):
+        assert right == pytest.approx(left, rel=1e-3, abs=1e-3)
+    shapes = []
+    for folder in (Path(f"{out}-one"), out):
+        weights = load_file(folder / "final/model.safetensors")
+        shapes.append({name: weight.shape for name, weight in weights.items()})
+    assert shapes[0] == shapes[1]
+
+    final = (out / "final/model.safetensors").read_bytes()
+    for later in ("final", "step-000004"):
+        shutil.rmtree(out / later)
+    result = run(keys, "RESUME=auto", launcher=torchrun(), program=str(script))
+    assert result.returncode == 0, result.stderr
+    assert without_clock(read_jsonl(out / "metrics.jsonl")) == without_clock(two)
+    assert (out / "final/model.safetensors").read_bytes() == final
 
 
 def test_prompts_that_cannot_be_shared_are_refused(run, settings):

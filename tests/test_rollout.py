@@ -195,7 +195,7 @@ def test_pieces_add_up_to_the_gradient_of_the_whole(sampler, pieces):
         policy.zero_grad()
         for rows in rollout.pieces(count):
             part = rollout.part(rows)
-            policy(part, weights[rows, : part.logprobs.shape[1]])[0].backward()
+            policy.weighted_logprobs(part, weights[rows, : part.logprobs.shape[1]])[0].backward()
         return torch.cat([p.grad.flatten() for p in policy.parameters()])
 
     torch.testing.assert_close(gradient(pieces), gradient(1), rtol=1e-3, atol=1e-4)

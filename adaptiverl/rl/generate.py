@@ -36,8 +36,13 @@ def generate(
     prompt_mask: Tensor,
     prompt_of: Tensor,
     uniform: Tensor,
+    *,
+    synced: bool = False,
 ) -> Rollout:
-    """As Decoder: completes prompt `prompt_of[i]` of [Q, P] from row i of `uniform` [B, T]."""
+    """As Decoder: completes prompt `prompt_of[i]` of [Q, P] from row i of `uniform` [B, T].
+
+    `synced`: goes on until all processes are done, because they need each other's weights.
+    """
     chooser = _Chooser(choice, uniform)
     # The model's own generation settings (a repetition penalty, say) would bend what is sampled,
     # and `generate` fills in from them whatever it is not told.
@@ -52,6 +57,7 @@ def generate(
             eos_token_id=choice.eos_ids.tolist(),
             pad_token_id=choice.pad_id,
             use_cache=True,
+            synced_gpus=synced,
         )
     finally:
         lm.generation_config = usual

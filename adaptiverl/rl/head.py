@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 256  # tokens; with fewer the products are slower, more only take memory
+FOLD = 256  # words
 
 
 class Projection:
@@ -50,9 +51,17 @@ def exponentials_(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     m is a column's largest logit; the exponentials are the probabilities times Z·exp(−m).
     """
-    largest = logits.amax(0)
+    largest = _largest(logits)
     total = logits.sub_(largest).exp_().sum(0)
     return logits, largest + total.log(), total
+
+
+def _largest(logits: Tensor) -> Tensor:
+    """logits.amax(0), which on a CPU is up to 20 × slower where n is no multiple of 32."""
+    words, n = logits.shape
+    even = words // FOLD * FOLD
+    folded = logits[:even].view(FOLD, -1, n).amax(0)
+    return torch.cat([folded, logits[even:]]).amax(0)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ Leaves out devices and processes (accelerate's) and sampling (sampler.py's).
 import copy
 import inspect
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ class Policy(nn.Module):
         super().__init__()
         self.lm = lm.eval()  # dropout would make the policy differ from itself
         self._reference = (reference,)  # in a tuple: no submodule, not trained, not saved
-        self.gpt2 = is_gpt2(self.base)
+        self.gpt2 = is_gpt2(self.base)  # its layers are called from outside, which FSDP forbids
         self.plain_head = has_plain_head(self.base)
 
     @property
@@ -63,7 +64,14 @@ class Policy(nn.Module):
         """The PreTrainedModel; adapters are in its layers."""
         return self.lm.get_base_model() if self.has_adapter else self.lm
 
-    def forward(
+    def forward(self, work: Callable[[], Any]) -> Any:
+        """work(): DDP and FSDP see by this call that the weights are used.
+
+        No tensors are passed, because FSDP would cast them to its type, random numbers included.
+        """
+        return work()
+
+    def weighted_logprobs(
         self, rollout: Rollout, weights: Tensor, temperature: float = 1.0
     ) -> tuple[Tensor, Tensor]:
         """Σ weights · log π over the completions' tokens, and the entropy at each [B, T], detached.
@@ -122,9 +130,16 @@ class Policy(nn.Module):
         logits = base(**_inputs(base, rollout)).logits[:, start - 1 : -1]
         return (logits[rollout.completion_mask.bool()].float() / temperature).log_softmax(-1)
 
-    def save(self, folder: Path) -> None:
-        """Weights, or the adapter alone, in the form `from_pretrained` loads."""
-        self.lm.save_pretrained(folder)
+    def save(self, folder: Path, state: dict[str, Tensor] | None = None) -> None:
+        """Weights, or the adapter alone, in the form `from_pretrained` loads.
+
+        `state` replaces the policy's own state dict, where that is only a shard.
+        """
+        if state is not None:
+            state = {name.removeprefix("lm."): weight for name, weight in state.items()}
+            for tied in self.base.all_tied_weights_keys:  # the same weight under a second name
+                state.pop(tied, None)
+        self.lm.save_pretrained(folder, state_dict=state)
 
 
 def _inputs(base: Any, rollout: Rollout) -> dict[str, Any]:
@@ -148,6 +163,16 @@ def has_plain_head(base: Any) -> bool:
     ids = torch.arange(4, device=head.weight.device)[None]
     states = base.base_model(input_ids=ids).last_hidden_state
     return torch.allclose(head(states), base(input_ids=ids).logits, rtol=1e-3, atol=1e-3)
+
+
+def align(lm: nn.Module) -> None:
+    """Moves weights from where a file had them in memory to where tensors usually are.
+
+    A file's are aligned to 8 bytes, not 64, and how a CPU's products are rounded may depend on
+    that; a resumed run must not differ in the last bit.
+    """
+    for parameter in lm.parameters():
+        parameter.data = parameter.data.clone()
 
 
 def load_policy(
@@ -180,15 +205,13 @@ def load_policy(
     elif quantize == "8bit":
         kwargs["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     lm = AutoModelForCausalLM.from_pretrained(weights, **kwargs)
+    if not quantize:
+        align(lm)
     if full_tune:
         if not reference:
             return Policy(lm)
-        first = (
-            AutoModelForCausalLM.from_pretrained(model, **kwargs)
-            if checkpoint
-            else copy.deepcopy(lm)
-        )
-        return Policy(lm, first.eval().requires_grad_(False))
+        first = AutoModelForCausalLM.from_pretrained(model, **kwargs) if checkpoint else lm
+        return Policy(lm, copy.deepcopy(first).eval().requires_grad_(False))
 
     from peft import LoraConfig, PeftModel, get_peft_model  # seconds to import
 

@@ -25,6 +25,7 @@ class Sampler:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    synced: bool = False  # whether other processes take part in each forward pass (FSDP)
     kept: dict[tuple, Decoder] = field(default_factory=dict)  # CUDA's, with their graphs
 
     @property
@@ -45,7 +46,7 @@ class Sampler:
         inputs = batch.input_ids, batch.attention_mask, prompt_of, uniform.to(self.device)
         if self.policy.gpt2 and self.policy.plain_head:
             return self._decoder(batch.input_ids.shape[1], *uniform.shape)(*inputs)
-        return generate(self.policy.base, self._choice(), *inputs)
+        return generate(self.policy.base, self._choice(), *inputs, synced=self.synced)
 
     def _decoder(self, prompt: int, rows: int, length: int) -> Decoder:
         lm, width = self.policy.base, prompt + length
@@ -82,6 +83,10 @@ class Sampler:
     def decode(self, rollout: Rollout) -> list[str]:
         """The completions as text, special tokens left out."""
         return self.tokenizer.batch_decode(rollout.tokens(), skip_special_tokens=True)
+
+    def weighted_logprobs(self, part: Rollout, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Σ weights · log π, to be differentiated, and the entropy at each token [B, T]."""
+        return self.policy.weighted_logprobs(part, weights, self.temperature)
 
     def reference_logprobs(self, rollout: Rollout, pieces: int = 1) -> Tensor:
         """[B, T], by the reference, in `pieces` passes."""
