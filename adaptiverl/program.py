@@ -77,7 +77,14 @@ class Run:
         self.tokenizer, policy = setup.policy(c, folder, self.accelerator.device)
         self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
         self.sampler = Sampler(
-            policy, self.tokenizer, max_prompt, c.TEMPERATURE, c.TOP_K, c.TOP_P, synced=self.sharded
+            policy,
+            self.tokenizer,
+            max_prompt,
+            c.TEMPERATURE,
+            c.TOP_K,
+            c.TOP_P,
+            server=setup.server(c, policy, self.accelerator),
+            synced=self.sharded,
         )
         optimizer = make_optimizer(
             c.OPTIM,
@@ -275,7 +282,7 @@ class Run:
         texts = texts[:2] + texts[-2:]
         c = self.config
         chance = uniforms(c.SEED, 0, len(texts), min(8, c.MAX_NEW_TOKENS))
-        exact = not (c.BF16 or c.FP16 or c.LOAD_4BIT or c.LOAD_8BIT)
+        exact = not (c.BF16 or c.FP16 or c.LOAD_4BIT or c.LOAD_8BIT or c.VLLM_SERVER)
         rollout = self._without_gradient(partial(self.sampler, texts, chance))
         with blame(f"MODEL {c.MODEL}"):
             self._without_gradient(partial(self.sampler.check, rollout, exact))

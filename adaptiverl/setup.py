@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from adaptiverl.rl.data import load_prompts
 from adaptiverl.rl.policy import Policy, load_policy, load_tokenizer, positions_of
+from adaptiverl.rl.vllm import Server
 from adaptiverl.run.config import Config, CosineReward, UserError
 from rewards import CompositeReward, make_reward
 
@@ -117,6 +118,16 @@ def rewards(c: Config, files: dict[str, Dataset], device: torch.device) -> Compo
                 arguments["device"] = device
             parts[spec.name] = make_reward(spec.TYPE, **arguments)
     return CompositeReward(parts, {spec.name: spec.WEIGHT for spec in c.REWARDS})
+
+
+def server(c: Config, policy: Policy, processes: Accelerator) -> Server | None:
+    """The vLLM server that samples, if one is named."""
+    if not c.VLLM_SERVER:
+        return None
+    if processes.num_processes > 1:
+        raise UserError("VLLM_SERVER works with one training process")
+    with blame("VLLM_SERVER"):
+        return Server(c.VLLM_SERVER, policy, processes.device)
 
 
 def policy(

@@ -186,7 +186,8 @@ def test_one_buffer_serves_all_tokens():
     decoder.time.fill_(1), decoder.column.fill_(2)
     with torch.no_grad(), NewStorages() as new:
         new.seen = {x.untyped_storage().data_ptr(): x for x in (decoder.projection.buffer,)}
-        new.seen |= {x.untyped_storage().data_ptr(): x for x in lm.parameters()}
+        known = [*lm.parameters(), *(slots.held for slots in decoder.caches)]
+        new.seen |= {x.untyped_storage().data_ptr(): x for x in known}
         decoder._step(rows, 4)
     assert new.sizes and max(new.sizes) < words
 

@@ -22,18 +22,23 @@ ROUND = 8  # slots; products with an odd number of columns take up to 1.6 times 
 
 
 class Slots:
-    """One layer's keys and values [B, H, S, D / H], written at `column`."""
+    """One layer's keys and values [2, B, H, S, D / H], written in place.
 
-    def __init__(self, keys: Tensor, values: Tensor, column: Tensor):
-        self.keys, self.values, self.column = keys, values, column
-        self.live, self.width = keys.shape[0], keys.shape[2]  # what a step uses of B and S
+    A step uses the first `live` rows and `width` columns; new ones go to the last of these columns,
+    or where `column` says, on the device.
+    """
 
-    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        seen = []
-        for buffer, new in ((self.keys, keys), (self.values, values)):
-            buffer[: self.live].index_copy_(2, self.column, new.to(buffer.dtype))
-            seen.append(buffer[: self.live, :, : self.width])
-        return seen[0], seen[1]
+    def __init__(self, held: Tensor, column: Tensor | None):
+        self.held, self.column = held, column
+        self.live, self.width = held.shape[1], held.shape[3]
+
+    def extend(self, new: Tensor) -> Tensor:
+        rows = self.held[:, : self.live]
+        if self.column is None:
+            rows[:, :, :, self.width - 1 : self.width] = new
+        else:
+            rows.index_copy_(3, self.column, new.to(rows.dtype))
+        return rows[:, :, :, : self.width]
 
 
 class Decoder:
@@ -80,11 +85,13 @@ class Decoder:
         self.column = torch.zeros(1, dtype=torch.long, device=device)
 
         config = transformer.config
-        shape = (rows, config.n_head, width, config.n_embd // config.n_head)
-        make = lambda: torch.zeros(shape, dtype=self.dtype, device=device)  # noqa
-        self.caches = [Slots(make(), make(), self.column) for _ in transformer.h]
+        shape = (2, rows, config.n_head, width, config.n_embd // config.n_head)
+        column = self.column if static else None
+        self.caches = [
+            Slots(torch.zeros(shape, dtype=self.dtype, device=device), column)
+            for _ in transformer.h
+        ]
         self.moving = [self.row, self.live, self.token, self.position, self.uniform, self.attend]
-        self.moving += [x for slots in self.caches for x in (slots.keys, slots.values)]
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         if device.type == "cuda":
             self._capture()
@@ -118,9 +125,8 @@ class Decoder:
         states, caches = read_prompts(self.transformer, prompt_ids, prompt_mask)
         columns = prompt_ids.shape[1]
         for slots, cache in zip(self.caches, caches, strict=True):
-            assert cache.keys is not None and cache.values is not None
-            slots.keys[:, :, :columns] = cache.keys[prompt_of]
-            slots.values[:, :, :columns] = cache.values[prompt_of]
+            assert cache.held is not None
+            slots.held[:, :, :, :columns] = cache.held[:, prompt_of]
         self.attend.zero_()
         self.attend[..., :columns] = prompt_mask[prompt_of, None, None].bool()
         self.row.copy_(torch.arange(len(self.row), device=self.row.device))
@@ -149,7 +155,7 @@ class Decoder:
     def _step(self, n: int, width: int | None = None) -> None:
         """Reads the first `n` slots' tokens and draws their next, looking at `width` columns."""
         for slots in self.caches:
-            slots.live, slots.width = n, width or slots.keys.shape[2]
+            slots.live, slots.width = n, width or slots.held.shape[3]
         self.attend.index_fill_(3, self.column, True)
         states = hidden_states(
             self.transformer,
@@ -179,6 +185,8 @@ class Decoder:
             gaps = gaps[: len(moving)]
             for buffer in self.moving:
                 buffer[gaps] = buffer[moving]
+            for slots in self.caches:
+                slots.held[:, gaps] = slots.held[:, moving]
             self.live[moving] = False
         return rest
 
@@ -194,14 +202,17 @@ class Decoder:
     def _capture(self) -> None:
         """Captures a step for each number of slots; what that writes will be overwritten."""
         device = self.row.device
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.no_grad(), torch.cuda.stream(side):
-            for n in self._sizes():  # the libraries' workspaces, the largest logits buffer
-                self._step(n)
-        torch.cuda.current_stream(device).wait_stream(side)
-        for n in self._sizes():
-            graph = torch.cuda.CUDAGraph()
-            with torch.no_grad(), torch.cuda.graph(graph):
-                self._step(n)
-            self.graphs[n] = graph
+        on = torch.is_autocast_enabled("cuda")
+        # What autocast keeps for later would be kept in the graph, with the weights of today.
+        with torch.no_grad(), torch.autocast("cuda", enabled=on, cache_enabled=False):
+            side = torch.cuda.Stream(device)
+            side.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(side):
+                for n in self._sizes():  # the libraries' workspaces, the largest logits buffer
+                    self._step(n)
+            torch.cuda.current_stream(device).wait_stream(side)
+            for n in self._sizes():
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    self._step(n)
+                self.graphs[n] = graph

@@ -18,27 +18,25 @@ from adaptiverl.rl.rollout import Rollout
 
 
 class LayerCache(Protocol):
-    """The keys and values of one layer, [B, H, N, D / H] each."""
+    """The keys and values of one layer, [2, B, H, N, D / H]."""
 
-    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def extend(self, new: Tensor) -> Tensor:
         """Adds those of the new tokens; all that these tokens may look at."""
 
 
 class Growing:
     """Keeps what it is given, differentiable; `take` repeats a prompt for its completions."""
 
-    def __init__(self, keys: Tensor | None = None, values: Tensor | None = None):
-        self.keys, self.values = keys, values
+    def __init__(self, held: Tensor | None = None):
+        self.held = held
 
-    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        if self.keys is not None and self.values is not None:
-            keys, values = torch.cat([self.keys, keys], 2), torch.cat([self.values, values], 2)
-        self.keys, self.values = keys, values
-        return keys, values
+    def extend(self, new: Tensor) -> Tensor:
+        self.held = new if self.held is None else torch.cat([self.held, new], 3)
+        return self.held
 
     def take(self, rows: Tensor) -> "Growing":
-        assert self.keys is not None and self.values is not None
-        return Growing(self.keys[rows], self.values[rows])
+        assert self.held is not None
+        return Growing(self.held[:, rows])
 
 
 def is_gpt2(lm: PreTrainedModel) -> bool:
@@ -68,8 +66,8 @@ def hidden_states(
     x = transformer.wte(ids) + transformer.wpe(positions)
     for block, cache in zip(transformer.h, caches, strict=True):
         qkv = block.attn.c_attn(block.ln_1(x)).view(rows, length, 3, heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, H, N, D / H] each
-        k, v = cache.extend(k, v)
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # [3, B, H, N, D / H]
+        q, (k, v) = qkv[0], cache.extend(qkv[1:])
         attended = scaled_dot_product_attention(q, k, v, attn_mask=attend)
         x = x + block.attn.c_proj(attended.transpose(1, 2).reshape(rows, length, -1))
         x = x + block.mlp.c_proj(gelu(block.mlp.c_fc(block.ln_2(x)), approximate="tanh"))

@@ -10,6 +10,7 @@ from adaptiverl.rl.decode import Decoder
 from adaptiverl.rl.generate import generate
 from adaptiverl.rl.policy import Policy
 from adaptiverl.rl.rollout import Choice, Rollout, check_logprobs
+from adaptiverl.rl.vllm import Server
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Sampler:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    server: Server | None = None  # that samples instead of this process
     synced: bool = False  # whether other processes take part in each forward pass (FSDP)
     kept: dict[tuple, Decoder] = field(default_factory=dict)  # CUDA's, with their graphs
 
@@ -44,6 +46,8 @@ class Sampler:
         ).to(self.device)
         prompt_of = torch.tensor([number[text] for text in prompts], device=self.device)
         inputs = batch.input_ids, batch.attention_mask, prompt_of, uniform.to(self.device)
+        if self.server:
+            return self.server(self._choice(), *inputs)
         if self.policy.gpt2 and self.policy.plain_head:
             return self._decoder(batch.input_ids.shape[1], *uniform.shape)(*inputs)
         return generate(self.policy.base, self._choice(), *inputs, synced=self.synced)

@@ -141,6 +141,10 @@ class Config(Strict):
     TOP_K: int = Field(0, ge=0, description="Sample among the k likeliest; 0 is off")
     TOP_P: float = Field(1.0, gt=0, le=1, description="Sample in the nucleus of mass p; 1 is off")
 
+    VLLM_SERVER: str | None = Field(
+        None, pattern="^https?://", description="URL of a vLLM server that samples; null: here"
+    )
+
     BASELINE: Literal["none", "ema", "batch", "rloo"] = Field(
         "rloo", description="What a reward is compared with"
     )
@@ -191,6 +195,8 @@ class Config(Strict):
             )
         if self.FULLTUNE and (lora := given & {"LORA_R", "LORA_ALPHA", "LORA_TARGETS"}):
             raise ValueError(f"{', '.join(sorted(lora))} needs FULLTUNE false")
+        if self.VLLM_SERVER and not self.FULLTUNE:
+            raise ValueError("VLLM_SERVER needs FULLTUNE: adapters are not sent to the server")
         if not self.REWARDS:
             raise ValueError("REWARDS is empty: name at least one reward")
         names = [reward.name for reward in self.REWARDS]
