@@ -18,6 +18,7 @@ import torch
 from accelerate.utils import DistributedType, gather_object, set_seed
 from datasets import Dataset
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 from transformers.utils import logging as transformers_logging
 
 from adaptiverl import setup
@@ -26,7 +27,7 @@ from adaptiverl.rl.data import indices_at
 from adaptiverl.rl.reinforce import adapt_kl_coef
 from adaptiverl.rl.rollout import Rollout, uniforms
 from adaptiverl.rl.sampler import Sampler
-from adaptiverl.rl.sharded import kept_whole, load_optimizer, whole_state
+from adaptiverl.rl.sharded import WHOLE, kept_whole, whole_state
 from adaptiverl.run import checkpoint
 from adaptiverl.run.config import Config, UserError
 from adaptiverl.run.process import Clock, StopSignal
@@ -360,7 +361,8 @@ class Run:
         saved = torch.load(folder / "trainer.pt", weights_only=True, map_location="cpu")
         self.state = State(**saved["state"])
         if self.sharded:
-            load_optimizer(self.policy, self.optimizer.optimizer, saved["optimizer"])
+            own, state = self.optimizer.optimizer, saved["optimizer"]
+            set_optimizer_state_dict(self.policy, own, state, options=WHOLE)
         else:
             self.optimizer.load_state_dict(saved["optimizer"])
         if self.accelerator.scaler:

@@ -153,7 +153,7 @@ def test_a_static_step_never_waits_for_the_device():
         torch.tensor([[1, 2]]), torch.ones(1, 2).long(), torch.zeros(4).long(), uniforms(0, 1, 4, 8)
     )
     decoder.time.fill_(1), decoder.column.fill_(2)
-    with torch.no_grad(), Forbid():
+    with torch.inference_mode(), Forbid():
         decoder._step(4)
     with pytest.raises(AssertionError), Forbid():
         decoder.live.sum().item()
@@ -184,7 +184,7 @@ def test_one_buffer_serves_all_tokens():
     prompts = torch.tensor([[1, 2]]), torch.ones(1, 2).long(), torch.zeros(rows).long()
     decoder(*prompts, uniforms(0, 1, rows, 8))
     decoder.time.fill_(1), decoder.column.fill_(2)
-    with torch.no_grad(), NewStorages() as new:
+    with torch.inference_mode(), NewStorages() as new:
         new.seen = {x.untyped_storage().data_ptr(): x for x in (decoder.projection.buffer,)}
         known = [*lm.parameters(), *(slots.held for slots in decoder.caches)]
         new.seen |= {x.untyped_storage().data_ptr(): x for x in known}

@@ -293,3 +293,12 @@ def test_every_eos_of_a_chat_model_ends_a_completion(sampler, monkeypatch):
         sampler.policy.lm, "generation_config", SimpleNamespace(eos_token_id=[7, 9])
     )
     assert set(sampler.eos_ids().tolist()) == {7, 9, sampler.tokenizer.eos_token_id}
+
+
+def test_loaded_weights_lie_in_memory_like_any_tensor(tiny, tmp_path):
+    """Whichever file they come from: rounding may depend on it, and so would resuming exactly."""
+    policy = load_policy(str(tiny))
+    policy.save(tmp_path)
+    again = load_policy(str(tiny), checkpoint=tmp_path)
+    for lm in (policy.lm, again.lm, again._reference[0]):
+        assert {parameter.data_ptr() % 64 for parameter in lm.parameters()} == {0}

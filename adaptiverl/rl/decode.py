@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import GPT2Model
 from transformers.pytorch_utils import Conv1D
 
-from adaptiverl.rl.gpt2 import hidden_states, read_prompts
+from adaptiverl.rl.gpt2 import Cache, hidden_states, read_prompts
 from adaptiverl.rl.head import Projection
 from adaptiverl.rl.rollout import Choice, Rollout
 
@@ -21,16 +21,15 @@ GAP = 16  # tokens between looks at a CUDA device
 ROUND = 8  # slots; products with an odd number of columns take up to 1.6 times as long on a CPU
 
 
-class Slots:
-    """One layer's keys and values [2, B, H, S, D / H], written in place.
+class Slots(Cache):
+    """A cache [2, B, H, S, D / H] written in place: at `column`, on the device, if that is given.
 
-    A step uses the first `live` rows and `width` columns; new ones go to the last of these columns,
-    or where `column` says, on the device.
+    Else at the last of the `width` columns that a step uses, with the first `live` rows.
     """
 
     def __init__(self, held: Tensor, column: Tensor | None):
-        self.held, self.column = held, column
-        self.live, self.width = held.shape[1], held.shape[3]
+        super().__init__(held)
+        self.column, self.live, self.width = column, held.shape[1], held.shape[3]
 
     def extend(self, new: Tensor) -> Tensor:
         rows = self.held[:, : self.live]
@@ -96,11 +95,19 @@ class Decoder:
         if device.type == "cuda":
             self._capture()
 
-    @torch.no_grad()
     def __call__(
         self, prompt_ids: Tensor, prompt_mask: Tensor, prompt_of: Tensor, uniform: Tensor
     ) -> Rollout:
         """Completes prompt `prompt_of[i]` of left-padded [Q, P] from row i of `uniform` [B, T]."""
+        with torch.inference_mode():
+            self._fill(prompt_ids, prompt_mask, prompt_of, uniform)
+        width = max(1, int(self.mask.sum(-1).max()))
+        written = [x[:, :width].clone() for x in (self.tokens, self.mask, self.logprobs)]
+        return Rollout(prompt_ids, prompt_mask, prompt_of, *written)
+
+    def _fill(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, prompt_of: Tensor, uniform: Tensor
+    ) -> None:
         live, length = uniform.shape
         self._begin(prompt_ids, prompt_mask, prompt_of, uniform)
         for t in range(1, length):
@@ -112,9 +119,6 @@ class Decoder:
                 self.graphs[live].replay()
             else:
                 self._step(live, None if self.static else prompt_ids.shape[1] + t)
-        width = max(1, int(self.mask.sum(-1).max()))
-        written = [x[:, :width].clone() for x in (self.tokens, self.mask, self.logprobs)]
-        return Rollout(prompt_ids, prompt_mask, prompt_of, *written)
 
     def _begin(
         self, prompt_ids: Tensor, prompt_mask: Tensor, prompt_of: Tensor, uniform: Tensor
@@ -125,8 +129,7 @@ class Decoder:
         states, caches = read_prompts(self.transformer, prompt_ids, prompt_mask)
         columns = prompt_ids.shape[1]
         for slots, cache in zip(self.caches, caches, strict=True):
-            assert cache.held is not None
-            slots.held[:, :, :, :columns] = cache.held[:, prompt_of]
+            slots.held[:, :, :, :columns] = cache.take(prompt_of).held
         self.attend.zero_()
         self.attend[..., :columns] = prompt_mask[prompt_of, None, None].bool()
         self.row.copy_(torch.arange(len(self.row), device=self.row.device))

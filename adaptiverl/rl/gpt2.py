@@ -7,7 +7,7 @@ variant that `is_gpt2` does not name: those run by transformers' own code.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,26 +17,20 @@ from transformers import GPT2LMHeadModel, GPT2Model, PreTrainedModel
 from adaptiverl.rl.rollout import Rollout
 
 
-class LayerCache(Protocol):
-    """The keys and values of one layer, [2, B, H, N, D / H]."""
+class Cache:
+    """One layer's keys and values [2, B, H, N, D / H], differentiable: a new tensor each time."""
+
+    def __init__(self, held: Any = None):
+        self.held = held  # a Tensor, once there is one
 
     def extend(self, new: Tensor) -> Tensor:
         """Adds those of the new tokens; all that these tokens may look at."""
-
-
-class Growing:
-    """Keeps what it is given, differentiable; `take` repeats a prompt for its completions."""
-
-    def __init__(self, held: Tensor | None = None):
-        self.held = held
-
-    def extend(self, new: Tensor) -> Tensor:
         self.held = new if self.held is None else torch.cat([self.held, new], 3)
         return self.held
 
-    def take(self, rows: Tensor) -> "Growing":
-        assert self.held is not None
-        return Growing(self.held[:, rows])
+    def take(self, rows: Tensor) -> "Cache":
+        """The cache of each of `rows`, as often as it is named."""
+        return Cache(self.held[:, rows])
 
 
 def is_gpt2(lm: PreTrainedModel) -> bool:
@@ -55,7 +49,7 @@ def hidden_states(
     ids: Tensor,
     positions: Tensor,
     attend: Tensor,
-    caches: Sequence[LayerCache],
+    caches: Sequence[Cache],
 ) -> Tensor:
     """The last layer's output [B, N, D] for `ids` [B, N] at `positions` [B, N].
 
@@ -74,14 +68,14 @@ def hidden_states(
     return transformer.ln_f(x)
 
 
-def read_prompts(transformer: GPT2Model, ids: Tensor, mask: Tensor) -> tuple[Tensor, list[Growing]]:
+def read_prompts(transformer: GPT2Model, ids: Tensor, mask: Tensor) -> tuple[Tensor, list[Cache]]:
     """The hidden states [Q, P, D] of left-padded prompts, and their caches."""
     size = ids.shape[1]
     # A padding token looks at itself: with nothing to look at, its softmax would be NaN.
     causal = torch.ones(size, size, dtype=torch.bool, device=ids.device).tril()
     itself = torch.eye(size, dtype=torch.bool, device=ids.device)
     attend = (causal & mask[:, None].bool()) | itself  # [Q, P, P]
-    caches = [Growing() for _ in transformer.h]
+    caches = [Cache() for _ in transformer.h]
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     return hidden_states(transformer, ids, positions, attend[:, None], caches), caches
 

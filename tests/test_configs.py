@@ -1,0 +1,40 @@
+"""The recipes in configs/ are valid: for this program, and for accelerate."""
+
+import re
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from conftest import ROOT
+
+from adaptiverl.run.config import load_config
+
+RECIPES = sorted((ROOT / "configs").glob("*.json"))
+LAUNCHES = sorted((ROOT / "configs/accelerate").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_recipes_have_no_unknown_or_contradicting_keys(path):
+    config = load_config(path)
+    assert f"checkpoints/{path.stem}" == config.OUTPUT_DIR
+
+
+@pytest.mark.parametrize("path", LAUNCHES, ids=lambda path: path.name)
+def test_accelerate_reads_what_is_meant(path):
+    launch = load_config_from_file(str(path))
+    assert launch.num_processes == int(re.match(r"\d+", path.name)[0])
+    assert path.name in path.read_text().splitlines()[0], "says how it is used"
+    sharded = "fsdp" in path.name
+    assert launch.distributed_type.value == (
+        "FSDP" if sharded else "NO" if launch.num_processes == 1 else "MULTI_GPU"
+    )
+    if sharded:
+        assert launch.fsdp_config == yaml.safe_load(path.read_text())["fsdp_config"]
+        assert launch.fsdp_config["fsdp_version"] == 2
+    for recipe in re.findall(r"configs/\w+\.json", path.read_text()):
+        assert (ROOT / recipe).exists()
+    for recipe in RECIPES:
+        keys = load_config(recipe)
+        if path.name in recipe.read_text():
+            prompts = keys.BATCH_SIZE // keys.NUM_GENERATIONS
+            assert prompts % launch.num_processes == 0
