@@ -10,6 +10,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,6 @@ import torch
 from accelerate.utils import DistributedType, gather_object, set_seed
 from datasets import Dataset
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 from transformers.utils import logging as transformers_logging
 
 from adaptiverl import setup
@@ -27,7 +27,6 @@ from adaptiverl.rl.data import indices_at
 from adaptiverl.rl.reinforce import adapt_kl_coef
 from adaptiverl.rl.rollout import Rollout, uniforms
 from adaptiverl.rl.sampler import Sampler
-from adaptiverl.rl.sharded import WHOLE, kept_whole, whole_state
 from adaptiverl.run import checkpoint
 from adaptiverl.run.config import Config, UserError
 from adaptiverl.run.process import Clock, StopSignal
@@ -96,6 +95,7 @@ class Run:
         )
         if self.sharded:
             policy.gpt2 = False
+            self.shards = import_module("adaptiverl.rl.sharded")  # half a second
         self.policy, self.optimizer = self.accelerator.prepare(policy, optimizer)
         if folder:
             self.restore(folder)
@@ -130,7 +130,7 @@ class Run:
         with torch.no_grad(), self.accelerator.autocast():
             if not self.sharded:
                 return work()
-            with kept_whole(self.policy):
+            with self.shards.kept_whole(self.policy):
                 return self.policy(work)
 
     def score(self, batch: Batch, rollout: Rollout, completions: list[str]) -> Scores:
@@ -306,7 +306,8 @@ class Run:
     def save(self, name: str, log: RunLog | None) -> None:
         """Writes the checkpoint `name`, from which `restore` continues exactly."""
         rng = gather_object([checkpoint.rng_state()])
-        whole = whole_state(self.policy, self.optimizer.optimizer) if self.sharded else None
+        inner = self.optimizer.optimizer
+        whole = self.shards.whole_state(self.policy, inner) if self.sharded else None
         if log:
             log.sync()
             checkpoint.save(
@@ -361,8 +362,8 @@ class Run:
         saved = torch.load(folder / "trainer.pt", weights_only=True, map_location="cpu")
         self.state = State(**saved["state"])
         if self.sharded:
-            own, state = self.optimizer.optimizer, saved["optimizer"]
-            set_optimizer_state_dict(self.policy, own, state, options=WHOLE)
+            inner = self.optimizer.optimizer
+            self.shards.load_optimizer(self.policy, inner, saved["optimizer"])
         else:
             self.optimizer.load_state_dict(saved["optimizer"])
         if self.accelerator.scaler:

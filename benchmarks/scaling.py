@@ -75,6 +75,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullLocator
 
     figure, axes = plt.subplots(2, 3, figsize=(11, 6), sharey="row", sharex="col")
     names = {"batch": "completions", "tokens": "tokens of a completion", "vocab": "vocabulary"}
@@ -85,7 +86,10 @@ def draw(report: dict[str, Any], path: Path) -> None:
             ax.loglog(x, [at[what] / unit for at in points], "o-", label="ours")
             ax.loglog(x, [at[f"{what}_floor"] / unit for at in points], "--", label=least)
             ax.set_xticks(x, [f"{value:,}" for value in x])
-            ax.minorticks_off()
+            ax.xaxis.set_minor_locator(NullLocator())
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_major_formatter("{x:g}")
+            ax.yaxis.set_minor_locator(NullLocator())
             ax.grid(alpha=0.3)
         axes[1, column].set_xlabel(names[field])
     axes[0, 0].set_ylabel("seconds a step")

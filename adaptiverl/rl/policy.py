@@ -165,16 +165,6 @@ def has_plain_head(base: Any) -> bool:
     return torch.allclose(head(states), base(input_ids=ids).logits, rtol=1e-3, atol=1e-3)
 
 
-def align(lm: nn.Module) -> None:
-    """Moves weights from where a file had them in memory to where tensors usually are.
-
-    A file's are aligned to 8 bytes, not 64, and how a CPU's products are rounded may depend on
-    that; a resumed run must not differ in the last bit.
-    """
-    for parameter in lm.parameters():
-        parameter.data = parameter.data.clone()
-
-
 def load_policy(
     model: str,
     *,
@@ -206,7 +196,10 @@ def load_policy(
         kwargs["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     lm = AutoModelForCausalLM.from_pretrained(weights, **kwargs)
     if not quantize:
-        align(lm)
+        # A file's weights are aligned to 8 bytes, tensors to 64, and rounding may depend on that: a
+        # resumed run must not differ in the last bit.
+        for parameter in lm.parameters():
+            parameter.data = parameter.data.clone()
     if full_tune:
         if not reference:
             return Policy(lm)

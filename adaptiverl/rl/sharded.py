@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
+    set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
@@ -38,3 +39,8 @@ def whole_state(policy: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Any]
     """State dicts of both, by parameter name, on the CPU of the main process; all must call it."""
     weights = get_model_state_dict(policy, options=WHOLE)
     return weights, get_optimizer_state_dict(policy, optimizer, options=WHOLE)
+
+
+def load_optimizer(policy: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """What `whole_state` gave, in all processes."""
+    set_optimizer_state_dict(policy, optimizer, state, options=WHOLE)

@@ -35,12 +35,8 @@ class Server:
         """As Decoder; of `uniform` [B, T] only the shape counts."""
         rows, length = uniform.shape
         self.client.update_model_params(self.policy.base)
-        prompts = [
-            ids[mask.bool()].tolist()
-            for ids, mask in zip(prompt_ids[prompt_of], prompt_mask[prompt_of], strict=True)
-        ]
         answer = self.client.generate(
-            prompts,
+            [prompt_ids[i][prompt_mask[i].bool()].tolist() for i in prompt_of],
             temperature=choice.temperature,
             top_k=choice.top_k,
             top_p=choice.top_p,
