@@ -190,7 +190,6 @@ class Decoder:
                 buffer[gaps] = buffer[moving]
             for slots in self.caches:
                 slots.held[:, gaps] = slots.held[:, moving]
-            self.live[moving] = False
         return rest
 
     def _cast(self, transformer: GPT2Model) -> GPT2Model:
