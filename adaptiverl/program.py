@@ -39,7 +39,7 @@ Metrics = dict[str, Any]  # name → number, None where there is none
 # What may differ between a run and its continuation.
 FREE_KEYS = {
     "$schema", "STEPS", "EPOCHS", "OUTPUT_DIR", "RESUME", "SAVE_EVERY", "KEEP_CHECKPOINTS",
-    "LOG_EVERY", "EVAL_EVERY", "EVAL_FILE", "SAMPLES_EVERY", "TRACKERS",
+    "LOG_EVERY", "EVAL_EVERY", "EVAL_FILE", "SAMPLES_EVERY", "TRACKERS", "VLLM_SERVER",
 }  # fmt: skip
 
 

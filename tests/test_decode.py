@@ -263,7 +263,7 @@ def check_against_library(policy: Policy, rollout: Rollout, temperature: float) 
         torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-4 * scale)
 
 
-def test_autocast_casts_gpt2_once_a_rollout_and_sees_new_weights():
+def test_under_autocast_sampling_and_measuring_agree_and_weights_stay_fp32():
     lm = small_gpt2(7)
     with torch.autocast("cpu", torch.bfloat16):
         first = sampled("decoder", lm, choice(), PROMPTS, OF, uniforms(0, 1, len(OF), 20))

@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import socket
 import sys
 from pathlib import Path
 
@@ -36,6 +35,13 @@ sys.path.insert(0, {root!r})
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 import train
 from adaptiverl import setup
+from torch.distributed.fsdp import FSDPModule
+from adaptiverl.program import Run
+start = Run.start
+def start_sharded(run):
+    assert isinstance(run.policy, FSDPModule), "nothing was sharded: the test would show nothing"
+    return start(run)
+Run.start = start_sharded
 accelerator = setup.accelerator
 def sharding(config):
     result = accelerator(config)
@@ -56,12 +62,8 @@ sys.exit(train.main())
 """
 
 
-def torchrun() -> tuple[str, ...]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2")
-    return (*command, "--master_addr", "127.0.0.1", "--master_port", str(port))
+# --standalone finds a port that is free, also while another suite runs.
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
 @pytest.fixture
@@ -81,7 +83,7 @@ def keys(settings):
 def test_two_processes_give_the_losses_of_one(run, main, keys):
     out = Path(keys["OUTPUT_DIR"])
     assert main(keys | {"OUTPUT_DIR": f"{out}-one"}) == 0
-    result = run(keys | {"OUTPUT_DIR": f"{out}-two"}, launcher=torchrun())
+    result = run(keys | {"OUTPUT_DIR": f"{out}-two"}, launcher=TORCHRUN)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("Step 1 |") == 1, "one process writes"
 
@@ -101,7 +103,7 @@ def test_both_processes_have_the_same_metrics_and_hyperparameters(start, keys, t
     """To the last bit, seconds included: what one of them adapts, the other adapts too."""
     spy = tmp_path / "spy.py"
     spy.write_text(SPY.format(root=str(ROOT), folder=str(tmp_path)))
-    process = start(keys, "STEPS=6", launcher=torchrun(), program=str(spy))
+    process = start(keys, "STEPS=6", launcher=TORCHRUN, program=str(spy))
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     first, second = (read_jsonl(tmp_path / f"rank{rank}.jsonl") for rank in (0, 1))
@@ -120,11 +122,11 @@ def test_killed_in_the_middle_two_processes_resume_exactly(start, keys):
     """SIGKILL to both workers and their launcher, then the same command with RESUME."""
     out = Path(keys["OUTPUT_DIR"])
     keys |= {"STEPS": 30, "SAVE_EVERY": 3, "OPTIM": "adamw", "LRATE": 1e-3, "LOG_EVERY": 1}
-    whole = start(keys | {"OUTPUT_DIR": f"{out}-whole"}, launcher=torchrun())
+    whole = start(keys | {"OUTPUT_DIR": f"{out}-whole"}, launcher=TORCHRUN)
     _, err = whole.communicate(timeout=300)
     assert whole.returncode == 0, err
 
-    killed = start(keys, launcher=torchrun())
+    killed = start(keys, launcher=TORCHRUN)
     for line in killed.stdout:
         if line.startswith("Step 8 |"):
             break
@@ -134,7 +136,7 @@ def test_killed_in_the_middle_two_processes_resume_exactly(start, keys):
     reached = len(read_jsonl(out / "metrics.jsonl"))
     assert 8 <= reached < 30, "killed in the middle"
 
-    resumed = start(keys, "RESUME=auto", launcher=torchrun())
+    resumed = start(keys, "RESUME=auto", launcher=TORCHRUN)
     _, err = resumed.communicate(timeout=300)
     assert resumed.returncode == 0, err
     rows = [read_jsonl(Path(f"{out}{name}") / "metrics.jsonl") for name in ("-whole", "")]
@@ -151,7 +153,7 @@ def test_a_sharded_policy_does_what_a_whole_one_does(run, main, keys, tmp_path):
     script.write_text(SHARDED.format(root=str(ROOT)))
     keys |= {"SAVE_EVERY": 2}
     assert main(keys | {"OUTPUT_DIR": f"{out}-one"}) == 0
-    result = run(keys, launcher=torchrun(), program=str(script))
+    result = run(keys, launcher=TORCHRUN, program=str(script))
     assert result.returncode == 0, result.stderr
     one, two = (read_jsonl(folder / "metrics.jsonl") for folder in (Path(f"{out}-one"), out))
     for left, right in zip(without_clock(one), without_clock(two), strict=True):
@@ -165,7 +167,7 @@ def test_a_sharded_policy_does_what_a_whole_one_does(run, main, keys, tmp_path):
     final = (out / "final/model.safetensors").read_bytes()
     for later in ("final", "step-000004"):
         shutil.rmtree(out / later)
-    result = run(keys, "RESUME=auto", launcher=torchrun(), program=str(script))
+    result = run(keys, "RESUME=auto", launcher=TORCHRUN, program=str(script))
     assert result.returncode == 0, result.stderr
     assert without_clock(read_jsonl(out / "metrics.jsonl")) == without_clock(two)
     assert (out / "final/model.safetensors").read_bytes() == final
@@ -173,6 +175,6 @@ def test_a_sharded_policy_does_what_a_whole_one_does(run, main, keys, tmp_path):
 
 def test_prompts_that_cannot_be_shared_are_refused(run, settings):
     """Three prompts for two processes."""
-    result = run(settings | {"BATCH_SIZE": 6, "NUM_GENERATIONS": 2}, launcher=torchrun())
+    result = run(settings | {"BATCH_SIZE": 6, "NUM_GENERATIONS": 2}, launcher=TORCHRUN)
     assert result.returncode != 0
     assert "3 prompts a step cannot be shared by 2 processes" in result.stderr
