@@ -16,7 +16,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from adaptiverl.optim.base import momentum_of
 from adaptiverl.program import Run
 from adaptiverl.rl.reinforce import advantages, kl_per_token, token_weights
 from adaptiverl.rl.rollout import Rollout
@@ -59,19 +58,17 @@ def train(run: Run, log: RunLog | None, stop: StopSignal) -> None:
             normalize=c.NORMALIZE_ADVANTAGES,
         )
 
-        # Step along the gradient of the mean of A log π(y|x).
+        # Step along the gradient of the mean of A log π(y|x), within a trust region.
         sums = policy_gradient(run, rollout, advantage, state.kl_coef * weight, reference)
         limit = c.MAX_GRAD_NORM or math.inf
         grad_norm = run.accelerator.clip_grad_norm_(run.policy.parameters(), limit)
-        group = run.optimizer.param_groups[0]
-        metrics = {"lr": float(group["lr"]), "momentum": momentum_of(group)}
-        if run.accelerator.scaler or grad_norm.isfinite():  # FP16's scaler skips by itself
-            run.optimizer.step()
+        metrics = run.step(rollout, grad_norm)
         run.optimizer.zero_grad()
         clock.lap("update")
 
+        # Let what was seen move the hyperparameters of the next step.
         metrics |= run.summary(rollout, reward, kl, sums, grad_norm) | run.said(scores)
-        run.adapt(penalised, kl)
+        run.adapt(penalised, kl, metrics)
         metrics |= run.timed(clock, tokens=metrics["completions/mean_length"] * len(reward))
         if run.eval_prompts and c.EVAL_EVERY and state.step % c.EVAL_EVERY == 0:
             metrics |= run.evaluate(run.eval_prompts)

@@ -1,3 +1,15 @@
-"""AdaptiveRL: REINFORCE fine-tuning of language models, as a program and as small parts."""
+"""REINFORCE fine-tuning of language models, with optimizers that adapt as they go."""
+
+from adaptiverl.optim.adaptive import AdaptiveOptimizer
+from adaptiverl.optim.schedulers import AdaptiveScheduler, RewardAdaptiveScheduler
+from adaptiverl.optim.trust_region import LastUpdate, TrustRegion, alignment
 
 __version__ = "0.1.0"
+__all__ = [
+    "AdaptiveOptimizer",
+    "AdaptiveScheduler",
+    "LastUpdate",
+    "RewardAdaptiveScheduler",
+    "TrustRegion",
+    "alignment",
+]

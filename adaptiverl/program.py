@@ -22,9 +22,10 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from adaptiverl import setup
-from adaptiverl.optim.base import make_optimizer
+from adaptiverl.optim.base import momentum_of
+from adaptiverl.optim.trust_region import LastUpdate, TrustRegion, alignment
 from adaptiverl.rl.data import indices_at
-from adaptiverl.rl.reinforce import adapt_kl_coef
+from adaptiverl.rl.reinforce import adapt_kl_coef, kl_per_token
 from adaptiverl.rl.rollout import Rollout, uniforms
 from adaptiverl.rl.sampler import Sampler
 from adaptiverl.run import checkpoint
@@ -36,6 +37,7 @@ from rewards.composite import Scores
 
 Batch = dict[str, list]  # column → one value a completion
 Metrics = dict[str, Any]  # name → number, None where there is none
+PROBE = 8  # an update's KL is measured on one in so many completions
 # What may differ between a run and its continuation.
 FREE_KEYS = {
     "$schema", "STEPS", "EPOCHS", "OUTPUT_DIR", "RESUME", "SAVE_EVERY", "KEEP_CHECKPOINTS",
@@ -51,6 +53,7 @@ class State:
     kl_coef: float = 0.0
     reward_ema: float | None = None
     skipped: int = 0  # steps whose gradient was not finite
+    braked: int = 0  # steps whose update was made smaller
 
 
 class Run:
@@ -71,6 +74,7 @@ class Run:
         if c.EVAL_FILE and self.eval_prompts:
             files[c.EVAL_FILE] = self.eval_prompts
         self.rewards = setup.rewards(c, files, self.accelerator.device)
+        setup.check_rules(c)
 
         found = checkpoint.newest(self.output) if c.RESUME == "auto" else None
         folder = found[0] if found else None
@@ -86,22 +90,24 @@ class Run:
             server=setup.server(c, policy, self.accelerator),
             synced=self.sharded,
         )
-        optimizer = make_optimizer(
-            c.OPTIM,
-            [p for p in policy.parameters() if p.requires_grad],
-            lr=c.LRATE,
-            momentum=c.MOMENTUM,
-            weight_decay=c.WEIGHT_DECAY,
-        )
+        optimizer = setup.optimizer(c, [p for p in policy.parameters() if p.requires_grad])
         if self.sharded:
             policy.gpt2 = False
             self.shards = import_module("adaptiverl.rl.sharded")  # half a second
         self.policy, self.optimizer = self.accelerator.prepare(policy, optimizer)
+        self.controller = setup.controller(c, self.optimizer.optimizer, self.last_step)
+        self.region = TrustRegion()
         if folder:
             self.restore(folder)
         self.check()
 
     # What a step needs
+
+    @property
+    def exact(self) -> bool:
+        """Whether sampling and measuring give the same log-probabilities but for fp32 rounding."""
+        c = self.config
+        return not (c.BF16 or c.FP16 or c.LOAD_4BIT or c.LOAD_8BIT or c.VLLM_SERVER)
 
     @property
     def is_main(self) -> bool:
@@ -161,6 +167,41 @@ class Run:
         own = torch.tensor([stop.number], device=self.accelerator.device)
         return int(self.gather(own).max())
 
+    def step(self, rollout: Rollout, grad_norm: Tensor) -> Metrics:
+        """The optimizer's step, no further from the policy than KL_STEP_TARGET; what it took."""
+        inner = self.optimizer.optimizer
+        group = inner.param_groups[0]
+        taken: Metrics = {"lr": float(group["lr"]), "momentum": momentum_of(group)}
+        if not (self.accelerator.scaler or grad_norm.isfinite()):  # FP16's scaler skips by itself
+            return taken
+        if "kl_target" not in self.controller.lr_rules or not taken["lr"]:
+            self.optimizer.step()
+            return taken
+        self.controller.confidence = self.region.confidence(alignment(inner))
+        target, update = self.controller.kl_target, LastUpdate(inner)
+        probe = rollout.part(torch.arange(0, len(rollout), PROBE, device=rollout.prompt_of.device))
+        measure = partial(self.sampler.policy.logprobs, probe, self.config.TEMPERATURE)
+        before = probe.logprobs if self.exact else self._without_gradient(measure)
+        self.optimizer.step()
+        if self.optimizer.step_was_skipped:
+            return taken
+
+        def moved() -> float:
+            """KL(before ‖ now), nats a token, over the probes of all processes."""
+            kl = kl_per_token(before, self._without_gradient(measure), "k3")
+            sums = torch.stack([kl.sum(), probe.completion_mask.sum()])
+            total, tokens = self.accelerator.reduce(sums, "sum").tolist()
+            return total / tokens
+
+        factor, kl = self.region.fit(moved, update.rescale, target)
+        self.state.braked += factor < 1
+        self.controller.scale("brake" if factor < 1 else "search", factor, kl)
+        self.controller.observe(kl=kl)
+        taken["lr"] *= factor
+        evidence = round(self.region.evidence, 3)
+        taken |= {"kl_step": kl, "kl_step_target": target, "kl_step_evidence": evidence}
+        return taken | {"braked": self.state.braked}
+
     # What a step leaves
 
     def summary(
@@ -206,9 +247,12 @@ class Run:
                 result[f"rewards/{name}/quarantined"] = count
         return result | {prefix + name: value for name, value in self.rewards.metrics.items()}
 
-    def adapt(self, penalised: Tensor, kl: Tensor) -> None:
-        """Moves the KL coefficient and the running mean that is the ema baseline."""
+    def adapt(self, penalised: Tensor, kl: Tensor, metrics: Metrics) -> None:
+        """Moves hyperparameters, the KL coefficient and the running mean that is a baseline."""
         state = self.state
+        signals = {name: metrics[name] for name in ("loss", "reward", "grad_norm")}
+        self.controller.observe(**signals)
+        self.controller.tick()
         if self.config.KL_TARGET:
             state.kl_coef = adapt_kl_coef(state.kl_coef, kl.mean().item(), self.config.KL_TARGET)
         if not penalised.isnan().all():
@@ -243,8 +287,10 @@ class Run:
 
     def record(self, metrics: Metrics, samples: list[dict], log: RunLog | None) -> None:
         """Writes the step to the run's files and the trackers."""
+        reasons, self.controller.audit = self.controller.audit, []
         if log:
-            log.step({"step": self.state.step} | metrics, samples)
+            step = {"step": self.state.step}
+            log.step(step | metrics, samples, [entry | step for entry in reasons])
         if self.config.TRACKERS:
             numbers = {name: value for name, value in metrics.items() if value is not None}
             self.accelerator.log(numbers, step=self.state.step)
@@ -283,10 +329,9 @@ class Run:
         texts = texts[:2] + texts[-2:]
         c = self.config
         chance = uniforms(c.SEED, 0, len(texts), min(8, c.MAX_NEW_TOKENS))
-        exact = not (c.BF16 or c.FP16 or c.LOAD_4BIT or c.LOAD_8BIT or c.VLLM_SERVER)
         rollout = self._without_gradient(partial(self.sampler, texts, chance))
         with blame(f"MODEL {c.MODEL}"):
-            self._without_gradient(partial(self.sampler.check, rollout, exact))
+            self._without_gradient(partial(self.sampler.check, rollout, self.exact))
 
     def start(self) -> RunLog | None:
         """Prepares OUTPUT_DIR; the log on the main process, None on others."""
@@ -344,6 +389,8 @@ class Run:
             "state": asdict(self.state),
             "optimizer": optimizer,
             "scaler": scaler.state_dict() if scaler else None,
+            "controller": self.controller.state_dict(),
+            "region": asdict(self.region),
             "rng": rng,
         }
         torch.save(state, folder / "trainer.pt")
@@ -368,6 +415,8 @@ class Run:
             self.optimizer.load_state_dict(saved["optimizer"])
         if self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
+        self.controller.load_state_dict(saved["controller"])
+        self.region = TrustRegion(**saved["region"])
         own = self.accelerator.process_index
         checkpoint.set_rng_state(saved["rng"][own if own < len(saved["rng"]) else 0])
 

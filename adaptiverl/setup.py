@@ -12,8 +12,11 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
+from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
+from adaptiverl.optim.base import make_optimizer
+from adaptiverl.optim.controller import Controller
 from adaptiverl.rl.data import load_prompts
 from adaptiverl.rl.policy import Policy, load_policy, load_tokenizer, positions_of
 from adaptiverl.rl.vllm import Server
@@ -128,6 +131,44 @@ def server(c: Config, policy: Policy, processes: Accelerator) -> Server | None:
         raise UserError("VLLM_SERVER works with one training process")
     with blame("VLLM_SERVER"):
         return Server(c.VLLM_SERVER, policy, processes.device)
+
+
+AUTO = {"sgd": 0.1, "rmsprop": 1e-4, "adamw": 1e-4, "adamw_8bit": 1e-4}  # LRATE "auto"
+
+
+def optimizer(c: Config, parameters: list[torch.nn.Parameter]) -> Optimizer:
+    rate = AUTO[c.OPTIM] if c.LRATE == "auto" else c.LRATE
+    return make_optimizer(
+        c.OPTIM, parameters, lr=rate, momentum=c.MOMENTUM, weight_decay=c.WEIGHT_DECAY
+    )
+
+
+def controller(c: Config, optimizer: Optimizer, last_step: int) -> Controller:
+    """The rules that move the optimizer's hyperparameters."""
+    with blame("LR_RULE, REWARD_RULE, MOMENTUM_RULE, BETAS_RULE, ALPHA_RULE or WD_RULE"):
+        return Controller(
+            optimizer,
+            lr_rule=c.LR_RULE,
+            momentum_rule=c.MOMENTUM_RULE,
+            betas_rule=c.BETAS_RULE,
+            alpha_rule=c.ALPHA_RULE,
+            wd_rule=c.WD_RULE,
+            reward_rule=c.REWARD_RULE,
+            loss_beta=c.LOSS_BETA,
+            reward_beta=c.REWARD_BETA,
+            min_lr=c.MIN_LR,
+            max_lr=c.MAX_LR,
+            min_momentum=c.MIN_MOMENTUM,
+            max_momentum=c.MAX_MOMENTUM,
+            kl_step_target=c.KL_STEP_TARGET,
+            steps=last_step if c.KL_STEP_FALLS else None,
+        )
+
+
+def check_rules(c: Config) -> None:
+    """Tries the rules on a weight of their own, before the model is loaded."""
+    kind = c.model_copy(update={"OPTIM": "adamw"}) if c.OPTIM == "adamw_8bit" else c
+    controller(c, optimizer(kind, [torch.nn.Parameter(torch.zeros(1))]), 1)
 
 
 def policy(

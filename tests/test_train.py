@@ -26,7 +26,8 @@ def test_a_run_leaves_all_it_says(run, settings):
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     assert sorted(p.name for p in out.iterdir()) == [
-        "config.json", "final", "metrics.jsonl", "samples.jsonl", "step-000002", "step-000004"
+        "config.json", "controller.jsonl", "final", "metrics.jsonl", "samples.jsonl",
+        "step-000002", "step-000004",
     ]  # fmt: skip
     resolved = json.loads((out / "config.json").read_text())
     assert resolved["TEMPERATURE"] == 1.0, "defaults are written out"
@@ -37,14 +38,15 @@ def test_a_run_leaves_all_it_says(run, settings):
         "step", "reward", "reward_std", "rewards/regex/mean", "rewards/length/mean", "loss", "kl",
         "kl_per_completion", "kl_coef", "entropy", "grad_norm", "lr", "momentum",
         "completions/mean_length", "tokens_per_second", "seconds/rollout", "seconds/reward",
-        "seconds/reference", "seconds/update", "skipped",
+        "seconds/reference", "seconds/update", "skipped", "braked", "kl_step", "kl_step_target",
+        "kl_step_evidence",
     }  # fmt: skip
     evaluated = {"eval/reward", "eval/rewards/regex/mean", "eval/rewards/length/mean"}
     assert [set(row) for row in metrics] == [always, always, always | evaluated, always]
     lines = result.stdout.splitlines()
     for row, line in zip((metrics[0], metrics[1], metrics[3]), lines, strict=False):
         want = f"Step {row['step']} | Reward: {row['reward']:.2f} | Loss: {row['loss']:.4f} | "
-        assert line.startswith(want + "LR: 0.001 | Momentum: 0.900")
+        assert line.startswith(want + f"LR: {row['lr']:.3g} | Momentum: 0.900")
     assert lines[-1] == f"finished: 4 steps, the model is in {out / 'final'}"
 
     samples = read_jsonl(out / "samples.jsonl")
@@ -175,7 +177,8 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(main, settings, mo
 
 def test_training_raises_the_reward(main, settings):
     """The likeliest tokens of a random model become vowels within forty steps."""
-    keys = {"STEPS": 40, "BATCH_SIZE": 16, "KL_COEF": 0, "LRATE": 1e-2, "SAMPLES_EVERY": 0}
+    keys = {"STEPS": 40, "BATCH_SIZE": 16, "KL_COEF": 0, "SAMPLES_EVERY": 0}
+    keys |= {"LRATE": 1e-2, "LR_RULE": "none"}  # a far way to go: no trust region
     only_regex = [{"TYPE": "regex", "PATTERNS": " the"}]
     assert main(settings | keys | {"REWARDS": only_regex}) == 0
     rewards = [row["reward"] for row in read_jsonl(Path(settings["OUTPUT_DIR"]) / "metrics.jsonl")]

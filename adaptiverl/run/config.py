@@ -158,7 +158,25 @@ class Config(Strict):
     OPTIM: Literal["sgd", "rmsprop", "adamw", "adamw_8bit"] = Field(
         "adamw", description="Optimizer; adamw_8bit is bitsandbytes'"
     )
-    LRATE: float = Field(5e-5, ge=0, description="Learning rate")
+    LRATE: Literal["auto"] | Annotated[float, Field(ge=0)] = Field(
+        "auto", description='Learning rate to start from; "auto" leaves it to kl_target'
+    )
+    LR_RULE: str = Field("kl_target", description="What moves the rate; docs/rules.md has them all")
+    REWARD_RULE: str = Field("none", description="What the reward does to the rate")
+    MOMENTUM_RULE: str = Field("none", description="What moves the momentum of SGD and RMSprop")
+    BETAS_RULE: str = Field("none", description="What moves AdamW's betas")
+    ALPHA_RULE: str = Field("none", description="What moves RMSprop's alpha")
+    WD_RULE: str = Field("none", description="What moves the weight decay")
+    KL_STEP_TARGET: float = Field(
+        0.004, gt=0, description="Nats a token that kl_target lets the first update move the policy"
+    )
+    KL_STEP_FALLS: bool = Field(True, description="KL_STEP_TARGET falls linearly over the run")
+    MIN_LR: float | None = Field(None, gt=0, description="No rule goes below; 1e-9 if null")
+    MAX_LR: float | None = Field(None, gt=0, description="No rule goes above; 10 if null")
+    MIN_MOMENTUM: float = Field(0.0, ge=0, lt=1, description="No rule goes below")
+    MAX_MOMENTUM: float = Field(0.999, ge=0, lt=1, description="No rule goes above")
+    LOSS_BETA: float = Field(0.9, ge=0, lt=1, description="Smoothing of the loss that rules see")
+    REWARD_BETA: float = Field(0.9, ge=0, lt=1, description="Smoothing of the reward they see")
     MOMENTUM: float = Field(0.9, ge=0, lt=1, description="SGD, RMSprop: momentum; AdamW: beta1")
     WEIGHT_DECAY: float = Field(0.0, ge=0, description="Weight decay")
     GRAD_ACCUM: int = Field(1, ge=1, description="Pieces a step's batch is computed in")
@@ -220,6 +238,20 @@ class Config(Strict):
             raise ValueError(
                 "BASELINE rloo compares completions: BATCH_SIZE 1 has nothing to compare"
             )
+        by_kl = "kl_target" in self.LR_RULE.split("+")
+        if not by_kl and (kl := given & {"KL_STEP_TARGET", "KL_STEP_FALLS"}):
+            raise ValueError(f"{', '.join(sorted(kl))} needs LR_RULE kl_target")
+        if not by_kl and self.LRATE == "auto":
+            raise ValueError('LRATE "auto" needs LR_RULE kl_target, which finds the rate')
+        adam = self.OPTIM.startswith("adamw")
+        for key, has in (
+            ("MOMENTUM_RULE", not adam and self.MOMENTUM > 0),
+            ("BETAS_RULE", adam),
+            ("ALPHA_RULE", self.OPTIM == "rmsprop"),
+            ("WD_RULE", self.WEIGHT_DECAY > 0),
+        ):
+            if getattr(self, key) != "none" and not has:
+                raise ValueError(f"{key} moves nothing that OPTIM {self.OPTIM} has as it is set")
         if self.KL_COEF == 0 and (kl := given & {"KL_TARGET", "KL_ESTIMATOR"}):
             raise ValueError(f"{', '.join(sorted(kl))} needs a KL_COEF above 0")
         if self.EVAL_FILE is None and self.EVAL_EVERY and "EVAL_EVERY" in given:
@@ -257,7 +289,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{path}: " + "; ".join(map(_explain, error.errors()))) from error
+        # LRATE is "auto" or a number; that it is not "auto" need not be said.
+        errors = [e for e in error.errors() if "literal['auto']" not in e["loc"]]
+        raise UserError(f"{path}: " + "; ".join(map(_explain, errors))) from error
 
 
 def strip_comments(text: str) -> str:
@@ -276,7 +310,7 @@ def strip_comments(text: str) -> str:
 
 def _explain(error: Any) -> str:
     """One of pydantic's errors in the words of the config file."""
-    where = [str(part) for part in error["loc"]]
+    where = [str(part) for part in error["loc"] if part != "constrained-float"]
     kinds = {get_args(kind.model_fields["TYPE"].annotation)[0]: kind for kind in REWARD_KINDS}
     kind = kinds.get(where[2]) if len(where) > 2 and where[0] == "REWARDS" else None
     if kind:

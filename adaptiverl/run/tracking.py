@@ -1,4 +1,4 @@
-"""What a run writes as it goes: metrics.jsonl, samples.jsonl and lines on the console.
+"""What a run writes as it goes: metrics, samples and the controller's reasons, console lines.
 
 TensorBoard and W&B are accelerate's; checkpoints are checkpoint.py's.
 """
@@ -13,7 +13,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-FILES = ("metrics.jsonl", "samples.jsonl")
+Row = dict[str, Any]
+FILES = ("metrics.jsonl", "samples.jsonl", "controller.jsonl")
 
 
 class RunLog:
@@ -33,9 +34,9 @@ class RunLog:
         # disable=None: a bar on a terminal, nothing in a file or a pipe
         self.bar = tqdm(total=last_step, initial=step, disable=None, unit="step")
 
-    def step(self, metrics: dict[str, Any], samples: Iterable[dict[str, Any]]) -> None:
-        """Records one step; both files are flushed, so that a kill loses nothing."""
-        for file, rows in zip(self.files, ([metrics], samples), strict=True):
+    def step(self, metrics: Row, samples: Iterable[Row], reasons: Iterable[Row]) -> None:
+        """Records one step; the files are flushed, so that a kill loses nothing."""
+        for file, rows in zip(self.files, ([metrics], samples, reasons), strict=True):
             file.writelines(json.dumps(_plain(row), ensure_ascii=False) + "\n" for row in rows)
             file.flush()
         self.bar.update()

@@ -1,0 +1,44 @@
+"""HF Trainer: its loop reports to a scheduler or optimizer of ours."""
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from adaptiverl.optim.adaptive import AdaptiveOptimizer
+from adaptiverl.optim.schedulers import AdaptiveScheduler
+
+
+class RewardObserveCallback(TrainerCallback):
+    """After each step of the optimizer `scheduler` observes `reward_fn(step)`.
+
+    A Trainer always has a scheduler of its own, so the rate is that one's times what the rules
+    make of it. `scheduler` is an AdaptiveScheduler, a RewardAdaptiveScheduler or an
+    AdaptiveOptimizer; `reward_fn` gives the latest reward, or None where there is none.
+    """
+
+    def __init__(
+        self,
+        scheduler: AdaptiveScheduler | AdaptiveOptimizer,
+        reward_fn: Callable[[int], float | None],
+    ):
+        self.scheduler, self.reward_fn = scheduler, reward_fn
+        scheduler.controller.owns_lr = False
+        self.applied: Any = None
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if isinstance(self.scheduler, AdaptiveScheduler):  # the optimizer does it by itself
+            self.applied = self.scheduler.controller.applied()
+            self.applied.__enter__()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        reward = self.reward_fn(state.global_step + 1)
+        if isinstance(self.scheduler, AdaptiveScheduler):
+            self.applied.__exit__(None, None, None)
+            self.scheduler.observe(R=reward)
+        else:
+            self.scheduler.controller.observe(reward=reward)

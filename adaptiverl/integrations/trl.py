@@ -1,0 +1,34 @@
+"""TRL's RLOOTrainer and GRPOTrainer with an optimizer of ours that sees their rewards.
+
+tap = RewardTap(my_reward)
+optimizer = AdaptiveOptimizer(AdamW(model.parameters(), lr=1e-5), reward_rule="trend")
+RLOOTrainer(model, reward_funcs=tap, …, optimizers=(optimizer, None),
+            callbacks=[RewardObserveCallback(optimizer, tap.last)])
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from adaptiverl.integrations.hf import RewardObserveCallback
+
+__all__ = ["RewardObserveCallback", "RewardTap"]
+
+
+class RewardTap:
+    """A reward function that remembers the mean of what it returned last."""
+
+    def __init__(self, reward: Callable[..., list[float | None]]):
+        self.reward = reward
+        self.mean: float | None = None
+        self.__name__ = getattr(reward, "__name__", type(reward).__name__)  # TRL logs by this name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> list[float | None]:
+        values = self.reward(*args, **kwargs)
+        known = [value for value in values if value is not None and math.isfinite(value)]
+        self.mean = sum(known) / len(known) if known else None
+        return values
+
+    def last(self, step: int = 0) -> float | None:
+        """The mean of this process's last batch; None before there was one, or if all missed."""
+        return self.mean

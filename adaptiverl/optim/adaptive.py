@@ -1,0 +1,108 @@
+"""AdaptiveOptimizer: any optimizer, its hyperparameters moved by loss and reward.
+
+A thin face of controller.py. It is a real torch optimizer, so LRScheduler, GradScaler, accelerate
+and HF Trainer work with it; whoever schedules the rate goes on doing so, and the rules' ratio is
+applied around each step.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from adaptiverl.optim.controller import Controller
+from adaptiverl.optim.hyperparams import get, number
+
+
+class AdaptiveOptimizer(Optimizer):
+    """`base`, whose rate is the scheduled one times what the rules make of it.
+
+    Rules are names of docs/rules.md joined by "+"; "none" everywhere is `base` itself. Further
+    arguments are Controller's. Use it wherever `base` was used: after wrapping, `base` itself
+    should not be stepped, scheduled or unscaled.
+    """
+
+    def __init__(
+        self,
+        base: Optimizer,
+        lr_rule: str = "none",
+        momentum_rule: str = "none",
+        betas_rule: str | tuple[str, ...] = "none",
+        alpha_rule: str = "none",
+        wd_rule: str = "none",
+        reward_rule: str = "none",
+        cycle_length: int = 200,
+        cycle_mult: float = 2.0,
+        **arguments: Any,
+    ):
+        super().__init__(base.param_groups, base.defaults)
+        self.base = base
+        self._share()
+        self.controller = Controller(
+            base,
+            lr_rule=lr_rule,
+            momentum_rule=momentum_rule,
+            betas_rule=betas_rule,
+            alpha_rule=alpha_rule,
+            wd_rule=wd_rule,
+            reward_rule=reward_rule,
+            cycle_length=cycle_length,
+            cycle_mult=cycle_mult,
+            owns_lr=False,
+            **arguments,
+        )
+
+    def _share(self) -> None:
+        self.param_groups, self.state = self.base.param_groups, self.base.state
+
+    def step_loss(self, loss: float | Tensor) -> None:
+        """Adapts to the loss; call it before `step`. A tensor is fetched from its device."""
+        self.controller.observe(loss=number(loss))
+
+    def step_reward(self, reward: float | Tensor) -> None:
+        """Adapts to a reward, higher is better."""
+        self.controller.observe(reward=number(reward))
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        if self.controller.inert:
+            return self.base.step(closure)
+        with self.controller.applied():
+            loss = self.base.step(closure)
+        self.controller.tick()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.base.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.base.state_dict() | {"controller": self.controller.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The base's state, and the controller's if it was saved with it."""
+        state = dict(state_dict)
+        controller = state.pop("controller", None)
+        self.base.load_state_dict(state)
+        self._share()
+        if controller is not None:
+            self.controller.load_state_dict(controller)
+
+    @property
+    def lr(self) -> float:
+        """The rate that the next step takes, of the first group; so are the others."""
+        return self.controller.rate(float(self.param_groups[0]["lr"]))
+
+    @property
+    def wd(self) -> float | None:
+        return get(self.param_groups[0], "weight_decay") or 0.0
+
+    @property
+    def momentum(self) -> float | None:
+        """None for optimizers that have betas instead."""
+        return get(self.param_groups[0], "momentum")
+
+    @property
+    def betas(self) -> tuple[float, float] | None:
+        group = self.param_groups[0]
+        first, second = get(group, "beta1"), get(group, "beta2")
+        return None if first is None or second is None else (first, second)

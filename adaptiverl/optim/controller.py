@@ -1,0 +1,344 @@
+"""Rules, signals and bounds → the next hyperparameters, with the reason for each change.
+
+Every rule of the rate keeps a ratio of its own, so that the rate is the base rate times all of
+them. What a loss or a reward drives leans back to 1 over `memory` steps and stays within
+`max_drift`: a signal that rises is no evidence that a larger rate is better.
+Leaves out when to observe and who owns the rate: adaptive.py, schedulers.py.
+"""
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from adaptiverl.optim import rules
+from adaptiverl.optim.hyperparams import BOUNDS, clamp, get, put, scaled
+from adaptiverl.optim.signals import Reading, Signal
+
+RATE_BY = {
+    "loss": (rules.LR_DRIVES, rules.LR_FACTORS),
+    "grad_norm": ({}, rules.GRAD_FACTORS),
+    "reward": (rules.REWARD_DRIVES, rules.REWARD_FACTORS),
+}
+FROM_LOSS = {
+    "momentum": rules.MOMENTUM,
+    "beta1": rules.BETA1,
+    "beta2": rules.BETA2,
+    "alpha": rules.ALPHA,
+    "weight_decay": rules.WEIGHT_DECAY,
+}
+LR_RULES = (
+    *rules.LR_DRIVES, *rules.LR_FACTORS, *rules.GRAD_FACTORS, *rules.LR_CLOCKS, "kl_target"
+)  # fmt: skip
+REWARD_RULES = (*rules.REWARD_DRIVES, *rules.REWARD_FACTORS)
+LASTING = ("patience", "kl_target")  # these test what they do: no leaning back, no max_drift
+TINY = 0.01  # Adam's bias correction takes beta as constant while beta^t is above this
+
+
+class Controller:
+    """Moves the hyperparameters of `optimizer`; each `*_rule` is names joined by "+", or "none".
+
+    `memory` is in steps. `max_drift` is the largest factor by which one drive may move the rate
+    either way: 3, or without limit where a bound of the rate is given. `constants` are the fields
+    of rules.Options. `owns_lr` is False where another scheduler may write the rate and `ratio` is
+    applied around each step. Raises ValueError for an unknown rule or a rate out of bounds.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        lr_rule: str = "none",
+        momentum_rule: str = "none",
+        betas_rule: str | tuple[str, ...] = "none",
+        alpha_rule: str = "none",
+        wd_rule: str = "none",
+        reward_rule: str = "none",
+        loss_beta: float = 0.9,
+        reward_beta: float = 0.9,
+        var_window: int = 20,
+        trend_window: int = 20,
+        trend_threshold: float = 3.0,
+        min_rel_improve: float = 1e-4,
+        patience: int = 20,
+        cooldown: int = 50,
+        memory: float = 100.0,
+        max_drift: float | None = None,
+        min_lr: float | None = None,
+        max_lr: float | None = None,
+        min_momentum: float = BOUNDS["momentum"][0],
+        max_momentum: float = BOUNDS["momentum"][1],
+        kl_step_target: float = 0.004,
+        steps: int | None = None,
+        owns_lr: bool = True,
+        **constants: Any,
+    ):
+        self.optimizer = optimizer
+        self.options = rules.Options(**constants)
+        self.memory, self.owns_lr = memory, owns_lr
+        given = min_lr is not None or max_lr is not None
+        self.max_drift = max_drift or (math.inf if given else 3.0)
+        low, high = BOUNDS["lr"]
+        self.bounds = BOUNDS | {
+            "lr": (low if min_lr is None else min_lr, high if max_lr is None else max_lr),
+            "momentum": (min_momentum, max_momentum),
+        }
+        betas = betas_rule if isinstance(betas_rule, str) else "+".join(betas_rule)
+        self.lr_rules = _names(lr_rule, LR_RULES, "lr_rule")
+        self.reward_rules = _names(reward_rule, REWARD_RULES, "reward_rule")
+        beta_rules = _names(betas, ("relative", "variance"), "betas_rule")
+        self.value_rules = {
+            "momentum": _names(momentum_rule, rules.MOMENTUM, "momentum_rule"),
+            "beta1": [name for name in beta_rules if name in rules.BETA1],
+            "beta2": [name for name in beta_rules if name in rules.BETA2],
+            "alpha": _names(alpha_rule, rules.ALPHA, "alpha_rule"),
+            "weight_decay": _names(wd_rule, rules.WEIGHT_DECAY, "wd_rule"),
+        }
+        read = Signal(
+            window=var_window,
+            trend_window=trend_window,
+            threshold=trend_threshold,
+            min_rel=min_rel_improve,
+            patience=patience,
+            cooldown=cooldown,
+        )
+        self.signals = {
+            "loss": replace(read, beta=loss_beta),
+            "grad_norm": replace(read, beta=0.9),
+            "reward": replace(read, beta=reward_beta),
+        }
+        self.kl_step_target, self.steps, self.confidence = kl_step_target, steps, 1.0
+
+        self.base: dict[str, list[float | None]] = {name: [] for name in BOUNDS}
+        self.values: dict[str, list[float | None]] = {name: [] for name in FROM_LOSS}
+        self.written: list[float | None] = []  # each group's rate, to see who else writes it
+        self.ratios: dict[str, float] = {}  # rule → its own part of the rate
+        self.seen: dict[str, dict[str, Any]] = {name: {} for name in self.signals}
+        self.ignored = dict.fromkeys((*self.signals, "kl"), 0)
+        self.step = 0
+        self.audit: list[dict[str, Any]] = []  # of this step; who reads it empties it
+        self._take_in()
+
+    def _take_in(self) -> None:
+        """Groups that are new: they begin where they are."""
+        for group in self.optimizer.param_groups[len(self.written) :]:
+            for name in BOUNDS:
+                self.base[name].append(get(group, name))
+            for name, values in self.values.items():
+                values.append(self.base[name][-1])
+            rate, (low, high) = self.base["lr"][-1], self.bounds["lr"]
+            self.written.append(rate)
+            if self.rules_of_rate() and rate is not None and not low <= rate <= high:
+                raise ValueError(f"the rate {rate:g} is outside its bounds, {low:g} … {high:g}")
+
+    def rules_of_rate(self) -> list[str]:
+        return self.lr_rules + self.reward_rules
+
+    @property
+    def inert(self) -> bool:
+        """Whether every rule is "none"."""
+        return not (self.rules_of_rate() or any(self.value_rules.values()))
+
+    @property
+    def ratio(self) -> float:
+        """What all rules together make of the base rate, before bounds."""
+        return math.prod(self.ratios.values())
+
+    def rate(self, base: float) -> float:
+        """The effective rate of a group whose base rate is `base`; 0 stays 0."""
+        ratio = self.ratio
+        return clamp(base * ratio, self.bounds["lr"]) if base and self.rules_of_rate() else base
+
+    @property
+    def kl_target(self) -> float:
+        """Nats a token for the next step: falls linearly where the length of the run is known.
+
+        `confidence` is for who has evidence (trust_region.py): the share of it that is to be used.
+        """
+        left = 1.0 if not self.steps else max(self.steps - self.step, 1) / self.steps
+        return self.kl_step_target * left * self.confidence
+
+    def observe(
+        self,
+        *,
+        loss: float | None = None,
+        reward: float | None = None,
+        grad_norm: float | None = None,
+        kl: float | None = None,
+    ) -> None:
+        """Lets the rules answer what was seen; NaN and infinity are ignored and counted."""
+        given = {"loss": loss, "grad_norm": grad_norm, "reward": reward, "kl": kl}
+        numbers: dict[str, float] = {}
+        for signal, value in given.items():
+            if value is not None:
+                if math.isfinite(value):
+                    numbers[signal] = float(value)
+                else:
+                    self.ignored[signal] += 1
+        for signal, x in self._mean_over_processes(numbers, list(given)).items():
+            if signal == "kl":
+                self._steer(x)
+            else:
+                self.seen[signal], reading = self.signals[signal].read(self.seen[signal], x)
+                self._answer(signal, reading)
+        self.write()
+
+    def _steer(self, kl: float) -> None:
+        if "kl_target" in self.lr_rules:
+            old = self.ratios.get("kl_target", 1.0)
+            new = rules.kl_target(old, kl, self.kl_target)
+            self._set_ratio("kl_target", self._within(old, new), "kl", kl)
+
+    def scale(self, rule: str, factor: float, kl: float) -> None:
+        """Says that the last update was scaled by `factor`, and scales the rate alike."""
+        if factor != 1.0:
+            old = self.ratios.get("kl_target", 1.0)
+            self._set_ratio("kl_target", self._within(old, old * factor), "kl", kl, rule)
+            self.write()
+
+    def tick(self) -> None:
+        """A step of the optimizer has passed: what depends on time alone."""
+        self.step += 1
+        for name in self.lr_rules:
+            if name in rules.LR_CLOCKS:
+                factor = rules.LR_CLOCKS[name](self.step, self.options)
+                self._set_ratio(name, factor, "time", self.step)
+        self.write()
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The rate times `ratio` while the optimizer steps, where somebody else owns the rate."""
+        if not self.rules_of_rate():
+            yield
+            return
+        undo = [scaled(g, self.ratio, self.bounds["lr"]) for g in self.optimizer.param_groups]
+        try:
+            yield
+        finally:
+            for restore in undo:
+                restore()
+
+    def _mean_over_processes(self, own: dict[str, float], names: list[str]) -> dict[str, float]:
+        """So that the rules of every process see the same, whichever has seen what."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return own
+        device = self.optimizer.param_groups[0]["params"][0].device
+        table = [[own.get(name, 0.0) for name in names], [float(name in own) for name in names]]
+        total = torch.tensor(table, dtype=torch.float64, device=device)
+        torch.distributed.all_reduce(total)
+        columns = zip(names, *total.tolist(), strict=True)
+        return {name: value / count for name, value, count in columns if count}
+
+    def _answer(self, signal: str, reading: Reading) -> None:
+        drives, factors = RATE_BY[signal]
+        for name in self.reward_rules if signal == "reward" else self.lr_rules:
+            key = f"reward {name}" if signal == "reward" else name
+            if name in drives:
+                new = drives[name](self.ratios.get(key, 1.0), 1.0, reading, self.options)
+                if name not in LASTING:
+                    new = clamp(new ** (1 - 1 / self.memory), (1 / self.max_drift, self.max_drift))
+                self._set_ratio(key, new, signal, reading.value)
+            elif name in factors:
+                factor = max(factors[name](reading, self.options), 0.0)
+                self._set_ratio(key, factor, signal, reading.value)
+        if signal == "loss":
+            for value, names in self.value_rules.items():
+                for name in names:
+                    self._drive(value, name, FROM_LOSS[value][name], signal, reading)
+        if signal == "reward" and "trend" in self.reward_rules:
+            drive = rules.MOMENTUM_BY_REWARD["trend"]
+            self._drive("momentum", "reward trend", drive, signal, reading)
+
+    def _drive(
+        self, what: str, rule: str, drive: rules.Drive, signal: str, reading: Reading
+    ) -> None:
+        """Moves a momentum, beta, alpha or weight decay of every group that has one."""
+        for i, (old, base) in enumerate(zip(self.values[what], self.base[what], strict=True)):
+            if old is None or base is None:
+                continue
+            new = drive(old, base, reading, self.options)
+            if rule in ("relative", "trend", "reward trend"):
+                new = base + (new - base) * (1 - 1 / self.memory)
+            low, high = self.bounds[what]
+            if what in ("beta1", "beta2"):
+                if base**self.step >= TINY:
+                    continue
+                high = min(high, max(base, TINY ** (1 / self.step)))
+            new = clamp(new, (low, high))
+            if new != old:
+                self.values[what][i] = new
+                if i == 0:
+                    self._note(what, rule, signal, reading.value, old, new)
+
+    def _set_ratio(
+        self, key: str, new: float, signal: str, seen: float, rule: str | None = None
+    ) -> None:
+        base = next((rate for rate in self.base["lr"] if rate), 0.0)
+        old_rate, old = self.rate(base), self.ratios.get(key, 1.0)
+        self.ratios[key] = new
+        if new != old:
+            self._note("lr", rule or key, signal, seen, old_rate, self.rate(base))
+
+    def _within(self, old: float, new: float) -> float:
+        """`new`, but no further than the bounds: a controller must not wind up behind them."""
+        base = next((rate for rate in self.base["lr"] if rate), 0.0)
+        rest = base * self.ratio / old
+        return clamp(new, (self.bounds["lr"][0] / rest, self.bounds["lr"][1] / rest)) if rest else 1
+
+    def _note(self, what: str, rule: str, signal: str, seen: float, old: float, new: float) -> None:
+        entry = {"step": self.step, "what": what, "rule": rule, "signal": signal, "seen": seen}
+        self.audit.append(entry | {"old": old, "new": new})
+
+    def write(self) -> None:
+        """Writes what the rules came to into the parameter groups."""
+        self._take_in()
+        momentum_too = "trend" in self.reward_rules
+        for i, group in enumerate(self.optimizer.param_groups):
+            base = self.base["lr"][i]
+            if self.owns_lr and base and self.rules_of_rate():
+                self._own(group, i, self.rate(base))
+            for name, values in self.values.items():
+                moved = self.value_rules[name] or (name == "momentum" and momentum_too)
+                value = values[i]
+                if moved and value is not None:
+                    put(group, name, value)
+
+    def _own(self, group: dict[str, Any], i: int, rate: float) -> None:
+        found, expected = float(group["lr"]), self.written[i]
+        if expected is not None and not math.isclose(found, expected, rel_tol=1e-6):
+            raise RuntimeError(
+                f"the rate of group {i} was {expected:g} and is {found:g}: something else sets it "
+                "too. AdaptiveOptimizer works beside other schedulers; AdaptiveScheduler does not"
+            )
+        put(group, "lr", rate)
+        self.written[i] = float(group["lr"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings and lists."""
+        names = ("base", "values", "ratios", "seen", "ignored", "step", "confidence")
+        return {name: copy.deepcopy(getattr(self, name)) for name in names}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from `state`, of an optimizer with as many groups."""
+        if len(state["base"]["lr"]) != len(self.optimizer.param_groups):
+            raise ValueError(
+                f"the state is of {len(state['base']['lr'])} parameter groups, the optimizer has "
+                f"{len(self.optimizer.param_groups)}"
+            )
+        for name, value in copy.deepcopy(state).items():
+            setattr(self, name, value)
+        self.written = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self.write()
+
+
+def _names(rule: str, known: Any, argument: str) -> list[str]:
+    names = [name.strip() for name in rule.split("+") if name.strip() != "none"]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{argument}: {name!r} is not one of {', '.join(known)}, none")
+    return names

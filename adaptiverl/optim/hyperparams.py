@@ -1,0 +1,76 @@
+"""The only place that reads and writes an optimizer's param_groups.
+
+Numbers, tensors (written in place: a captured graph keeps seeing them) and pairs of betas alike.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+Group = dict[str, Any]
+BETAS = {"beta1": 0, "beta2": 1}
+# A rule may not go beyond these, whatever it is told; those of lr and momentum can be chosen.
+BOUNDS = {
+    "lr": (1e-9, 10.0),
+    "momentum": (0.0, 0.999),
+    "beta1": (0.0, 0.999),
+    "beta2": (0.5, 0.9999),
+    "alpha": (0.5, 0.9999),
+    "weight_decay": (0.0, 1.0),
+}
+
+
+def get(group: Group, name: str) -> float | None:
+    """The value of `name`, one of BOUNDS; None where the optimizer has no such thing.
+
+    A momentum or weight decay of 0 is none: RMSprop makes no buffer for it.
+    """
+    if name in BETAS:
+        betas: Sequence[Any] | None = group.get("betas")
+        return None if betas is None else float(betas[BETAS[name]])
+    if name not in group:
+        return None
+    return float(group[name]) or None
+
+
+def put(group: Group, name: str, value: float) -> None:
+    """Writes `value`, in place where it is a tensor."""
+    if name in BETAS:
+        betas = list(group["betas"])
+        betas[BETAS[name]] = _written(betas[BETAS[name]], value)
+        group["betas"] = type(group["betas"])(betas)
+    else:
+        group[name] = _written(group[name], value)
+
+
+def scaled(group: Group, ratio: float, bounds: tuple[float, float]) -> Callable[[], None]:
+    """Multiplies the rate, within `bounds` (0 stays 0); what is returned puts it back.
+
+    A tensor is not read, so the device is not waited for.
+    """
+    old = group["lr"]
+    if not isinstance(old, Tensor):
+        group["lr"] = clamp(old * ratio, bounds) if old else old
+        return lambda: group.update(lr=old)
+    saved = old.clone()
+    old.copy_((saved * ratio).clamp(*bounds).where(saved > 0, saved))
+    return partial(_restore, old, saved)
+
+
+def _restore(tensor: Tensor, saved: Tensor) -> None:
+    tensor.copy_(saved)
+
+
+def _written(old: Any, value: float) -> Any:
+    return old.fill_(value) if isinstance(old, Tensor) else value
+
+
+def number(x: float | Tensor) -> float:
+    """`x`, fetched from its device if it is a tensor."""
+    return float(x.detach() if isinstance(x, Tensor) else x)
+
+
+def clamp(value: float, bounds: tuple[float, float]) -> float:
+    return min(max(value, bounds[0]), bounds[1])

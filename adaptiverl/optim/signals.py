@@ -1,0 +1,130 @@
+"""What rules see: a number after each step, and what its past says of it.
+
+Each part is a pure function (state, x) → (state, answer) on plain numbers and lists. A signal that
+is only noise has no trend, no excess and no plateau worth acting on, or rarely; what it costs to be
+wrong is bounded in controller.py.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One observation of a signal, beside its past."""
+
+    value: float
+    ema: float  # smoothed, from the first value on
+    usual: float  # the mean of |smoothed| values so far
+    trend: int = 0  # 1 rising, -1 falling, 0 no more than noise
+    variance: float = 0.0  # of the smoothed values in the window
+    excess: float = 0.0  # by how much the window's variance exceeds its long-run mean, at least 0
+    plateau: int = 0  # 1: nothing has improved, drop; -1: the drop brought nothing, undo
+    warm: bool = True  # whether the smoothed value has forgotten its first
+
+
+@dataclass(frozen=True)
+class Signal:
+    """How a signal is read. Its state is a dict of numbers and lists that `read` returns anew."""
+
+    beta: float = 0.9  # of the EMA
+    window: int = 20  # values whose variance is taken
+    trend_window: int = 20  # values that a trend is tested on; 2 compares neighbours, as the seeds
+    threshold: float = 3.0  # standard errors that a trend must stand out by
+    min_rel: float = 1e-4  # and its least size, relative to the mean
+    patience: int = 20
+    cooldown: int = 50
+
+    def read(self, state: dict[str, Any], x: float) -> tuple[dict[str, Any], Reading]:
+        n = state.get("n", 0) + 1
+        ema = x if n == 1 else self.beta * state["ema"] + (1 - self.beta) * x
+        usual = abs(ema) if n == 1 else state["usual"] + (abs(ema) - state["usual"]) / n
+        values = [*state.get("values", []), x][-self.window :]
+        smoothed = [*state.get("smoothed", []), ema][-self.window :]
+        long, above = excess(state.get("long"), values, self.window)
+        tested, direction = trend(
+            state.get("tested", []), x, self.trend_window, self.threshold, self.min_rel
+        )
+        waiting, move = plateau(state.get("waiting", {}), x, self.patience, self.cooldown)
+        reading = Reading(
+            value=x,
+            ema=ema,
+            usual=state.get("usual", usual),
+            trend=direction,
+            variance=variance(smoothed),
+            excess=above,
+            plateau=move,
+            warm=n * (1 - self.beta) >= 2 or self.beta == 0,
+        )
+        state = {"n": n, "ema": ema, "usual": usual, "values": values, "smoothed": smoothed}
+        return state | {"long": long, "tested": tested, "waiting": waiting}, reading
+
+
+def variance(values: Sequence[float]) -> float:
+    """The unbiased sample variance; 0 of fewer than two values."""
+    if len(values) < 2:
+        return 0.0
+    mean = sum(values) / len(values)
+    return sum((x - mean) ** 2 for x in values) / (len(values) - 1)
+
+
+def excess(long: float | None, values: Sequence[float], window: int) -> tuple[float | None, float]:
+    """How far the variance of a full window lies above its own running mean, in units of that.
+
+    Relative, because Var(ℓ) itself depends on the loss's units.
+    """
+    if len(values) < window:
+        return long, 0.0
+    now = variance(values)
+    if not long:
+        return now, 0.0
+    return long + 0.01 * (now - long), max(0.0, now / long - 1)
+
+
+def trend(
+    values: Sequence[float], x: float, window: int, threshold: float, min_rel: float
+) -> tuple[list[float], int]:
+    """1 or -1 where the slope over `window` values stands out by `threshold` standard errors.
+
+    After an answer the test begins anew from x, so no value is evidence twice.
+    """
+    values = [*values, x][-window:]
+    if len(values) < window:
+        return values, 0
+    n, mean, middle = len(values), sum(values) / len(values), (len(values) - 1) / 2
+    spread = sum((i - middle) ** 2 for i in range(n))
+    slope = sum((i - middle) * (y - mean) for i, y in enumerate(values)) / spread
+    left = sum((y - mean - slope * (i - middle)) ** 2 for i, y in enumerate(values))
+    error = math.sqrt(left / (n - 2) / spread) if n > 2 else 0.0
+    large = abs(slope) * (n - 1) > min_rel * abs(mean)
+    if not large or abs(slope) <= threshold * error:
+        return values, 0
+    return [x], 1 if slope > 0 else -1
+
+
+def plateau(
+    state: dict[str, Any], x: float, patience: int, cooldown: int
+) -> tuple[dict[str, Any], int]:
+    """1 where the last `patience` values are no lower than those before; -1 to take that back.
+
+    After a drop `cooldown` values are awaited. If their mean is that of before, within four
+    standard errors, the rate was not what held it up. So pure noise leaves no lasting mark.
+    """
+    values, before = [*state.get("values", []), x], state.get("before")
+    if before:
+        if len(values) < cooldown:
+            return {"values": values, "before": before}, 0
+        return {"values": []}, 0 if abs(_z(before, values)) > 4 else -1
+    values = values[-2 * patience :]
+    if len(values) < 2 * patience or _z(values[:patience], values[patience:]) > 2:
+        return {"values": values}, 0
+    return {"values": [], "before": values[patience:]}, 1
+
+
+def _z(before: Sequence[float], after: Sequence[float]) -> float:
+    """By how many standard errors the mean fell."""
+    fall = sum(before) / len(before) - sum(after) / len(after)
+    error = math.sqrt(variance(before) / len(before) + variance(after) / len(after))
+    return fall / error if error else math.copysign(math.inf, fall) if fall else 0.0

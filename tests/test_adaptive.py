@@ -1,0 +1,310 @@
+"""AdaptiveOptimizer around any optimizer, under whatever drives it."""
+
+import copy
+import io
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import lr_scheduler
+
+from adaptiverl import AdaptiveOptimizer
+
+BASES = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.01),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01, foreach=False),
+    "AdamW foreach": lambda p: torch.optim.AdamW(p, lr=0.01, foreach=True),
+    "AdamW fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
+    "AdamW tensor lr": lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.01), foreach=False),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01),
+    "Adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01),
+}
+SCHEDULERS = {
+    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda t: 1 / (t + 1)),
+    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 5),
+    "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0, threshold=10.0),
+}
+RULES = {"lr_rule": "cyclical", "cycle_length": 4}  # × 1, .6, .2, .6, 1, …
+CYCLE = [1, 0.6, 0.2, 0.6, 1, 0.6]
+STEPS = 6
+
+
+def eight_bit(parameters) -> torch.optim.Optimizer:
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(parameters, lr=0.01, min_8bit_size=1)
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+
+
+def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(16, 4, generator=generator)
+    return x, x.sum(-1, keepdim=True)
+
+
+def weights(net: nn.Module) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in net.parameters()]
+
+
+def seen_rates(base: torch.optim.Optimizer) -> list[float]:
+    """The rate that `base` steps with, each time it does."""
+    rates: list[float] = []
+    base.register_step_pre_hook(lambda opt, *_: rates.append(float(opt.param_groups[0]["lr"])))
+    return rates
+
+
+def plain(net, optimizer, scheduler) -> None:
+    for step in range(STEPS):
+        x, y = batch(step)
+        nn.functional.mse_loss(net(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        advance(scheduler)
+
+
+def scaled(net, optimizer, scheduler) -> None:
+    """GradScaler, which divides gradients by the scale before the step."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for step in range(STEPS):
+        x, y = batch(step)
+        scaler.scale(nn.functional.mse_loss(net(x), y)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        advance(scheduler)
+
+
+def accelerated(net, optimizer, scheduler) -> None:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    net, optimizer = accelerator.prepare(net, optimizer)
+    for step in range(STEPS):
+        x, y = batch(step)
+        accelerator.backward(nn.functional.mse_loss(net(x), y))
+        optimizer.step()
+        optimizer.zero_grad()
+        advance(scheduler)
+
+
+def advance(scheduler) -> None:
+    if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
+        scheduler.step(1.0)
+    else:
+        scheduler.step()
+
+
+def by_trainer(net, optimizer, scheduler) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self):
+            return STEPS * 16
+
+        def __getitem__(self, i):
+            x, y = batch(i // 16)
+            return {"x": x[i % 16], "labels": y[i % 16]}
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x, labels):
+            return {"loss": nn.functional.mse_loss(self.net(x), labels)}
+
+    class InOrder(Trainer):
+        def _get_train_sampler(self, *_):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder, per_device_train_batch_size=16, max_steps=STEPS, report_to=[], use_cpu=True,
+            save_strategy="no", max_grad_norm=0.0, disable_tqdm=True, logging_strategy="no",
+            metric_for_best_model="loss",
+            eval_strategy="steps" if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau) else
+            "no", eval_steps=1,
+        )  # fmt: skip
+        InOrder(
+            Net(),
+            arguments,
+            train_dataset=Rows(),
+            eval_dataset=torch.utils.data.Subset(Rows(), range(16)),
+            optimizers=(optimizer, scheduler),
+        ).train()
+
+
+LOOPS = {
+    "plain": plain, "GradScaler": scaled, "accelerate": accelerated, "HF Trainer": by_trainer
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("base", BASES)
+def test_it_composes_with_whoever_schedules_and_drives_it(base, scheduler, loop):
+    """The rate of each step is the scheduled one times the rule's, and weights are those of `base`
+    stepped at these rates."""
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    net = model()
+    inner = BASES[base](net.parameters())
+    optimizer = AdaptiveOptimizer(inner, **RULES)
+    rates = seen_rates(inner)
+    LOOPS[loop](net, optimizer, SCHEDULERS[scheduler](optimizer))
+
+    reference = model()
+    bare = BASES[base](reference.parameters())
+    scheduled = seen_rates(bare)
+    LOOPS[loop](reference, bare, SCHEDULERS[scheduler](bare))
+    assert len(rates) == STEPS
+    expected = [a * b for a, b in zip(scheduled, CYCLE, strict=True)]
+    assert rates == pytest.approx(expected, rel=1e-5, abs=1e-9)
+
+    alone = model()
+    again = BASES[base](alone.parameters())
+    for step, rate in enumerate(rates):
+        x, y = batch(step)
+        nn.functional.mse_loss(alone(x), y).backward()
+        group = again.param_groups[0]
+        group["lr"] = torch.tensor(rate) if isinstance(group["lr"], torch.Tensor) else rate
+        again.step()
+        again.zero_grad()
+    for own, other in zip(weights(net), weights(alone), strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_without_a_rule_it_is_its_base_bit_for_bit(base):
+    nets = [model(), model()]
+    bare = BASES[base](nets[0].parameters())
+    wrapped = AdaptiveOptimizer(BASES[base](nets[1].parameters()))
+    for step in range(100):
+        x, y = batch(step)
+        for net, optimizer in zip(nets, (bare, wrapped), strict=True):
+            loss = nn.functional.mse_loss(net(x), y)
+            loss.backward()
+            if optimizer is wrapped:
+                wrapped.step_loss(loss)
+                wrapped.step_reward(-loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        assert all(map(torch.equal, weights(nets[0]), weights(nets[1])))
+
+
+def test_an_overflow_under_gradscaler_makes_no_step_and_no_time():
+    net = model()
+    optimizer = AdaptiveOptimizer(BASES["AdamW fused"](net.parameters()), **RULES)
+    scaler, before = torch.amp.GradScaler("cpu", init_scale=1024.0), weights(net)
+    (scaler.scale(net(batch(0)[0]).sum()) * float("inf")).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert all(map(torch.equal, before, weights(net)))
+    assert optimizer.controller.step == 0
+
+
+@pytest.mark.parametrize("base", ["SGD", "AdamW", "AdamW tensor lr", "RMSprop"])
+def test_saved_and_loaded_it_continues_bit_for_bit(base):
+    rules = {
+        "lr_rule": "trend+variance+patience+grad_norm", "reward_rule": "trend", "trend_window": 4,
+        "var_window": 5, "patience": 3, "cooldown": 4,
+    }  # fmt: skip
+    rules |= {"momentum_rule": "relative"} if base == "SGD" else {}
+    rules |= {"alpha_rule": "stable"} if base == "RMSprop" else {}
+
+    def train(net, optimizer, steps):
+        for step in steps:
+            x, y = batch(step)
+            loss = nn.functional.mse_loss(net(x), y)
+            loss.backward()
+            optimizer.step_loss(loss)
+            optimizer.step_reward(-loss)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    net = model()
+    optimizer = AdaptiveOptimizer(BASES[base](net.parameters()), **rules)
+    train(net, optimizer, range(30))
+    file = io.BytesIO()
+    torch.save({"net": net.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    train(net, optimizer, range(30, 60))
+
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    other = model()
+    other.load_state_dict(saved["net"])
+    resumed = AdaptiveOptimizer(BASES[base](other.parameters()), **rules)
+    resumed.load_state_dict(saved["optimizer"])
+    train(other, resumed, range(30, 60))
+    assert all(map(torch.equal, weights(net), weights(other)))
+    assert resumed.controller.state_dict() == optimizer.controller.state_dict()
+    assert resumed.lr == optimizer.lr != float(optimizer.param_groups[0]["lr"])
+
+
+def test_a_state_of_other_groups_is_refused():
+    one = AdaptiveOptimizer(BASES["SGD"](model().parameters()), **RULES)
+    state = copy.deepcopy(one.controller.state_dict())
+    one.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+    with pytest.raises(ValueError, match="of 1 parameter groups, the optimizer has 2"):
+        one.controller.load_state_dict(state)
+
+
+def test_it_shows_what_it_moves():
+    net = model()
+    optimizer = AdaptiveOptimizer(
+        torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=0.01), wd_rule="trend",
+        lr_rule="trend", trend_window=2, wd_down=0.5, up_factor=2, memory=1e9,
+    )  # fmt: skip
+    optimizer.step_loss(2.0)
+    optimizer.step_loss(torch.tensor(1.0))
+    assert optimizer.lr == pytest.approx(2e-3)
+    assert optimizer.wd == pytest.approx(0.005)
+    assert optimizer.betas == (0.9, 0.999)
+    assert optimizer.momentum is None
+    assert optimizer.param_groups[0]["lr"] == 1e-3, "whoever schedules it finds it as it was"
+
+
+def test_only_what_the_optimizer_has_is_touched():
+    optimizer = AdaptiveOptimizer(
+        torch.optim.Adagrad(model().parameters(), lr=0.1),
+        momentum_rule="inverse", betas_rule=("relative", "variance"), alpha_rule="stable",
+        wd_rule="trend",
+    )  # fmt: skip
+    before = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
+    for loss in (3.0, 2.0, 1.0):
+        optimizer.step_loss(loss)
+    assert {k: v for k, v in optimizer.param_groups[0].items() if k != "params"} == before
+
+
+def test_around_bitsandbytes_8_bit_adamw():
+    """Rate, betas and weight decay are read live."""
+    nets = [model(), model()]
+    try:
+        inner = [eight_bit(net.parameters()) for net in nets]
+        x, y = batch(0)
+        nn.functional.mse_loss(nets[0](x), y).backward()
+        inner[0].step()
+    except (NotImplementedError, RuntimeError) as error:
+        pytest.skip(f"bitsandbytes has no 8-bit optimizer here: {error}")
+    nets = [model(), model()]
+    bare, wrapped = eight_bit(nets[0].parameters()), eight_bit(nets[1].parameters())
+    adaptive = AdaptiveOptimizer(wrapped, **RULES)
+    for step, factor in enumerate(CYCLE):
+        x, y = batch(step)
+        for net in nets:
+            nn.functional.mse_loss(net(x), y).backward()
+        bare.param_groups[0]["lr"] = 0.01 * factor
+        for net, optimizer in zip(nets, (bare, adaptive), strict=True):
+            optimizer.step()
+            net.zero_grad()
+    assert all(
+        torch.allclose(a, b, atol=1e-6)
+        for a, b in zip(weights(nets[0]), weights(nets[1]), strict=True)
+    )

@@ -1,0 +1,341 @@
+"""Every rule: golden traces that can be checked by eye, and what must hold for any signal."""
+
+import math
+import random
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adaptiverl.optim.controller import LR_RULES, REWARD_RULES, Controller
+from adaptiverl.optim.hyperparams import get
+
+NO_MEMORY = {"memory": math.inf, "max_drift": 1e9}  # the formulas bare
+
+
+def optimizer(kind: str = "sgd", **arguments) -> torch.optim.Optimizer:
+    weight = [torch.nn.Parameter(torch.zeros(1))]
+    match kind:
+        case "sgd":
+            return torch.optim.SGD(weight, **({"lr": 1.0, "momentum": 0.9} | arguments))
+        case "adamw":
+            return torch.optim.AdamW(weight, **({"lr": 1.0, "weight_decay": 0.01} | arguments))
+    return torch.optim.RMSprop(weight, **({"lr": 1.0, "alpha": 0.9} | arguments))
+
+
+def trace(opt, name: str, signal: str, values: list, **arguments) -> list[float]:
+    """What `name` is after each of the signal's values."""
+    controller = Controller(opt, **(NO_MEMORY | arguments))
+    result = []
+    for value in values:
+        controller.observe(**{signal: value})
+        controller.tick()
+        result.append(get(opt.param_groups[0], name))
+    return result
+
+
+HALF = {"up_factor": 2.0, "down_factor": 0.5, "trend_window": 2}
+
+GOLDEN = [
+    # rule, signal, its values, constants → the rate, from 1
+    ("loss_decay", "loss", [1, 1, 3], {"loss_k": 1.0}, [1 / 2, 1 / 4, 1 / 16]),
+    ("trend", "loss", [5, 4, 4.5, 4.5], HALF, [1, 2, 1, 1]),
+    ("trend", "loss", [3, 2, 1, 1, 1, 5, 5], HALF | {"trend_window": 3}, [1, 1, 2, 2, 2, 2, 2]),
+    ("trend", "loss", [1, 2, 3, 4, 5], HALF | {"trend_window": 3}, [1, 1, 0.5, 0.5, 0.25]),
+    ("variance", "loss", [0, 2, 6, 6], {"var_window": 2}, [1, 1, 1 / 4, 1]),
+    ("grad_norm", "grad_norm", [1, 1, 4, 1], {}, [1, 1, 1 / 4, 1]),
+    ("cyclical", "loss", [0] * 5, {"cycle_length": 4}, [0.6, 0.2, 0.6, 1, 0.6]),
+    ("cosine", "loss", [0] * 5, {"cycle_length": 2}, [0.6, 0.2, 0.6, 1, 0.6]),
+    (
+        "cosine_restart", "loss", [0] * 6, {"cycle_length": 2, "cycle_mult": 2},
+        [0.6, 1, 0.6 + 0.4 * math.sqrt(0.5), 0.6, 0.6 - 0.4 * math.sqrt(0.5), 1],
+    ),
+    # a drop that brought nothing is taken back, one that helped stays
+    (
+        "patience", "loss", [1, 1, 1, 1, 1, 0.5, 0.4, 0.3], {"patience": 1, "cooldown": 1},
+        [1, 0.5, 1, 1, 0.5, 0.5, 0.5, 0.5],
+    ),
+    (
+        "trend+cyclical", "loss", [4, 3, 2, 1], HALF | {"cycle_length": 4},
+        [0.6, 2 * 0.2, 4 * 0.6, 8 * 1],
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("rule", "signal", "values", "constants", "expected"), GOLDEN)
+def test_rate_from_loss_gradient_and_time(rule, signal, values, constants, expected):
+    assert trace(optimizer(), "lr", signal, values, lr_rule=rule, **constants) == pytest.approx(
+        expected
+    )
+
+
+REWARDED = [
+    ("scaling", [0.5, 1, 0.75], {"reward_center": 0.5, "reward_span": 0.5}, [1, 2, 1.5]),
+    ("trend", [0, 1, 2, 1], {"trend_window": 2, "reward_up": 2, "reward_down": 0.5}, [1, 2, 4, 2]),
+    ("variance", [0, 2, 2], {"var_window": 2}, [1, 1 / 3, 1]),
+    ("kelly", [99, 99, -99], {"kelly_gain": 0.5}, [1.5, 2.25, 1.125]),
+    ("kelly", [math.atanh(0.5)], {"kelly_gain": 0.2}, [1.1]),
+]
+
+
+@pytest.mark.parametrize(("rule", "values", "constants", "expected"), REWARDED)
+def test_rate_from_reward(rule, values, constants, expected):
+    got = trace(optimizer(), "lr", "reward", values, reward_rule=rule, reward_beta=0.0, **constants)
+    assert got == pytest.approx(expected)
+
+
+def test_scaling_maps_center_minus_span_to_nothing():
+    got = trace(optimizer(), "lr", "reward", [-1], reward_rule="scaling", reward_beta=0.0)
+    assert got == [1e-9], "the bound, since a rate of 0 never comes back"
+
+
+@pytest.mark.parametrize(
+    ("rule", "values", "constants", "expected"),
+    [
+        ("inverse", [0, 1, 3], {}, [0, 1 / 2, 3 / 4]),
+        ("exp", [0, 1, 2], {"loss_a": math.log(2)}, [0, 1 / 2, 3 / 4]),
+        ("relative", [2, 1, 2], {"trend_window": 2}, [0.9, 0.91, 0.91 * 0.9]),
+        ("normalized", [1, 2, 0.01], {}, [0.9, 0.8, 0.95]),
+    ],
+)
+def test_momentum(rule, values, constants, expected):
+    opt = optimizer()
+    controller = Controller(opt, momentum_rule=rule, loss_beta=0.0, **NO_MEMORY, **constants)
+    got = []
+    for value in values:
+        controller.observe(loss=value)
+        got.append(opt.param_groups[0]["momentum"])
+    assert got == pytest.approx(expected)
+
+
+def test_reward_trend_moves_momentum_too():
+    got = trace(optimizer(), "momentum", "reward", [0, 1, 0], reward_rule="trend", trend_window=2)
+    assert got == pytest.approx([0.9, 0.91, 0.91 * 0.9])
+
+
+def test_alpha_and_beta2_remember_longer_when_the_loss_is_noisier():
+    """A variance of 2, then of 8: four times the memory."""
+    losses = [0, 2, 6, 6]
+    got = trace(optimizer("rmsprop"), "alpha", "loss", losses, alpha_rule="stable", var_window=2)
+    assert got == pytest.approx([0.9, 0.9, 1 - 0.1 / 4, 0.9])
+    opt = optimizer("adamw", betas=(0.5, 0.6))
+    controller = Controller(opt, betas_rule="variance", var_window=2, **NO_MEMORY)
+    controller.step = 50  # 0.6^50 is nothing, and 0.9^50 is below 0.01
+    for loss in losses[:3]:
+        controller.observe(loss=loss)
+    assert opt.param_groups[0]["betas"] == (0.5, pytest.approx(0.9))
+
+
+def test_betas_hold_until_adams_bias_correction_has_no_use_for_them():
+    """It divides by 1 - beta^t as if beta had never changed: off by more than 1 % before."""
+    opt = optimizer("adamw", betas=(0.5, 0.999))
+    got = trace(
+        opt, "beta1", "loss", range(12, 0, -1), betas_rule=("relative", "variance"), trend_window=2
+    )
+    assert got[:7] == [0.5] * 7, "0.5^6 is 0.016"
+    assert got[7] == pytest.approx(0.51), "0.5^7 is 0.008"
+    for t, beta in enumerate(got):
+        assert beta == 0.5 or beta**t <= 0.01 + 1e-12
+
+
+def test_weight_decay_falls_while_the_loss_does():
+    got = trace(
+        optimizer("adamw"), "weight_decay", "loss", [3, 2, 1, 2], wd_rule="trend", trend_window=2
+    )
+    assert got == pytest.approx([0.01, 0.0095, 0.01 * 0.95**2, 0.01 * 0.95**2 * 1.05])
+
+
+@pytest.mark.parametrize(
+    ("kl", "factor"), [(0.004, 1), (0.004 / 16, 2), (0.004 * 16, 0.5), (1e9, 0.5), (0.0, 2)]
+)
+def test_kl_target_goes_half_of_the_way_at_most_a_factor_of_two(kl, factor):
+    opt = optimizer(lr=0.01)
+    Controller(opt, lr_rule="kl_target", kl_step_target=0.004).observe(kl=kl)
+    assert opt.param_groups[0]["lr"] == pytest.approx(0.01 * factor)
+
+
+def test_kl_target_falls_linearly_where_the_length_is_known():
+    controller = Controller(optimizer(), lr_rule="kl_target", kl_step_target=1.0, steps=4)
+    targets = []
+    for _ in range(6):
+        targets.append(controller.kl_target)
+        controller.tick()
+    assert targets == [1, 0.75, 0.5, 0.25, 0.25, 0.25], "a longer run ends as this one"
+
+
+def test_the_rate_does_not_wind_up_behind_its_bound():
+    """While an update moves nothing the rate waits at the bound, ready to fall at once."""
+    opt = optimizer(lr=1.0)
+    controller = Controller(opt, lr_rule="kl_target", kl_step_target=0.01, max_lr=4.0)
+    for _ in range(50):
+        controller.observe(kl=0.0)
+    assert opt.param_groups[0]["lr"] == pytest.approx(4)
+    controller.observe(kl=0.16)
+    assert opt.param_groups[0]["lr"] == pytest.approx(2)
+
+
+def test_what_rewards_drive_leans_back_and_stays_near():
+    opt = optimizer(lr=1.0)
+    controller = Controller(opt, reward_rule="kelly", reward_beta=0.0, memory=10.0)
+    for _ in range(100):
+        controller.observe(reward=99.0)
+    assert opt.param_groups[0]["lr"] == pytest.approx(3), "max_drift"
+    for _ in range(60):
+        controller.observe(reward=0.0)  # a bet of nothing
+    assert opt.param_groups[0]["lr"] == pytest.approx(1, abs=0.02)
+
+
+# For any signal
+
+
+def noise(rule: dict[str, str], seed: int) -> tuple[float, float, float, Controller]:
+    """10,000 steps: the rate's geometric mean, lowest and highest, over where it began."""
+    chance = random.Random(seed)
+    opt = optimizer(lr=0.01)
+    controller = Controller(opt, **rule)
+    rates = []
+    for _ in range(10_000):
+        controller.observe(
+            loss=chance.gauss(0, 1), reward=chance.gauss(0, 1), grad_norm=abs(chance.gauss(0, 1))
+        )
+        controller.tick()
+        rates.append(opt.param_groups[0]["lr"] / 0.01)
+    mean = math.exp(sum(map(math.log, rates)) / len(rates))
+    return mean, min(rates), max(rates), controller
+
+
+DRIFTING = ("loss_decay", "kelly")
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [{"lr_rule": rule} for rule in LR_RULES if rule not in DRIFTING]
+    + [{"reward_rule": rule} for rule in REWARD_RULES if rule not in DRIFTING]
+    + [{"lr_rule": "trend+variance+patience"}],
+    ids=lambda rule: "-".join(rule.values()),
+)
+def test_pure_noise_moves_no_rate_for_long(rule):
+    mean, low, high, _ = noise(rule, seed=1)
+    assert 0.5 < mean < 2
+    assert low > 1e-9 / 0.01 and high < 10 / 0.01, "the bounds"
+
+
+@pytest.mark.parametrize("rule", [{"lr_rule": "loss_decay"}, {"reward_rule": "kelly"}])
+def test_what_drifts_by_design_stays_within_a_factor_of_three(rule):
+    _, low, high, _ = noise(rule, seed=1)
+    assert low * 1.0000001 >= 1 / 3 and high <= 3.0000001
+
+
+numbers = st.floats(allow_nan=True, allow_infinity=True, width=32)
+
+
+@given(
+    st.lists(st.tuples(numbers, numbers, numbers, numbers), max_size=40),
+    st.sampled_from(LR_RULES),
+    st.sampled_from(REWARD_RULES),
+)
+def test_bounds_hold_for_any_signal(signals, lr_rule, reward_rule):
+    opt = torch.optim.SGD(
+        [
+            {"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 1e-3},
+            {"params": [torch.nn.Parameter(torch.zeros(1))], "lr": torch.tensor(2e-3)},
+            {"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 0.0},
+        ],
+        momentum=0.9,
+    )
+    controller = Controller(
+        opt,
+        lr_rule=lr_rule,
+        reward_rule=reward_rule,
+        momentum_rule="inverse",
+        min_lr=1e-4,
+        max_lr=1e-2,
+        trend_window=2,
+        max_momentum=0.95,
+    )
+    own = opt.param_groups[1]["lr"]
+    for loss, reward, grad_norm, kl in signals:
+        controller.observe(loss=loss, reward=reward, grad_norm=grad_norm, kl=kl)
+        controller.tick()
+        for group in opt.param_groups[:2]:
+            assert 1e-4 * (1 - 1e-6) <= float(group["lr"]) <= 1e-2 * (1 + 1e-6)
+            assert 0 <= group["momentum"] <= 0.95
+    assert opt.param_groups[1]["lr"] is own, "a tensor is written in place"
+    assert opt.param_groups[2]["lr"] == 0, "frozen stays frozen"
+    bad = sum(not math.isfinite(x) for row in signals for x in row)
+    assert sum(controller.ignored.values()) == bad
+
+
+@given(st.lists(numbers, max_size=30))
+def test_none_is_the_identity(signals):
+    opt = optimizer("adamw", lr=1e-3)
+    before = {k: v for k, v in opt.param_groups[0].items() if k != "params"}
+    controller = Controller(opt)
+    for x in signals:
+        controller.observe(loss=x, reward=x, grad_norm=x, kl=x)
+        controller.tick()
+    assert {k: v for k, v in opt.param_groups[0].items() if k != "params"} == before
+    assert controller.inert and not controller.audit
+
+
+def test_nan_changes_nothing_and_is_counted():
+    opt = optimizer()
+    controller = Controller(opt, lr_rule="loss_decay", loss_k=1.0, **NO_MEMORY)
+    for loss in (1.0, math.nan, -math.inf, 1.0):
+        controller.observe(loss=loss)
+    assert opt.param_groups[0]["lr"] == 1 / 4
+    assert controller.ignored["loss"] == 2
+
+
+@given(st.floats(0.01, 100), st.floats(0.01, 100))
+def test_a_larger_kl_never_gives_a_larger_rate(one, other):
+    rates = []
+    for kl in sorted((one, other)):
+        opt = optimizer()
+        Controller(opt, lr_rule="kl_target", kl_step_target=1.0).observe(kl=kl)
+        rates.append(opt.param_groups[0]["lr"])
+    assert rates[0] >= rates[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"lr_rule": "trnd"}, "lr_rule: 'trnd' is not one of"),
+        ({"lr_rule": "trend+kelly"}, "lr_rule: 'kelly'"),
+        ({"reward_rule": "loss_decay"}, "reward_rule: 'loss_decay'"),
+        ({"betas_rule": "trend"}, "betas_rule: 'trend'"),
+        ({"lr_rule": "trend", "max_lr": 0.5}, "the rate 1 is outside its bounds"),
+        ({"up": 2.0}, "up"),
+    ],
+)
+def test_mistakes_are_named(arguments, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        Controller(optimizer(), **arguments)
+
+
+def test_each_change_has_its_reason():
+    controller = Controller(optimizer(), lr_rule="loss_decay", loss_k=1.0, **NO_MEMORY)
+    controller.observe(loss=1.0)
+    assert controller.audit == [
+        {"step": 0, "what": "lr", "rule": "loss_decay", "signal": "loss", "seen": 1.0,
+         "old": 1.0, "new": 0.5}
+    ]  # fmt: skip
+
+
+def test_another_writer_of_the_rate_is_refused():
+    opt = optimizer()
+    controller = Controller(opt, lr_rule="trend")
+    controller.observe(loss=1.0)
+    opt.param_groups[0]["lr"] = 0.5
+    with pytest.raises(RuntimeError, match="something else sets it"):
+        controller.observe(loss=1.0)
+
+
+def test_a_new_group_begins_where_it_is():
+    opt = optimizer()
+    controller = Controller(opt, lr_rule="loss_decay", loss_k=1.0, **NO_MEMORY)
+    controller.observe(loss=1.0)
+    opt.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 4.0})
+    controller.observe(loss=0.0)
+    assert [group["lr"] for group in opt.param_groups] == [0.5, 2.0], "base 4, ratio a half"
