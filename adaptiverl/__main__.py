@@ -8,13 +8,13 @@ from adaptiverl.run.config import UserError
 from adaptiverl.run.explain import explain
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m adaptiverl")
     commands = parser.add_subparsers(required=True, metavar="explain")
     command = commands.add_parser("explain", help="what moved the rate of a run, and when")
     command.add_argument("run", type=Path, help="the OUTPUT_DIR of a run")
     try:
-        print(explain(parser.parse_args().run))
+        print(explain(parser.parse_args(arguments).run))
     except UserError as mistake:
         print(f"error: {mistake}", file=sys.stderr)
         return 2

@@ -392,6 +392,125 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+# The report
+
+
+def middle(scores: list[float]) -> float:
+    """The interquartile mean: of five, the middle three."""
+    cut = len(scores) // 4
+    return statistics.mean(sorted(scores)[cut : len(scores) - cut])
+
+
+def interval(scores: list[float], draws: int = 2000) -> tuple[float, float]:
+    """95 %, by drawing seeds with replacement."""
+    chance = random.Random(0)
+    found = sorted(middle(chance.choices(scores, k=len(scores))) for _ in range(draws))
+    return found[int(0.025 * draws)], found[int(0.975 * draws) - 1]
+
+
+def score_of(row: dict[str, Any], floor: float) -> float:
+    """A policy without finite probabilities has no score; it counts as the worst there was."""
+    return floor if row["score"] is None else row["score"]
+
+
+def report(rows: list[dict[str, Any]]) -> str:
+    """Tables in Markdown."""
+    lines: list[str] = []
+    shares: dict[float, list[float]] = {rate: [] for rate in DECADES}
+    for task in dict.fromkeys(row["task"] for row in rows):
+        own = [row for row in rows if row["task"] == task]
+        floor = min(row["score"] for row in own if row["score"] is not None)
+        start = middle([r["score"] for r in own if (r["method"], r["rate"]) == ("constant", 1e-7)])
+        cells: dict[tuple[str, float], list[dict[str, Any]]] = {}
+        for row in own:
+            cells.setdefault((row["method"], row["rate"]), []).append(row)
+
+        def iqm(key: tuple[str, float], cells: Any = cells, floor: float = floor) -> float:
+            return middle([score_of(row, floor) for row in cells[key]])
+
+        def fell(row: dict[str, Any], start: float = start) -> bool:
+            return row["score"] is None or row["entropy"] < 0.1 or row["score"] < start - 0.1
+
+        lines += [
+            f"### {task}",
+            "",
+            f"Untrained: {start:.3f}.",
+            "",
+            "| method | best rate | score there [95 %] | KL | worst rate tried | score there "
+            "| collapsed | seconds |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        bests = {}
+        for method in METHODS:
+            keys = sorted((key for key in cells if key[0] == method), key=iqm)
+            if not keys:
+                continue
+            best, worst = keys[-1], keys[0]
+            bests[method] = iqm(best), middle([row["kl"] for row in cells[best]])
+            low, high = interval([score_of(row, floor) for row in cells[best]])
+            all_runs = [row for key in keys for row in cells[key]]
+            lines.append(
+                f"| {method} | {best[1]:g} | {iqm(best):.3f} [{low:.3f}, {high:.3f}] "
+                f"| {bests[method][1]:.1f} | {worst[1]:g} | {iqm(worst):.3f} "
+                f"| {sum(map(fell, all_runs))} of {len(all_runs)} "
+                f"| {statistics.median(row['seconds'] for row in all_runs):.1f} |"
+            )
+        rivals = {m: b for m, b in bests.items() if not m.startswith(("kl_target", "placebo"))}
+        rival = max(rivals, key=lambda method: rivals[method][0])
+        lines += [
+            "",
+            f"`kl_target` by start rate, beside the best baseline ({rival}, "
+            f"{rivals[rival][0]:.3f} at a KL of {rivals[rival][1]:.1f}):",
+            "",
+            "| start rate | score [95 %] | of the best | KL |",
+            "|---|---|---|---|",
+        ]
+        for rate in DECADES:
+            runs = cells["kl_target", rate]
+            low, high = interval([score_of(row, floor) for row in runs])
+            share = iqm(("kl_target", rate)) / rivals[rival][0]
+            shares[rate].append(share)
+            lines.append(
+                f"| {rate:g} | {iqm(('kl_target', rate)):.3f} [{low:.3f}, {high:.3f}] "
+                f"| {share:.1%} | {middle([row['kl'] for row in runs]):.1f} |"
+            )
+        lines.append("")
+    mean = [statistics.mean(share) for share in shares.values()]
+    lines.append(
+        f"Mean over tasks and start rates: {statistics.mean(mean):.1%} of each task's best "
+        f"baseline; the worst start rate has {min(mean):.1%}."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(row["task"] for row in rows))
+    figure = Figure(figsize=(4 * len(names), 4), layout="constrained")
+    for axes, task in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        for method in METHODS:
+            if method.startswith("placebo") or method == "Prodigy":
+                continue
+            points = {}
+            for rate in METHODS[method][1]:
+                scores = [
+                    max(score_of(row, -9.0), -0.5)
+                    for row in rows
+                    if (row["task"], row["method"], row["rate"]) == (task, method, rate)
+                ]
+                if scores:
+                    points[rate] = middle(scores)
+            style: dict[str, Any] = {"linewidth": 1, "marker": "."}
+            if method == "kl_target":
+                style = {"linewidth": 3, "marker": "o", "color": "black", "zorder": 3}
+            axes.plot(list(points), list(points.values()), label=method, **style)
+        axes.set(xscale="log", xlabel="start rate", title=task)
+    figure.axes[0].set_ylabel("score, at least −0.5")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right")
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", nargs="*", default=["length", "sparse", "noisy"])
@@ -400,6 +519,7 @@ def main() -> None:
     parser.add_argument("--rates", nargs="*", type=float, help="instead of each method's own")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count())
+    parser.add_argument("--report", action="store_true", help="only report what there is")
     args = parser.parse_args()
     jobs = [
         (task, method, rate, seed)
@@ -408,7 +528,13 @@ def main() -> None:
         for method in args.methods
         for rate in args.rates or METHODS[method][1]
     ]
-    run_all(jobs, args.results, args.processes)
+    if not args.report:
+        run_all(jobs, args.results, args.processes)
+    rows = read(args.results)
+    text = report(rows)
+    args.results.with_suffix(".md").write_text(text)
+    plot(rows, args.results.with_suffix(".png"))
+    print(text)
 
 
 if __name__ == "__main__":

@@ -97,6 +97,7 @@ def ours(size: Size, folder: Path, pace: Pace, scratch: Path) -> None:
         "NORMALIZE_ADVANTAGES": False,
         "KL_COEF": KL,
         "LRATE": RATE,
+        "LR_RULE": "none",  # TRL has nothing like it
         "BF16": size.device == "cuda",
         "STEPS": FOREVER,
         "OUTPUT_DIR": str(scratch / "run"),

@@ -1,5 +1,7 @@
 """Two CPU processes do what one does with the same global batch, agree, and resume exactly."""
 
+import json
+import math
 import os
 import shutil
 import signal
@@ -64,6 +66,42 @@ sys.exit(train.main())
 
 # --standalone finds a port that is free, also while another suite runs.
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+
+
+APART = """
+import json, math, sys
+sys.path.insert(0, {root!r})
+import torch
+from adaptiverl import AdaptiveOptimizer, AdaptiveScheduler
+torch.distributed.init_process_group("gloo")
+rank = torch.distributed.get_rank()
+rates = []
+for face in ("optimizer", "scheduler"):
+    base = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0, momentum=0.9)
+    bare = dict(lr_rule="loss_decay", loss_k=1.0, reward_rule="kelly", memory=1e9, max_drift=1e9)
+    one = (AdaptiveOptimizer if face == "optimizer" else AdaptiveScheduler)(base, **bare)
+    for loss, reward in [(0.5 + rank, 1.0 * rank), (1.0, math.nan if rank else 2.0)]:
+        one.controller.observe(loss=loss, reward=reward)
+        one.controller.tick()
+        rates.append(one.lr if face == "optimizer" else one.get_lr()[0])
+with open({folder!r} + f"/apart{{rank}}.json", "w") as f:
+    json.dump(rates, f)
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_processes_that_see_different_signals_move_alike(start, settings, tmp_path):
+    """A loss of 0.5 and 1.5 is one of 1; a reward that is NaN in one process is the other's."""
+    script = tmp_path / "apart.py"
+    script.write_text(APART.format(root=str(ROOT), folder=str(tmp_path)))
+    process = start(settings, launcher=TORCHRUN, program=str(script))
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    first, second = (json.loads((tmp_path / f"apart{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second and first[:2] == first[2:]
+    kelly = [1 + 0.2 * math.tanh(0.5), 1 + 0.2 * math.tanh(0.9 * 0.5 + 0.1 * 2)]
+    assert first[0] == pytest.approx(kelly[0] / 2, rel=1e-6)
+    assert first[1] == pytest.approx(kelly[0] * kelly[1] / 4, rel=1e-6)
 
 
 @pytest.fixture

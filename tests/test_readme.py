@@ -70,6 +70,17 @@ def test_the_example_in_python_gives_what_its_comment_says():
     assert namespace["result"] == json.loads(comment)
 
 
+def test_the_optimizers_lines_run():
+    import torch
+
+    model = torch.nn.Linear(2, 1)
+    loss = model(torch.ones(2)).sum()
+    namespace = {"model": model, "loss": loss, "AdamW": torch.optim.AdamW}
+    before = model.weight.detach().clone()
+    exec(README.split("```python")[2].split("```")[0], namespace)
+    assert not torch.equal(before, model.weight)
+
+
 @pytest.mark.parametrize("target", ["train", "test"])
 def test_make_has_the_two_commands(target):
     makefile = (ROOT / "Makefile").read_text()

@@ -1,0 +1,111 @@
+"""What adaptive control costs: of a training step, and of an optimizer's step.
+
+    python benchmarks/control_cost.py        writes control_cost.json, prints a line each
+
+1. A step of the default run with LR_RULE kl_target and with "none", in turn, in one process: the
+   trust region's share of the step (the pass over an eighth of the completions and the alignment).
+2. A step of fused AdamW on GPT-2's 148 tensors, bare and inside AdaptiveOptimizer with rules for
+   rate, betas and weight decay, in turn: the wrapper's overhead. And one without rules.
+Medians of pairs of neighbours.
+"""
+
+import argparse
+import datetime
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train  # noqa: E402
+from adaptiverl import AdaptiveOptimizer  # noqa: E402
+from adaptiverl.program import Run  # noqa: E402
+from adaptiverl.run.config import load_config  # noqa: E402
+from adaptiverl.run.process import StopSignal  # noqa: E402
+
+
+def ratio(one: Callable[[], float], other: Callable[[], float], pairs: int) -> dict[str, float]:
+    """Seconds of both and the median of other / one; the first pair does not count."""
+    times = [(one(), other()) for _ in range(pairs + 1)][1:]
+    return {
+        "seconds": statistics.median(a for a, _ in times),
+        "with_it": statistics.median(b for _, b in times),
+        "ratio": statistics.median(b / a for a, b in times),
+        "pairs": pairs,
+    }
+
+
+def training_step(pairs: int) -> dict[str, float]:
+    """The default run's."""
+    with tempfile.TemporaryDirectory() as folder:
+
+        def runner(rule: str) -> Callable[[], float]:
+            keys = [f"OUTPUT_DIR={folder}/{rule}", "STEPS=1000000", "SAVE_EVERY=0", "LOG_EVERY=0"]
+            run = Run(load_config(ROOT / "config.json", [*keys, f"LR_RULE={rule}", "LRATE=5e-5"]))
+            log, stop = run.start(), StopSignal()
+
+            def one() -> float:
+                run.last_step = run.state.step + 1
+                start = time.perf_counter()
+                train.train(run, log, stop)
+                return time.perf_counter() - start
+
+            return one
+
+        return ratio(runner("none"), runner("kl_target"), pairs)
+
+
+def optimizer_step(pairs: int, **rules: str) -> dict[str, float]:
+    """On GPT-2 124M."""
+    model = GPT2LMHeadModel(GPT2Config())
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+
+    def stepper(wrap: bool) -> Callable[[], float]:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+        if wrap:
+            optimizer = AdaptiveOptimizer(optimizer, **rules)  # type: ignore[arg-type]
+
+        def one() -> float:
+            start = time.perf_counter()
+            if wrap and rules:
+                optimizer.step_loss(1.0)  # type: ignore[attr-defined]
+                optimizer.step_reward(1.0)  # type: ignore[attr-defined]
+            optimizer.step()
+            return time.perf_counter() - start
+
+        return one
+
+    return ratio(stepper(False), stepper(True), pairs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pairs", type=int, default=40)
+    args = parser.parse_args()
+    rules = {"lr_rule": "trend+variance+patience", "betas_rule": "relative+variance"}
+    rules |= {"wd_rule": "trend", "reward_rule": "trend"}
+    results = {
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "date": str(datetime.date.today()),
+        "torch": torch.__version__,
+        "training step": training_step(args.pairs),
+        "fused AdamW, rules": optimizer_step(args.pairs, **rules),
+        "fused AdamW, no rule": optimizer_step(args.pairs),
+    }
+    (Path(__file__).with_suffix(".json")).write_text(json.dumps(results, indent=2) + "\n")
+    for name, result in results.items():
+        print(name, result)
+
+
+if __name__ == "__main__":
+    main()

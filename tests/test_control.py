@@ -1,0 +1,143 @@
+"""Adaptive control inside the program: trust region, its records, and what explains them."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import read_jsonl
+
+from adaptiverl.__main__ import main as adaptiverl
+from adaptiverl.run.config import UserError
+from adaptiverl.run.explain import explain
+
+
+def run_of(settings) -> tuple[list[dict], list[dict]]:
+    out = Path(settings["OUTPUT_DIR"])
+    return read_jsonl(out / "metrics.jsonl"), read_jsonl(out / "controller.jsonl")
+
+
+@pytest.mark.parametrize("rate", [1e-7, 1e-3, 1.0, "auto"])
+@pytest.mark.parametrize("optim", ["adamw", "sgd", "rmsprop"])
+def test_no_update_goes_further_than_twice_the_target_whatever_the_rate(
+    main, settings, rate, optim
+):
+    assert main(settings | {"STEPS": 5, "LRATE": rate, "OPTIM": optim}) == 0
+    metrics, reasons = run_of(settings)
+    for row in metrics:
+        assert 0 < row["kl_step"] <= 2 * row["kl_step_target"]
+        left = (5 - row["step"] + 1) / 5
+        assert row["kl_step_target"] == pytest.approx(0.004 * left * 0.1), "no evidence yet"
+    assert metrics[0]["kl_step"] >= metrics[0]["kl_step_target"] / 2, "the first is searched for"
+    if rate == 1.0 and optim == "adamw":
+        assert metrics[0]["lr"] < 1e-2 and metrics[0]["braked"] == 1
+        first = reasons[0]
+        assert (first["rule"], first["signal"], first["old"]) == ("brake", "kl", 1.0)
+        assert first["new"] == pytest.approx(metrics[0]["lr"])
+
+
+def test_each_steps_rate_follows_from_the_reasons_given(main, settings):
+    keys = {"STEPS": 8, "LRATE": 1e-3, "LR_RULE": "kl_target+cyclical", "REWARD_RULE": "scaling"}
+    assert main(settings | keys) == 0
+    metrics, reasons = run_of(settings)
+    rate = 1e-3
+    for row in metrics:
+        for reason in (r for r in reasons if r["what"] == "lr" and r["step"] == row["step"]):
+            assert reason["old"] == pytest.approx(rate, rel=1e-6), "no change without a reason"
+            rate = reason["new"]
+            if reason["rule"] in ("brake", "search"):
+                assert rate == pytest.approx(row["lr"], rel=1e-6)
+    assert {r["rule"] for r in reasons} >= {"kl_target", "cyclical"}
+
+
+def test_gradient_accumulation_changes_nothing(main, settings):
+    runs = []
+    for pieces in (1, 4):
+        assert main(settings | {"GRAD_ACCUM": pieces, "OPTIM": "sgd", "LRATE": 0.1}) == 0
+        runs.append(run_of(settings)[0])
+    for one, other in zip(*runs, strict=True):
+        assert one["kl_step"] == pytest.approx(other["kl_step"], rel=1e-2)
+        assert one["lr"] == pytest.approx(other["lr"], rel=1e-2)
+
+
+def test_without_rules_the_rate_is_the_one_that_was_typed(main, settings):
+    assert main(settings | {"LR_RULE": "none", "LRATE": 1e-3}) == 0
+    metrics, reasons = run_of(settings)
+    assert {row["lr"] for row in metrics} == {1e-3}
+    assert not reasons and not any("kl_step" in row for row in metrics)
+
+
+def test_a_kl_of_the_update_is_that_of_the_two_policies(main, settings, monkeypatch):
+    """On every eighth completion, by passes over the model before and after the step."""
+    from adaptiverl.program import Run
+
+    step, seen = Run.step, []
+
+    def spy(run, rollout, grad_norm):
+        rows = torch.arange(0, len(rollout), 8)
+        before = run.sampler.policy.logprobs(rollout.part(rows))
+        taken = step(run, rollout, grad_norm)
+        log_ratio = run.sampler.policy.logprobs(rollout.part(rows)) - before
+        mask = rollout.part(rows).completion_mask
+        seen.append(((log_ratio.exp() - 1 - log_ratio) * mask).sum().item() / mask.sum().item())
+        return taken
+
+    monkeypatch.setattr(Run, "step", spy)
+    assert main(settings | {"BATCH_SIZE": 16, "LRATE": 0.1}) == 0
+    recorded = [row["kl_step"] for row in run_of(settings)[0]]
+    assert recorded == pytest.approx(seen, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"LR_RULE": "trnd"}, "lr_rule: 'trnd' is not one of loss_decay, trend, patience"),
+        ({"REWARD_RULE": "loss_decay"}, "reward_rule: 'loss_decay' is not one of"),
+        ({"LRATE": "auto", "LR_RULE": "trend"}, 'LRATE "auto" needs LR_RULE kl_target'),
+        ({"LR_RULE": "none", "LRATE": 1, "KL_STEP_TARGET": 0.1}, "KL_STEP_TARGET needs LR_RULE"),
+        ({"MOMENTUM_RULE": "inverse"}, "MOMENTUM_RULE moves nothing that OPTIM adamw has"),
+        ({"BETAS_RULE": "variance", "OPTIM": "sgd"}, "BETAS_RULE moves nothing that OPTIM sgd"),
+        ({"ALPHA_RULE": "stable"}, "ALPHA_RULE moves nothing"),
+        ({"WD_RULE": "trend"}, "WD_RULE moves nothing"),
+        ({"LRATE": 1e-3, "MAX_LR": 1e-4}, "the rate 0.001 is outside its bounds, 1e-09 … 0.0001"),
+    ],
+)
+def test_contradictions_are_told_before_the_model_loads(main, settings, capsys, keys, message):
+    broken = settings | {"MODEL": settings["MODEL"]} | keys
+    assert main(broken) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_explain_says_what_moved_the_rate(main, settings, capsys):
+    assert main(settings | {"STEPS": 12, "LRATE": 1.0}) == 0
+    capsys.readouterr()
+    out = Path(settings["OUTPUT_DIR"])
+    assert adaptiverl(["explain", str(out)]) == 0
+    text = capsys.readouterr().out
+    metrics, reasons = run_of(settings)
+    assert f"{out}: steps 1 to 12" in text
+    assert f"rate         {metrics[0]['lr']:.3g} at first, {metrics[-1]['lr']:.3g} at last" in text
+    brakes = [reason for reason in reasons if reason["rule"] == "brake"]
+    factor = math.prod(reason["new"] / reason["old"] for reason in brakes)
+    steps = ", ".join(str(reason["step"]) for reason in brakes[:5])
+    assert f"brake           × {factor:.3g} in {len(brakes)} steps ({steps}" in text
+    assert f"step 1      1 → {brakes[0]['new']:.3g}" in text
+    assert (out / "lr_vs_reward.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_explain_of_a_run_that_nothing_moved_and_of_no_run(main, settings, tmp_path, capsys):
+    assert main(settings | {"LR_RULE": "none", "LRATE": 1e-3}) == 0
+    assert "nothing moved the rate" in explain(Path(settings["OUTPUT_DIR"]))
+    assert adaptiverl(["explain", str(tmp_path / "none")]) == 2
+    assert "does not exist: name the folder" in capsys.readouterr().err
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match="has no step yet"):
+        explain(tmp_path)
+
+
+def test_a_missing_reward_is_no_number_in_the_report(tmp_path):
+    rows = [{"step": k, "reward": None, "lr": 1e-3} for k in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "controller.jsonl").write_text("")
+    assert "reward       missing in the first ten steps" in explain(tmp_path)
