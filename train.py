@@ -20,7 +20,7 @@ from adaptiverl.program import Run
 from adaptiverl.rl.reinforce import advantages, kl_per_token, token_weights
 from adaptiverl.rl.rollout import Rollout
 from adaptiverl.run.config import UserError, load_config
-from adaptiverl.run.process import Clock, StopSignal, peak_memory
+from adaptiverl.run.process import Clock, Paused, StopSignal, peak_memory
 from adaptiverl.run.tracking import RunLog, table
 
 
@@ -37,17 +37,20 @@ def train(run: Run, log: RunLog | None, stop: StopSignal) -> None:
         completions = run.sampler.decode(rollout)
         clock.lap("rollout")
 
-        # Reward them, R(x, y), in all processes; NaN where a reward is missing.
-        scores = run.score(batch, rollout, completions)
-        reward = torch.tensor([math.nan if r is None else r for r in run.rewards.combine(scores)])
+        # Reward them, R(x, y); a slow reward answers while the reference is computed.
+        scoring = run.begin_scoring(batch, rollout, completions)
+        clock.lap("reward")
+        reference = run.reference_logprobs(rollout) if c.KL_COEF else rollout.logprobs
+        clock.lap("reference")
+        scores, held_out = run.scores(scoring)  # of all processes; NaN where one is missing
+        total = run.rewards.combine(scores, state.step)
+        reward = torch.tensor([math.nan if r is None else r for r in total])
         clock.lap("reward")
 
         # Penalise the distance to the reference, R − β KL(π ‖ π₀).
-        reference = run.reference_logprobs(rollout) if c.KL_COEF else rollout.logprobs
         kl = kl_per_token(rollout.logprobs, reference, c.KL_ESTIMATOR) * rollout.completion_mask
         kl = run.gather(kl.sum(-1))
         penalised = reward - state.kl_coef * kl
-        clock.lap("reference")
 
         # Compare with a baseline, A = R − b.
         advantage, weight = advantages(
@@ -67,7 +70,9 @@ def train(run: Run, log: RunLog | None, stop: StopSignal) -> None:
         clock.lap("update")
 
         # Let what was seen move the hyperparameters of the next step.
-        metrics |= run.summary(rollout, reward, kl, sums, grad_norm) | run.said(scores)
+        metrics |= run.summary(rollout, reward, kl, sums, grad_norm)
+        metrics |= run.scoring.said(scores, held_out)
+        metrics |= run.rewards.balance(scores, state.step, c.NUM_GENERATIONS)
         run.adapt(penalised, kl, metrics)
         metrics |= run.timed(clock, tokens=metrics["completions/mean_length"] * len(reward))
         if run.eval_prompts and c.EVAL_EVERY and state.step % c.EVAL_EVERY == 0:
@@ -114,7 +119,7 @@ def dry_run(run: Run) -> None:
     rollout = run.sample(batch, 1)
     completions = run.sampler.decode(rollout)
     clock.lap("rollout")
-    scores = run.score(batch, rollout, completions)
+    scores, _ = run.scores(run.begin_scoring(batch, rollout, completions))
     clock.lap("reward")
     reference = run.reference_logprobs(rollout) if run.config.KL_COEF else rollout.logprobs
     clock.lap("reference")
@@ -151,12 +156,15 @@ def main() -> int:
     except KeyboardInterrupt:
         print("stopped before the first step", file=sys.stderr)
         return 130
-    if arguments.dry_run:
-        dry_run(run)
-        return 0
-    stop = StopSignal()
-    train(run, log, stop)
-    return run.finish(stop, log)
+    try:
+        if arguments.dry_run:
+            dry_run(run)
+            return 0
+        stop = StopSignal()
+        train(run, log, stop)
+        return run.finish(stop, log)
+    except Paused as reason:
+        return run.pause(reason, log)
 
 
 if __name__ == "__main__":

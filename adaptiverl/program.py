@@ -1,18 +1,17 @@
-"""A run: what each step of train.py's loop needs, what it leaves, and how it is saved and resumed.
+"""A run: what each step of train.py's loop needs and what it leaves.
 
 It joins the four parts (optim, rl, run, rewards), which do not know each other. Making the parts
-from the config is setup.py's; the algorithm is train.py's.
+from the config is setup.py's, rewards are scoring.py's, checkpoints saving.py's; the algorithm is
+train.py's.
 """
 
 import json
 import math
 import signal
+import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import import_module
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,39 +20,25 @@ from datasets import Dataset
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from adaptiverl import setup
+from adaptiverl import saving, setup
 from adaptiverl.optim.base import momentum_of
 from adaptiverl.optim.trust_region import LastUpdate, TrustRegion, alignment
 from adaptiverl.rl.data import indices_at
+from adaptiverl.rl.diversity import distinct, repetition
 from adaptiverl.rl.reinforce import adapt_kl_coef, kl_per_token
 from adaptiverl.rl.rollout import Rollout, uniforms
 from adaptiverl.rl.sampler import Sampler
 from adaptiverl.run import checkpoint
-from adaptiverl.run.config import Config, UserError
-from adaptiverl.run.process import Clock, StopSignal
+from adaptiverl.run.config import REWARD_KEYS, Config
+from adaptiverl.run.process import Clock, Paused, StopSignal
 from adaptiverl.run.tracking import RunLog
+from adaptiverl.saving import State
+from adaptiverl.scoring import Batch, Begun, Scoring
 from adaptiverl.setup import blame
 from rewards.composite import Scores
 
-Batch = dict[str, list]  # column → one value a completion
 Metrics = dict[str, Any]  # name → number, None where there is none
 PROBE = 8  # an update's KL is measured on one in so many completions
-# What may differ between a run and its continuation.
-FREE_KEYS = {
-    "$schema", "STEPS", "EPOCHS", "OUTPUT_DIR", "RESUME", "SAVE_EVERY", "KEEP_CHECKPOINTS",
-    "LOG_EVERY", "EVAL_EVERY", "EVAL_FILE", "SAMPLES_EVERY", "TRACKERS", "VLLM_SERVER",
-}  # fmt: skip
-
-
-@dataclass
-class State:
-    """What a run carries from step to step besides weights, optimizer and random generators."""
-
-    step: int = 0
-    kl_coef: float = 0.0
-    reward_ema: float | None = None
-    skipped: int = 0  # steps whose gradient was not finite
-    braked: int = 0  # steps whose update was made smaller
 
 
 class Run:
@@ -73,7 +58,10 @@ class Run:
         files = {c.TRAIN_FILE: self.prompts}
         if c.EVAL_FILE and self.eval_prompts:
             files[c.EVAL_FILE] = self.eval_prompts
-        self.rewards = setup.rewards(c, files, self.accelerator.device)
+        self.rewards, held_out = (
+            setup.rewards(c, key, files, self.accelerator.device) for key in REWARD_KEYS
+        )
+        self.scoring = Scoring(c, self.rewards, held_out)
         setup.check_rules(c)
 
         found = checkpoint.newest(self.output) if c.RESUME == "auto" else None
@@ -98,7 +86,7 @@ class Run:
         self.controller = setup.controller(c, self.optimizer.optimizer, self.last_step)
         self.region = TrustRegion()
         if folder:
-            self.restore(folder)
+            saving.restore(self, folder)
         self.check()
 
     # What a step needs
@@ -139,20 +127,13 @@ class Run:
             with self.shards.kept_whole(self.policy):
                 return self.policy(work)
 
-    def score(self, batch: Batch, rollout: Rollout, completions: list[str]) -> Scores:
-        """What each reward says of the completions of all processes."""
-        return _joined(gather_object([self._score_own(batch, rollout, completions)]))
+    def begin_scoring(self, batch: Batch, rollout: Rollout, completions: list[str]) -> Begun:
+        """Starts to score this process's completions; `scores` waits for what was started."""
+        return self.scoring.begin(batch, rollout, completions, self.state.step, self.last_step)
 
-    def _score_own(self, batch: Batch, rollout: Rollout, completions: list[str]) -> Scores:
-        columns = {name: values for name, values in batch.items() if name not in setup.RESERVED}
-        return self.rewards.score(
-            batch["prompt"],
-            completions,
-            completion_ids=rollout.tokens(),
-            # as TRL's trainers pass it, without importing transformers' trainer and peft for it
-            trainer_state=SimpleNamespace(global_step=self.state.step, max_steps=self.last_step),
-            **columns,
-        )
+    def scores(self, begun: Begun) -> tuple[Scores, Scores]:
+        """What each reward says of the completions of all processes; and those held out."""
+        return self.scoring.scores([begun])
 
     def reference_logprobs(self, rollout: Rollout) -> Tensor:
         pieces = self.config.GRAD_ACCUM
@@ -210,6 +191,7 @@ class Run:
         """The step's metrics; `sums` holds this process's loss and its sum of entropies."""
         lengths = self.gather(rollout.completion_mask.sum(-1)).float()
         loss, entropy = self.accelerator.reduce(sums, "mean").tolist()
+        completions = gather_object(rollout.tokens())
         known = reward[~reward.isnan()]
         self.state.skipped += not grad_norm.isfinite()
         result: Metrics = {
@@ -219,6 +201,9 @@ class Run:
             "entropy": entropy * self.accelerator.num_processes / lengths.sum().item(),
             "grad_norm": grad_norm.item(),
             "completions/mean_length": lengths.mean().item(),
+            "completions/distinct_1": distinct(completions, 1),
+            "completions/distinct_2": distinct(completions, 2),
+            "completions/repetition": repetition(completions),
             "skipped": self.state.skipped,
         }
         if self.config.KL_COEF:
@@ -234,18 +219,6 @@ class Run:
         speed = {"tokens_per_second": round(tokens / sum(seconds), 1)}
         named = zip(clock.laps, seconds, strict=True)
         return speed | {f"seconds/{name}": round(lap, 4) for name, lap in named}
-
-    def said(self, scores: Scores, prefix: str = "") -> Metrics:
-        """Each reward's mean over what is not missing, the share that is, and what it reported."""
-        result: Metrics = {}
-        for name, column in scores.items():
-            known = [score for score in column if score is not None]
-            result[f"{prefix}rewards/{name}/mean"] = sum(known) / len(known) if known else None
-            if len(known) < len(column):
-                result[f"{prefix}rewards/{name}/missing"] = 1 - len(known) / len(column)
-            if count := self.rewards.quarantined[name]:
-                result[f"rewards/{name}/quarantined"] = count
-        return result | {prefix + name: value for name, value in self.rewards.metrics.items()}
 
     def adapt(self, penalised: Tensor, kl: Tensor, metrics: Metrics) -> None:
         """Moves hyperparameters, the KL coefficient and the running mean that is a baseline."""
@@ -302,7 +275,7 @@ class Run:
         # As many rows in each process, because a sharded policy is sampled by all at once.
         own = range(rank, math.ceil(len(prompts) / processes) * processes, processes)
         chance = uniforms(c.SEED, 0, len(prompts), c.MAX_NEW_TOKENS)
-        parts: list[Scores] = []
+        begun: list[Begun] = []
         size = self.own_rows.stop - self.own_rows.start
         for start in range(0, len(own), size):
             rows = [row % len(prompts) for row in own[start : start + size]]
@@ -310,12 +283,12 @@ class Run:
             batch = self._columns(prompts, rows)
             sample = partial(self.sampler, batch["prompt"], chance[rows])
             rollout = self._without_gradient(sample)
-            scored = self._score_own(batch, rollout, self.sampler.decode(rollout))
-            parts.append({name: column[:real] for name, column in scored.items()})
-        scores = _joined(gather_object(parts))
+            one = self.begin_scoring(batch, rollout, self.sampler.decode(rollout))
+            begun.append(partial(_first, one, real))
+        scores, held_out = self.scoring.scores(begun)
         known = [value for value in self.rewards.combine(scores) if value is not None]
         mean = {"eval/reward": sum(known) / len(known) if known else None}
-        return mean | self.said(scores, prefix="eval/")
+        return mean | self.scoring.said(scores, held_out, "eval/")
 
     # Its beginning, checkpoints and end
 
@@ -356,7 +329,9 @@ class Run:
         if log:
             log.sync()
             checkpoint.save(
-                self.output / name, self.state.step, lambda folder: self._write(folder, rng, whole)
+                self.output / name,
+                self.state.step,
+                lambda folder: saving.write(self, folder, rng, whole),
             )
             checkpoint.prune(self.output, self.config.KEEP_CHECKPOINTS)
         self.accelerator.wait_for_everyone()
@@ -379,50 +354,29 @@ class Run:
         self.accelerator.end_training()
         return 0 if done else 128 + stopped_by
 
-    def _write(self, folder: Path, rng: list, whole: tuple[dict, dict] | None) -> None:
-        weights, optimizer = whole or (None, self.optimizer.state_dict())
-        self.sampler.policy.save(folder, weights)
-        self.tokenizer.save_pretrained(folder)
-        (folder / "run_config.json").write_text(self.config.model_dump_json(by_alias=True))
-        scaler = self.accelerator.scaler
-        state = {
-            "state": asdict(self.state),
-            "optimizer": optimizer,
-            "scaler": scaler.state_dict() if scaler else None,
-            "controller": self.controller.state_dict(),
-            "region": asdict(self.region),
-            "rng": rng,
-        }
-        torch.save(state, folder / "trainer.pt")
-
-    def restore(self, folder: Path) -> None:
-        """Continues from the checkpoint in `folder`; the policy was loaded from it already."""
-        before = json.loads((folder / "run_config.json").read_text())
-        now = json.loads(self.config.model_dump_json(by_alias=True))
-        for key in now.keys() - FREE_KEYS:
-            if before.get(key) != now[key]:
-                raise UserError(
-                    f"RESUME: {key} was {before.get(key)} in {folder} and is {now[key]} now; a "
-                    "resumed run goes on as it was. To go on otherwise, start a new run with "
-                    f"MODEL={folder} and another OUTPUT_DIR"
-                )
-        saved = torch.load(folder / "trainer.pt", weights_only=True, map_location="cpu")
-        self.state = State(**saved["state"])
-        if self.sharded:
-            inner = self.optimizer.optimizer
-            self.shards.load_optimizer(self.policy, inner, saved["optimizer"])
-        else:
-            self.optimizer.load_state_dict(saved["optimizer"])
-        if self.accelerator.scaler:
-            self.accelerator.scaler.load_state_dict(saved["scaler"])
-        self.controller.load_state_dict(saved["controller"])
-        self.region = TrustRegion(**saved["region"])
-        own = self.accelerator.process_index
-        checkpoint.set_rng_state(saved["rng"][own if own < len(saved["rng"]) else 0])
+    def pause(self, reason: Paused, log: RunLog | None) -> int:
+        """Saves the run as it was before the step that could not be finished; the exit status."""
+        if self.state.step == 0:  # a dry run
+            print(f"error: {reason}", file=sys.stderr)
+            return 3
+        self.state.step -= 1
+        name = f"step-{self.state.step:06d}"
+        self.save(name, log)
+        if log:
+            log.close()
+            print(
+                f"paused before step {self.state.step + 1}: {reason}. Saved in "
+                f"{self.output / name}; RESUME=auto tries again",
+                file=sys.stderr,
+            )
+        self.accelerator.end_training()
+        return 3
 
 
-def _joined(parts: list[Scores]) -> Scores:
-    return {name: [score for part in parts for score in part[name]] for name in parts[0]}
+def _first(begun: Begun, count: int) -> tuple[Scores, Scores]:
+    """Without the rows that only fill up a batch."""
+    one, other = ({k: column[:count] for k, column in part.items()} for part in begun())
+    return one, other
 
 
 def _flat(config: Config) -> dict[str, Any]:

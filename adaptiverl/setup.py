@@ -22,6 +22,7 @@ from adaptiverl.rl.policy import Policy, load_policy, load_tokenizer, positions_
 from adaptiverl.rl.vllm import Server
 from adaptiverl.run.config import Config, CosineReward, UserError
 from rewards import CompositeReward, make_reward
+from rewards.balance import Scale
 
 # Names that rewards are called with; a column of that name is not passed on.
 RESERVED = {
@@ -107,20 +108,24 @@ def output(c: Config) -> Path:
     return path
 
 
-def rewards(c: Config, files: dict[str, Dataset], device: torch.device) -> CompositeReward:
-    """All of REWARDS; `files` are the prompts by the name of their source."""
-    parts = {}
-    for i, spec in enumerate(c.REWARDS):
-        with blame(f"REWARDS.{i}"):
+def rewards(
+    c: Config, key: str, files: dict[str, Dataset], device: torch.device
+) -> CompositeReward:
+    """All of REWARDS or HELD_OUT; `files` are the prompts by the name of their source."""
+    parts, specs = {}, getattr(c, key)
+    for i, spec in enumerate(specs):
+        with blame(f"{key}.{i}"):
             arguments = spec.arguments()
             if isinstance(spec, CosineReward):
                 for source, rows in files.items():
                     if spec.COLUMN not in set(rows.column_names) - RESERVED:
                         raise ValueError(f"{source} has no column {spec.COLUMN!r} (COLUMN)")
-            if spec.TYPE in ("classifier", "cosine"):
+            if spec.TYPE in ("classifier", "cosine", "local_judge"):
                 arguments["device"] = device
             parts[spec.name] = make_reward(spec.TYPE, **arguments)
-    return CompositeReward(parts, {spec.name: spec.WEIGHT for spec in c.REWARDS})
+    weights = {spec.name: spec.WEIGHT for spec in specs}
+    scales = {spec.name: Scale(spec.NORMALIZE, spec.CLIP) for spec in specs}
+    return CompositeReward(parts, weights, scales)
 
 
 def server(c: Config, policy: Policy, processes: Accelerator) -> Server | None:

@@ -30,6 +30,14 @@ def make_reward(kind: str, **arguments) -> Callable:
             from rewards.classifier import ClassifierReward
 
             return ClassifierReward(**arguments)
+        case "judge":
+            from rewards.judge import JudgeReward
+
+            return JudgeReward(**arguments)
+        case "local_judge":
+            from rewards.local_judge import LocalJudgeReward
+
+            return LocalJudgeReward(**arguments)
         case "python":
             return python_reward(**arguments)
     raise ValueError(f"no reward is called {kind!r}")

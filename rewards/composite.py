@@ -1,11 +1,15 @@
-"""Several rewards as one: weights, missing values, and what each of them said."""
+"""Several rewards as one: missing values, weights, scales, and what each of them said."""
 
 import asyncio
+import copy
 import inspect
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
+
+from rewards.balance import Scale, Watch, Weight, shares, weight_at
 
 log = logging.getLogger(__name__)
 
@@ -21,13 +25,21 @@ class CompositeReward:
     counted in `quarantined`.
     """
 
-    def __init__(self, rewards: dict[str, Callable], weights: dict[str, float] | None = None):
-        if unknown := (weights or {}).keys() - rewards.keys():
-            raise ValueError(
-                f"weights for rewards that are not there: {', '.join(sorted(unknown))}"
-            )
+    def __init__(
+        self,
+        rewards: dict[str, Callable],
+        weights: Mapping[str, Weight] | None = None,
+        scales: Mapping[str, Scale] | None = None,
+    ):
+        for given in (weights or {}, scales or {}):
+            if unknown := given.keys() - rewards.keys():
+                raise ValueError(
+                    f"weights for rewards that are not there: {', '.join(sorted(unknown))}"
+                )
         self.rewards = rewards
-        self.weights = dict.fromkeys(rewards, 1.0) | (weights or {})
+        self.weights: dict[str, Weight] = {name: (weights or {}).get(name, 1.0) for name in rewards}
+        self.scales = {name: (scales or {}).get(name) or Scale() for name in rewards}
+        self.watch = Watch()
         self.quarantined = dict.fromkeys(rewards, 0)
         self.metrics: dict[str, float] = {}  # what rewards reported through log_metric last
         self.extras: dict[str, list] = {}  # what they reported through log_extra, one a completion
@@ -36,36 +48,94 @@ class CompositeReward:
         return self.combine(self.score(prompts, completions, **columns))
 
     def score(self, prompts: list[str], completions: list[str], **columns) -> Scores:
-        """What each reward says, raw; coroutine functions run concurrently."""
+        """What each reward says, raw."""
+        return self.begin(prompts, completions, **columns)()
+
+    def begin(self, prompts: list[str], completions: list[str], **columns) -> Callable[[], Scores]:
+        """Starts to score; what is returned waits for the rest.
+
+        Coroutine functions run at once and together in a thread of their own, so that their
+        waiting costs nothing while something else is computed; the others have run on return.
+        """
         self.metrics, self.extras = {}, {}
         # TRL's trainer passes its own two; without one, they are kept here
         columns.setdefault("log_metric", self.metrics.__setitem__)
         columns.setdefault("log_extra", self.extras.__setitem__)
-        answers: dict[str, Any] = {
-            name: reward(prompts=prompts, completions=completions, **columns)
-            for name, reward in self.rewards.items()
-        }
-        waiting = {name: answer for name, answer in answers.items() if inspect.isawaitable(answer)}
-        if waiting:
-            answers |= zip(waiting, asyncio.run(_gather(list(waiting.values()))), strict=True)
-        return {name: self._checked(name, answer, completions) for name, answer in answers.items()}
+        order = sorted(self.rewards.items(), key=lambda item: not _is_async(item[1]))
+        answers: dict[str, Any] = {}
+        thread = ThreadPoolExecutor(1)
+        later: Future | None = None
+        for name, reward in order:
+            if later is None and not _is_async(reward):
+                later = _started(thread, answers)
+            answers[name] = reward(prompts=prompts, completions=completions, **columns)
+        last = _started(thread, answers)
 
-    def combine(self, scores: Scores) -> list[float | None]:
-        """The weighted sum for each completion, None where every component is missing."""
-        rows = list(zip(*scores.values(), strict=True))
-        means = {}
-        for name, column in scores.items():
-            known = [value for value in column if value is not None]
-            means[name] = sum(known) / len(known) if known else 0.0
+        def rest() -> Scores:
+            for future in (later, last):
+                if future is not None:
+                    answers.update(future.result())
+            thread.shutdown()
+            return {name: self._checked(name, answers[name], completions) for name in self.rewards}
+
+        return rest
+
+    def combine(self, scores: Scores, step: int | None = None) -> list[float | None]:
+        """The weighted sum for each completion, None where every component is missing.
+
+        `step` is that of training, for scheduled weights; running scales learn from it. Without
+        one they stay as they are, and weights are the first.
+        """
+        parts = self.parts(scores, step, learn=step is not None)
         return [
-            None
-            if all(value is None for value in row)
-            else sum(
-                self.weights[name] * (means[name] if value is None else value)
-                for name, value in zip(scores, row, strict=True)
+            None if all(score is None for score in row) else sum(part)
+            for row, part in zip(
+                zip(*scores.values(), strict=True), zip(*parts.values(), strict=True), strict=True
             )
-            for row in rows
         ]
+
+    def parts(
+        self, scores: Scores, step: int | None = None, learn: bool = False
+    ) -> dict[str, list[float]]:
+        """Each component's part of the sum; where it is missing, its mean over the batch."""
+        result = {}
+        for name, column in scores.items():
+            scaled = self.scales[name](column, learn)
+            known = [value for value in scaled if value is not None]
+            mean = sum(known) / len(known) if known else 0.0
+            weight = weight_at(self.weights[name], step or 0)
+            result[name] = [weight * (mean if value is None else value) for value in scaled]
+        return result
+
+    def balance(self, scores: Scores, step: int, group_size: int) -> dict[str, float]:
+        """After `combine` of the same step: each component's share of the advantages' variance,
+        as trained on and raw, and its mean as trained on; warns where they do not balance."""
+        parts = self.parts(scores, step)
+        self.watch.see(parts, scores, group_size)
+        if len(scores) < 2:
+            return {}
+        weighed = {
+            name: [None if x is None else weight_at(self.weights[name], step) * x for x in column]
+            for name, column in scores.items()
+        }
+        used, raw = shares(parts, group_size), shares(weighed, group_size)
+        result = {}
+        for name in scores:
+            result[f"rewards/{name}/share"] = used[name]
+            if self.scales[name].kind != "none" or self.scales[name].clip:
+                result[f"rewards/{name}/share_raw"] = raw[name]
+                result[f"rewards/{name}/scaled"] = sum(parts[name]) / len(parts[name])
+        return result
+
+    def state_dict(self) -> dict[str, Any]:
+        """What running scales and warnings have learned, in plain numbers."""
+        scales = {name: dict(scale.state) for name, scale in self.scales.items()}
+        return copy.deepcopy({"scales": scales, "watch": self.watch.state})
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, scale in state["scales"].items():
+            self.scales[name].state = dict(scale)
+        self.watch.state = copy.deepcopy(state["watch"])
 
     def _checked(self, name: str, answer: list, completions: list[str]) -> list[float | None]:
         if len(answer) != len(completions):
@@ -83,5 +153,17 @@ class CompositeReward:
         return scores
 
 
-async def _gather(coroutines: list) -> list:
-    return await asyncio.gather(*coroutines)
+def _is_async(reward: Callable) -> bool:
+    return any(map(inspect.iscoroutinefunction, (reward, type(reward).__call__)))
+
+
+def _started(thread: ThreadPoolExecutor, answers: dict[str, Any]) -> Future | None:
+    """Runs those of `answers` that are coroutines and not yet taken."""
+    waiting = {name: answer for name, answer in answers.items() if inspect.isawaitable(answer)}
+    for name in waiting:
+        answers[name] = None
+    return thread.submit(asyncio.run, _gather(waiting)) if waiting else None
+
+
+async def _gather(waiting: dict[str, Any]) -> dict[str, list]:
+    return dict(zip(waiting, await asyncio.gather(*waiting.values()), strict=True))

@@ -443,6 +443,11 @@ def test_a_wrong_value_is_told_with_its_key(mistake, key, value, reason):
     assert reason in message
 
 
+def test_what_weights_and_limits_must_be(mistake):
+    assert "need steps that rise" in mistake({"REWARDS": [REGEX | {"WEIGHT": [[5, 1], [5, 2]]}]})
+    assert "first of CLIP, 2, is not" in mistake({"REWARDS": [REGEX | {"CLIP": [2, 1]}]})
+
+
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
@@ -459,6 +464,7 @@ def test_a_wrong_value_is_told_with_its_key(mistake, key, value, reason):
             "REWARDS.0.OUTPUT is \"score\": input should be 'probability' or 'logit'",
         ),
         (REGEX | {"WEIGHT": "big"}, 'REWARDS.0.WEIGHT is "big": input should be a valid number'),
+        (REGEX | {"WEIGHT": [[0, "a"]]}, 'REWARDS.0.WEIGHT.0.1 is "a": input should be a valid'),
         (
             {"TYPE": "python", "FUNCTION": "my_reward"},
             'REWARDS.0.FUNCTION is "my_reward": string should match pattern',
@@ -466,7 +472,7 @@ def test_a_wrong_value_is_told_with_its_key(mistake, key, value, reason):
     ],
 )
 def test_a_wrong_reward_is_told_with_its_place(mistake, reward, message):
-    message = message.format(types="regex, length, cosine, classifier, python")
+    message = message.format(types="regex, length, cosine, classifier, judge, local_judge, python")
     assert mistake({"REWARDS": [reward]}).startswith(f"config.json: {message}")
 
 

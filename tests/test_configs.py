@@ -38,3 +38,15 @@ def test_accelerate_reads_what_is_meant(path):
         if path.name in recipe.read_text():
             prompts = keys.BATCH_SIZE // keys.NUM_GENERATIONS
             assert prompts % launch.num_processes == 0
+
+
+@pytest.mark.parametrize("name", ["sentiment", "toxicity", "helpfulness"])
+def test_recipes_that_need_no_network_run(name, run, tmp_path):
+    """From the command line, with the embedded models: a dry run and ten steps."""
+    path = ROOT / f"configs/{name}.json"
+    small = ["BATCH_SIZE=8", "MAX_NEW_TOKENS=8", f"OUTPUT_DIR={tmp_path / 'run'}"]
+    dry = run(path, "--dry-run", *small)
+    assert dry.returncode == 0, dry.stderr
+    result = run(path, "STEPS=10", *small)
+    assert result.returncode == 0, result.stderr
+    assert "finished: 10 steps" in result.stdout

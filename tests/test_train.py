@@ -39,7 +39,8 @@ def test_a_run_leaves_all_it_says(run, settings):
         "kl_per_completion", "kl_coef", "entropy", "grad_norm", "lr", "momentum",
         "completions/mean_length", "tokens_per_second", "seconds/rollout", "seconds/reward",
         "seconds/reference", "seconds/update", "skipped", "braked", "kl_step", "kl_step_target",
-        "kl_step_evidence",
+        "kl_step_evidence", "completions/distinct_1", "completions/distinct_2",
+        "completions/repetition", "rewards/regex/share", "rewards/length/share",
     }  # fmt: skip
     evaluated = {"eval/reward", "eval/rewards/regex/mean", "eval/rewards/length/mean"}
     assert [set(row) for row in metrics] == [always, always, always | evaluated, always]

@@ -30,9 +30,31 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+class JudgeExample(Strict):
+    PROMPT: str
+    COMPLETION: str
+    SCORE: float
+
+
 class Reward(Strict):
     NAME: str | None = Field(None, description="Name in the logs; TYPE if absent")
-    WEIGHT: float = Field(1.0, description="Factor of this reward in the sum")
+    WEIGHT: float | list[tuple[int, float]] = Field(
+        1.0, description="Factor in the sum, or points [[step, weight], …] with lines between"
+    )
+    NORMALIZE: Literal["none", "zscore", "rank"] = Field(
+        "none", description="By running mean and deviation, or by rank in the batch"
+    )
+    CLIP: tuple[float, float] | None = Field(None, description="Limits, after NORMALIZE")
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Reward":
+        if self.CLIP and not self.CLIP[0] < self.CLIP[1]:
+            raise ValueError(f"the first of CLIP, {self.CLIP[0]:g}, is not below its second")
+        if isinstance(self.WEIGHT, list):
+            steps = [step for step, _ in self.WEIGHT]
+            if not steps or sorted(set(steps)) != steps:
+                raise ValueError("the points of WEIGHT, [[step, weight], …], need steps that rise")
+        return self
 
     @property
     def name(self) -> str:
@@ -40,7 +62,7 @@ class Reward(Strict):
 
     def arguments(self) -> dict[str, Any]:
         """What the reward itself is constructed with, lower-case."""
-        own = self.model_dump(exclude={"TYPE", "NAME", "WEIGHT"})
+        own = self.model_dump(exclude={"TYPE", *Reward.model_fields})
         return {key.lower(): value for key, value in own.items()}
 
 
@@ -87,6 +109,52 @@ class ClassifierReward(Reward):
     WITH_PROMPT: bool = Field(False, description="Classify prompt + completion")
 
 
+class JudgeReward(Reward):
+    """A chat model's score of the completion by a rubric, 0 to 1."""
+
+    TYPE: Literal["judge"]
+    MODEL: str = Field(description="Name of the model at the endpoint")
+    RUBRIC: str = Field(min_length=1, description="What is to be judged, in words")
+    LOW: float = Field(1.0, description="Worst score of the scale that is asked for")
+    HIGH: float = Field(10.0, description="Best score of that scale")
+    EXAMPLES: list[JudgeExample] = Field([], description="Judged texts to show the model")
+    PAIRWISE: bool = Field(False, description="Compare completions of a prompt: share of wins")
+    BASE_URL: str | None = Field(
+        None, pattern="^https?://", description="OpenAI-compatible endpoint; OpenAI's if null"
+    )
+    KEY_ENV: str = Field("OPENAI_API_KEY", description="Environment variable that holds the key")
+    STRUCTURED: bool = Field(True, description="Ask for JSON by response_format")
+    CONCURRENCY: int = Field(16, ge=1, description="Requests at a time")
+    REQUESTS_PER_MINUTE: int | None = Field(None, ge=1, description="Of all tries")
+    TOKENS_PER_MINUTE: int | None = Field(None, ge=1, description="Of all tries")
+    TIMEOUT: float = Field(30.0, gt=0, description="Seconds of one try")
+    RETRIES: int = Field(5, ge=0, description="Further tries after one that failed")
+    CACHE: str = Field("judge.sqlite", description="Where judgements and costs are kept")
+    MAX_CALLS: int | None = Field(None, ge=0, description="Answers paid for, in all runs of CACHE")
+    MAX_COST: float | None = Field(None, ge=0, description="Their cost at PRICES")
+    PRICES: tuple[float, float] = Field((0, 0), description="Of 1e6 tokens, in and out")
+    MAX_MISSING: float = Field(
+        0.5, ge=0, le=1, description="The run pauses where a larger share is missing"
+    )
+
+    def arguments(self) -> dict[str, Any]:
+        own = super().arguments()
+        own.pop("max_missing")
+        own["examples"] = [{k.lower(): v for k, v in one.items()} for one in own["examples"]]
+        return own
+
+
+class LocalJudgeReward(Reward):
+    """Log-odds of a causal LM's yes against its no, asked about the completion."""
+
+    TYPE: Literal["local_judge"]
+    MODEL: str = Field(description="A causal LM: hub id or folder")
+    RUBRIC: str = Field(min_length=1, description="The question, in words")
+    YES: str = Field(" yes", description="The answer that is rewarded, as the model would go on")
+    NO: str = Field(" no", description="The other answer")
+    WITH_PROMPT: bool = Field(True, description="Judge prompt + completion")
+
+
 class PythonReward(Reward):
     """Any function with TRL's reward signature."""
 
@@ -99,11 +167,18 @@ class PythonReward(Reward):
 
 
 AnyReward = Annotated[
-    RegexReward | LengthReward | CosineReward | ClassifierReward | PythonReward,
+    RegexReward
+    | LengthReward
+    | CosineReward
+    | ClassifierReward
+    | JudgeReward
+    | LocalJudgeReward
+    | PythonReward,
     Field(discriminator="TYPE"),
 ]
 
 
+REWARD_KEYS = ("REWARDS", "HELD_OUT")
 REWARD_KINDS = get_args(get_args(AnyReward)[0])
 
 
@@ -129,6 +204,9 @@ class Config(Strict):
     PROMPT_COLUMN: str = Field("prompt", description="Column of the prompts")
     REWARDS: list[AnyReward] = Field(
         [ClassifierReward(TYPE="classifier")], description="What is rewarded, summed by WEIGHT"
+    )
+    HELD_OUT: list[AnyReward] = Field(
+        [], description="Scored and logged like REWARDS, never trained on: shows what is gamed"
     )
 
     BATCH_SIZE: int = Field(32, ge=1, description="Completions a step, over all processes")
@@ -217,9 +295,10 @@ class Config(Strict):
             raise ValueError("VLLM_SERVER needs FULLTUNE: adapters are not sent to the server")
         if not self.REWARDS:
             raise ValueError("REWARDS is empty: name at least one reward")
-        names = [reward.name for reward in self.REWARDS]
-        if twice := {name for name in names if names.count(name) > 1}:
-            raise ValueError(f"two rewards are named {twice.pop()!r}: give one of them a NAME")
+        for rewards in (self.REWARDS, self.HELD_OUT):
+            names = [reward.name for reward in rewards]
+            if twice := {name for name in names if names.count(name) > 1}:
+                raise ValueError(f"two rewards are named {twice.pop()!r}: give one of them a NAME")
         if self.BATCH_SIZE % self.NUM_GENERATIONS:
             raise ValueError(
                 f"BATCH_SIZE {self.BATCH_SIZE} counts completions and must be a multiple of "
@@ -289,8 +368,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        # LRATE is "auto" or a number; that it is not "auto" need not be said.
-        errors = [e for e in error.errors() if "literal['auto']" not in e["loc"]]
+        errors = [each for each in error.errors() if not _is_of_another_kind(each)]
         raise UserError(f"{path}: " + "; ".join(map(_explain, errors))) from error
 
 
@@ -308,11 +386,22 @@ def strip_comments(text: str) -> str:
     )
 
 
+# What pydantic adds to a place for each kind that a value may be of: LRATE, WEIGHT
+KINDS = ("literal['auto']", "constrained-float", "float", "list[tuple[int, float]]")
+
+
+def _is_of_another_kind(error: Any) -> bool:
+    """Whether it says only that a value is not "auto", or no list, or no number but a list."""
+    kind = error["loc"][-1] if error["loc"] else None
+    is_list = isinstance(error["input"], list)
+    return kind == KINDS[0] or (kind == KINDS[3] and not is_list) or (kind == KINDS[2] and is_list)
+
+
 def _explain(error: Any) -> str:
     """One of pydantic's errors in the words of the config file."""
-    where = [str(part) for part in error["loc"] if part != "constrained-float"]
+    where = [str(part) for part in error["loc"] if part not in KINDS]
     kinds = {get_args(kind.model_fields["TYPE"].annotation)[0]: kind for kind in REWARD_KINDS}
-    kind = kinds.get(where[2]) if len(where) > 2 and where[0] == "REWARDS" else None
+    kind = kinds.get(where[2]) if len(where) > 2 and where[0] in REWARD_KEYS else None
     if kind:
         del where[2]
     name = ".".join(where)

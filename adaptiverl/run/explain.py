@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ def explain(folder: Path) -> str:
     reasons = _rows(folder / "controller.jsonl")
     lines = [f"{folder}: steps {metrics[0]['step']} to {metrics[-1]['step']}"]
     lines += _ends("reward", metrics, "{:.3f}")
+    lines += [line for name in _held_out(metrics) for line in _ends(name, metrics, "{:.3f}")]
+    lines += _parted(metrics)
     if "kl" in metrics[0]:
         lines += _ends("kl", metrics, "{:.4f}")
     rates = [(row["lr"], row["step"]) for row in metrics]
@@ -64,6 +67,32 @@ def _ends(name: str, metrics: list[Row], form: str) -> list[str]:
         known = [row[name] for row in part if row.get(name) is not None]
         texts.append(form.format(sum(known) / len(known)) if known else "missing")
     return [f"{name:12} {texts[0]} in the first ten steps, {texts[1]} in the last ten"]
+
+
+def _held_out(metrics: list[Row]) -> list[str]:
+    return [name for name in metrics[0] if name.startswith("held_out/") and name.endswith("/mean")]
+
+
+def _parted(metrics: list[Row]) -> list[str]:
+    """A warning for each held-out reward that fell, beyond its noise, while the reward rose."""
+    rise = _rise(metrics, "reward")
+    return [
+        f"WARNING      the reward rose by {rise:.1f} standard errors and {name} fell by "
+        f"{-_rise(metrics, name):.1f}: the reward may be gamed; read samples.jsonl"
+        for name in _held_out(metrics)
+        if rise > 2 and _rise(metrics, name) < -2
+    ]
+
+
+def _rise(metrics: list[Row], name: str) -> float:
+    """From the first to the last third, in standard errors of the difference; 0 if unknown."""
+    known = [row[name] for row in metrics if row.get(name) is not None]
+    size = len(known) // 3
+    if size < 3:
+        return 0.0
+    first, last = known[:size], known[-size:]
+    error = math.sqrt((statistics.variance(first) + statistics.variance(last)) / size)
+    return (statistics.mean(last) - statistics.mean(first)) / error if error else 0.0
 
 
 def _movers(what: str, reasons: list[Row]) -> list[str]:

@@ -22,8 +22,12 @@ class StopSignal:
             signal.signal(each, signal.SIG_DFL)
 
 
+class Paused(Exception):
+    """The step cannot be finished now, but a later continuation may: what stopped it."""
+
+
 class Clock:
-    """Seconds between laps, by name."""
+    """Seconds between laps, by name; laps of one name add up."""
 
     def __init__(self) -> None:
         self.last = time.perf_counter()
@@ -31,7 +35,7 @@ class Clock:
 
     def lap(self, name: str) -> None:
         now = time.perf_counter()
-        self.laps[name] = now - self.last
+        self.laps[name] = self.laps.get(name, 0.0) + now - self.last
         self.last = now
 
 

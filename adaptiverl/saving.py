@@ -1,0 +1,94 @@
+"""What a checkpoint of a run holds, and how a run goes on from one, exactly.
+
+That a checkpoint is whole or not there at all is run/checkpoint.py's.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from adaptiverl.optim.trust_region import TrustRegion
+from adaptiverl.run import checkpoint
+from adaptiverl.run.config import REWARD_KEYS, Config, UserError
+
+if TYPE_CHECKING:
+    from adaptiverl.program import Run
+
+# What may differ between a run and its continuation, and in each of its rewards.
+FREE_KEYS = {
+    "$schema", "STEPS", "EPOCHS", "OUTPUT_DIR", "RESUME", "SAVE_EVERY", "KEEP_CHECKPOINTS",
+    "LOG_EVERY", "EVAL_EVERY", "EVAL_FILE", "SAMPLES_EVERY", "TRACKERS", "VLLM_SERVER", "HELD_OUT",
+}  # fmt: skip
+FREE_OF_REWARD = {
+    "BASE_URL", "KEY_ENV", "CONCURRENCY", "REQUESTS_PER_MINUTE", "TOKENS_PER_MINUTE", "TIMEOUT",
+    "RETRIES", "CACHE", "MAX_CALLS", "MAX_COST", "PRICES", "MAX_MISSING",
+}  # fmt: skip
+
+
+@dataclass
+class State:
+    """What a run carries from step to step besides weights, optimizer and random generators."""
+
+    step: int = 0
+    kl_coef: float = 0.0
+    reward_ema: float | None = None
+    skipped: int = 0  # steps whose gradient was not finite
+    braked: int = 0  # steps whose update was made smaller
+
+
+def write(run: "Run", folder: Path, rng: list, whole: tuple[dict, dict] | None) -> None:
+    """Fills `folder`; `whole` are weights and optimizer state where each process has a shard."""
+    weights, optimizer = whole or (None, run.optimizer.state_dict())
+    run.sampler.policy.save(folder, weights)
+    run.tokenizer.save_pretrained(folder)
+    (folder / "run_config.json").write_text(run.config.model_dump_json(by_alias=True))
+    scaler = run.accelerator.scaler
+    state = {
+        "state": asdict(run.state),
+        "optimizer": optimizer,
+        "scaler": scaler.state_dict() if scaler else None,
+        "controller": run.controller.state_dict(),
+        "region": asdict(run.region),
+        "rewards": run.rewards.state_dict(),
+        "rng": rng,
+    }
+    torch.save(state, folder / "trainer.pt")
+
+
+def restore(run: "Run", folder: Path) -> None:
+    """Continues from the checkpoint in `folder`; the policy was loaded from it already."""
+    before = json.loads((folder / "run_config.json").read_text())
+    _refuse_changes(before, run.config, folder)
+    saved = torch.load(folder / "trainer.pt", weights_only=True, map_location="cpu")
+    run.state = State(**saved["state"])
+    if run.sharded:
+        run.shards.load_optimizer(run.policy, run.optimizer.optimizer, saved["optimizer"])
+    else:
+        run.optimizer.load_state_dict(saved["optimizer"])
+    if run.accelerator.scaler:
+        run.accelerator.scaler.load_state_dict(saved["scaler"])
+    run.controller.load_state_dict(saved["controller"])
+    run.region = TrustRegion(**saved["region"])
+    run.rewards.load_state_dict(saved["rewards"])
+    own = run.accelerator.process_index
+    checkpoint.set_rng_state(saved["rng"][own if own < len(saved["rng"]) else 0])
+
+
+def _refuse_changes(before: dict[str, Any], config: Config, folder: Path) -> None:
+    now = json.loads(config.model_dump_json(by_alias=True))
+    for keys in (before, now):
+        for name in REWARD_KEYS:
+            keys[name] = [
+                {key: value for key, value in reward.items() if key not in FREE_OF_REWARD}
+                for reward in keys.get(name, [])
+            ]
+    for key in now.keys() - FREE_KEYS:
+        if before.get(key) != now[key]:
+            raise UserError(
+                f"RESUME: {key} was {before.get(key)} in {folder} and is {now[key]} now; a "
+                "resumed run goes on as it was. To go on otherwise, start a new run with "
+                f"MODEL={folder} and another OUTPUT_DIR"
+            )

@@ -1,0 +1,209 @@
+"""Scales, weights over time, and who pulls how hard in a composite."""
+
+import asyncio
+import logging
+import statistics
+import threading
+from pathlib import Path
+
+import pytest
+from conftest import read_jsonl, without_clock
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rewards import CompositeReward
+from rewards.balance import MEMORY, WATCHED, Scale, correlations, shares, weight_at
+
+
+@pytest.mark.parametrize(
+    ("weight", "expected"),
+    [
+        (0.5, [0.5, 0.5, 0.5, 0.5]),
+        ([(0, 1.0), (10, 0.0)], [1.0, 0.9, 0.5, 0.0]),
+        ([(1, 2.0), (5, 2.0), (10, 4.0)], [2.0, 2.0, 2.0, 4.0]),
+        ([(3, 7.0)], [7.0, 7.0, 7.0, 7.0]),
+    ],
+)
+def test_weights_over_time(weight, expected):
+    assert [weight_at(weight, step) for step in (0, 1, 5, 30)] == pytest.approx(expected)
+
+
+def test_ranks():
+    assert Scale("rank")([10, 1000, None, 10, 11], learn=True) == [-2 / 3, 1, None, -2 / 3, 1 / 3]
+    assert Scale("rank")([5.0], learn=True) == [0.0]
+    assert Scale("rank")([None], learn=True) == [None]
+
+
+def test_zscores_of_the_first_batch_are_its_own():
+    got = Scale("zscore")([1.0, 3.0, None], learn=True)
+    assert got == [-1.0, 1.0, None]
+
+
+def test_zscores_run():
+    """Against means weighted by hand."""
+    batches = [[1.0, 3.0], [2.0, 8.0], [5.0, 5.0]]
+    scale = Scale("zscore")
+    for batch in batches:
+        last = scale(batch, learn=True)
+    weights = [MEMORY**2, MEMORY, 1.0]
+    mean = sum(w * statistics.mean(b) for w, b in zip(weights, batches, strict=True)) / sum(weights)
+    square = sum(
+        w * statistics.mean(x * x for x in b) for w, b in zip(weights, batches, strict=True)
+    ) / sum(weights)
+    assert last == pytest.approx([(5 - mean) / (square - mean**2) ** 0.5] * 2)
+    before = dict(scale.state)
+    assert scale([5.0], learn=False) == pytest.approx(last[:1])
+    assert scale.state == before, "evaluation teaches it nothing"
+
+
+@given(st.floats(-1e6, 1e6), st.integers(2, 9), st.sampled_from(["zscore", "rank"]))
+def test_equal_scores_are_zero_whatever_their_size(value, count, kind):
+    assert Scale(kind)([value] * count, learn=True) == [0.0] * count
+
+
+@given(
+    st.lists(st.floats(-100, 100), min_size=2, max_size=9),
+    st.floats(0.01, 1000),
+    st.floats(-100, 100),
+)
+def test_neither_units_nor_offsets_matter_to_ranks(column, factor, offset):
+    column = [round(x, 3) for x in column]
+    moved = [factor * x + offset for x in column]
+    if len(set(moved)) == len(set(column)):
+        assert Scale("rank")(column, True) == Scale("rank")(moved, True)
+
+
+def test_clipping_comes_last():
+    assert Scale("none", (-1, 2))([-5, None, 1, 5], True) == [-1, None, 1, 2]
+    assert Scale("rank", (0, 0.5))([1, 2, 3], True) == [0, 0, 0.5]
+
+
+def test_shares_of_the_variance():
+    """Parts 1, −1 and 2, −2 of one group: the sum is 3, −3."""
+    parts = {"a": [1.0, -1.0], "b": [2.0, -2.0]}
+    assert shares(parts, 2) == pytest.approx({"a": 1 / 3, "b": 2 / 3})
+    against = {"a": [1.0, -1.0], "b": [-3.0, 3.0]}
+    assert shares(against, 2) == pytest.approx({"a": -0.5, "b": 1.5})
+    assert correlations(against, 2) == {("a", "b"): pytest.approx(-1.0)}
+    level = {"a": [1.0, 1.0, 5.0, 5.0], "b": [0.0, 2.0, 0.0, 2.0]}
+    assert shares(level, 2) == {"a": 0.0, "b": 1.0}, "what is the same in a group is baseline"
+    assert shares(level, 1)["a"] == pytest.approx(0.8), "groups of one: over the batch"
+    assert shares({"a": [1.0, 1.0]}, 2) == {"a": 0.0}
+    assert correlations(level, 2) == {}, "one of them does not vary"
+
+
+@given(st.lists(st.tuples(st.floats(-9, 9), st.floats(-9, 9)), min_size=4, max_size=4))
+def test_shares_sum_to_one(rows):
+    parts = {"a": [a for a, _ in rows], "b": [b for _, b in rows]}
+    total = sum(shares(parts, 2).values())
+    assert total == pytest.approx(1.0) or total == 0.0
+
+
+def constant(values):
+    return lambda completions, **_: list(values)
+
+
+def test_a_scaled_composite():
+    composite = CompositeReward(
+        {"small": constant([0, 1]), "large": constant([5000, 1000])},
+        weights={"large": [(0, 1.0), (10, 0.0)]},
+        scales={"large": Scale("zscore"), "small": Scale("none")},
+    )
+    scores = composite.score(["", ""], ["a", "b"])
+    assert composite.combine(scores, step=5) == [0 + 0.5, 1 - 0.5]
+    told = composite.balance(scores, 5, 2)
+    assert told["rewards/large/share_raw"] > 0.99
+    assert told["rewards/large/scaled"] == 0
+    assert told["rewards/small/share"] + told["rewards/large/share"] == 0, "they cancel out"
+    assert scores == {"small": [0, 1], "large": [5000, 1000]}, "raw scores stay raw"
+
+
+def test_a_missing_component_counts_as_its_scaled_mean():
+    composite = CompositeReward(
+        {"a": constant([1.0, None, 3.0]), "b": constant([0.0, 10.0, None])},
+        scales={"a": Scale("zscore")},
+    )
+    scores = composite.score([""] * 3, ["x"] * 3)
+    assert composite.combine(scores, step=1) == [-1 + 0, 0 + 10, 1 + 5]
+
+
+def test_state_goes_on_where_it_was():
+    def make():
+        return CompositeReward({"a": constant([1.0, 2.0])}, scales={"a": Scale("zscore")})
+
+    one, other = make(), make()
+    one.combine({"a": [1.0, 2.0]}, step=1)
+    other.load_state_dict(one.state_dict())
+    later = {"a": [7.0, 9.0]}
+    assert one.combine(later, step=2) == other.combine(later, step=2)
+    assert one.state_dict() == other.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"a": [1.0, 1.0], "b": [0.0, 1.0]}, "reward 'a' is saturated: it gives all"),
+        ({"a": [0.0, 100.0], "b": [0.0, 1.0]}, "reward 'a' dominates: it makes 99%"),
+        ({"a": [0.0, 1.0], "b": [1.1, 0.0]}, "rewards 'a' and 'b' conflict: their correlation is"),
+    ],
+)
+def test_imbalance_is_said_once_after_twenty_steps(columns, said, caplog):
+    caplog.set_level(logging.WARNING)
+    composite = CompositeReward({name: constant(column) for name, column in columns.items()})
+    for step in range(3 * WATCHED):
+        composite.combine(columns, step)
+        composite.balance(columns, step, 2)
+        texts = [r.getMessage() for r in caplog.records if r.getMessage().startswith(said)]
+        assert len(texts) == (step >= WATCHED - 1)
+
+
+def test_balanced_rewards_are_left_in_peace(caplog):
+    composite = CompositeReward({"a": constant([]), "b": constant([])})
+    columns = {"a": [0.0, 1.0, 0.0, 1.0], "b": [0.0, 0.0, 1.0, 1.0]}
+    for step in range(30):
+        composite.balance(columns, step, 4)
+    assert not caplog.records
+
+
+def test_async_rewards_run_while_something_else_is_computed():
+    """The event is set only after `begin` has returned: one after the other would never end."""
+    go_on = threading.Event()
+
+    async def slow(completions, **_):
+        while not go_on.is_set():
+            await asyncio.sleep(0.001)
+        return [1.0] * len(completions)
+
+    composite = CompositeReward({"sync": constant([2.0]), "slow": slow})
+    rest = composite.begin([""], ["x"])
+    go_on.set()
+    assert rest() == {"sync": [2.0], "slow": [1.0]}
+
+
+def test_scales_of_one_to_a_thousand_train_on_both(main, settings):
+    """By zscore each has a share; raw, the large one has all of it. Resume is exact."""
+    out = Path(settings["OUTPUT_DIR"])
+    small = {"TYPE": "regex", "PATTERNS": "[aeiou]{2}"}
+    large = {"TYPE": "regex", "NAME": "large", "PATTERNS": "th", "WEIGHT": 1000}
+    keys = settings | {"STEPS": 6, "BATCH_SIZE": 16, "SAVE_EVERY": 3, "REWARDS": [small, large]}
+    assert main(keys) == 0
+    raw = read_jsonl(out / "metrics.jsonl")
+    assert statistics.median(abs(row["rewards/regex/share"]) for row in raw) < 0.01
+    assert "rewards/regex/share_raw" not in raw[0]
+
+    large["WEIGHT"] = 1
+    scaled = keys | {"REWARDS": [r | {"NORMALIZE": "zscore"} for r in (small, large)]}
+    assert main(scaled) == 0
+    rows = read_jsonl(out / "metrics.jsonl")
+    assert 0.2 < statistics.median(row["rewards/regex/share"] for row in rows) < 0.8
+    assert all(row["rewards/regex/share"] + row["rewards/large/share"] == pytest.approx(1)
+               for row in rows)  # fmt: skip
+
+    import shutil
+
+    final = (out / "final/model.safetensors").read_bytes()
+    shutil.rmtree(out / "final")
+    shutil.rmtree(out / "step-000006")
+    assert main(scaled, "RESUME=auto") == 0
+    assert without_clock(read_jsonl(out / "metrics.jsonl")) == without_clock(rows)
+    assert (out / "final/model.safetensors").read_bytes() == final
