@@ -3,7 +3,10 @@
 import asyncio
 import json
 import random
+import socket
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -315,6 +318,71 @@ def test_a_refusal_ends_it_at_once(server, judge, monkeypatch):
 def test_mistakes(judge, arguments, message):
     with pytest.raises(ValueError, match=message):
         judge(**arguments)
+
+
+# Against a real server
+
+
+@pytest.fixture(scope="module")
+def parrot(tmp_path_factory) -> Path:
+    """A tiny GPT-2 that has learned to answer {"score": 7}, whatever it is asked."""
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "adaptiverl/assets/policy")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}\n{% endfor %}Verdict:"
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_positions=1024, n_embd=32, n_layer=1, n_head=2,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    model = GPT2LMHeadModel(config)
+    answer = [*tokenizer('{"score": 7}').input_ids, tokenizer.eos_token_id]
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for text in texts(400):
+        messages = JudgeReward("", "Is it good?", key_env="PATH")._request(
+            {"prompt": "Say:", "text": f"a {text} film"}
+        )["messages"]
+        head = tokenizer(tokenizer.apply_chat_template(messages, tokenize=False)).input_ids
+        ids = torch.tensor([[*head, *answer]])
+        logits = model(ids).logits[0, len(head) - 1 : -1]
+        loss = torch.nn.functional.cross_entropy(logits, torch.tensor(answer))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss < 0.05
+    folder = tmp_path_factory.mktemp("parrot")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_real_server_that_speaks_openais_protocol(parrot, tmp_path, monkeypatch):
+    """`transformers serve FOLDER`, on loopback."""
+    monkeypatch.setenv("OPENAI_API_KEY", "any")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [Path(sys.executable).with_name("transformers"), "serve", str(parrot)]
+    server = subprocess.Popen(
+        [*command, "--port", str(port), "--device", "cpu"],
+        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    try:
+        said = []
+        for line in server.stdout:
+            said.append(line)
+            if "Uvicorn running" in line:
+                break
+        assert server.poll() is None, "".join(said)
+        threading.Thread(target=server.stdout.read, daemon=True).start()  # a full pipe blocks
+        judge = JudgeReward(
+            str(parrot), "Is it good?", base_url=f"http://127.0.0.1:{port}/v1",
+            cache=str(tmp_path / "judge.sqlite"), timeout=60.0, concurrency=2, structured=False,
+        )  # fmt: skip
+        assert ask(judge, ["a film", "another film", "a third"]) == [6 / 9] * 3
+    finally:
+        server.terminate()
+        server.communicate(timeout=60)
 
 
 # In a run
