@@ -488,10 +488,11 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
     names = list(dict.fromkeys(row["task"] for row in rows))
     figure = Figure(figsize=(4 * len(names), 4), layout="constrained")
+    colours = dict(zip(METHODS, [f"C{k}" for k in range(10)] + ["olive", "navy"] * 5, strict=False))
     for axes, task in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         for method in METHODS:
-            if method.startswith("placebo") or method == "Prodigy":
-                continue
+            if method.startswith("placebo") or len(METHODS[method][1]) < 3:
+                continue  # Prodigy's rate is another thing
             points = {}
             for rate in METHODS[method][1]:
                 scores = [
@@ -501,7 +502,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
                 ]
                 if scores:
                     points[rate] = middle(scores)
-            style: dict[str, Any] = {"linewidth": 1, "marker": "."}
+            style: dict[str, Any] = {"linewidth": 1, "marker": ".", "color": colours[method]}
             if method == "kl_target":
                 style = {"linewidth": 3, "marker": "o", "color": "black", "zorder": 3}
             axes.plot(list(points), list(points.values()), label=method, **style)

@@ -2,7 +2,7 @@
 
     python benchmarks/slow_rewards.py        writes slow_rewards.json, prints a line each
 
-1. 64 judgements by a server on loopback that takes 0.1 s for each, one at a time and 16 at a time.
+1. 64 judgements by a server on loopback that takes 0.5 s for each, one at a time and 16 at a time.
 2. A step of the default run with a coroutine reward that waits so many seconds, beside a step with
    one that does not wait, in turn: what the waiting adds, and how long the reference pass takes.
 """
@@ -30,7 +30,7 @@ from adaptiverl.run.config import load_config  # noqa: E402
 from adaptiverl.run.process import StopSignal  # noqa: E402
 from rewards.judge import JudgeReward  # noqa: E402
 
-LATENCY = 0.1
+LATENCY = 0.5
 WAITS = {"0": 0.0, "0.05": 0.05, "0.1": 0.1, "0.5": 0.5}  # seconds, by the reward's name
 PAIRS = 12
 
