@@ -11,6 +11,13 @@ from torch.optim import lr_scheduler
 
 from adaptiverl import AdaptiveOptimizer
 
+
+def eight_bit(parameters) -> torch.optim.Optimizer:
+    from bitsandbytes.optim import AdamW8bit  # seconds to import
+
+    return AdamW8bit(parameters, lr=0.01, min_8bit_size=1)
+
+
 BASES = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
     "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.01),
@@ -20,6 +27,7 @@ BASES = {
     "AdamW tensor lr": lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.01), foreach=False),
     "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01),
     "Adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01),
+    "AdamW 8-bit": eight_bit,
 }
 SCHEDULERS = {
     "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda t: 1 / (t + 1)),
@@ -29,12 +37,6 @@ SCHEDULERS = {
 RULES = {"lr_rule": "cyclical", "cycle_length": 4}  # × 1, .6, .2, .6, 1, …
 CYCLE = [1, 0.6, 0.2, 0.6, 1, 0.6]
 STEPS = 6
-
-
-def eight_bit(parameters) -> torch.optim.Optimizer:
-    from bitsandbytes.optim import AdamW8bit
-
-    return AdamW8bit(parameters, lr=0.01, min_8bit_size=1)
 
 
 def model() -> nn.Module:
@@ -283,28 +285,37 @@ def test_only_what_the_optimizer_has_is_touched():
     assert {k: v for k, v in optimizer.param_groups[0].items() if k != "params"} == before
 
 
-def test_around_bitsandbytes_8_bit_adamw():
-    """Rate, betas and weight decay are read live."""
-    nets = [model(), model()]
-    try:
-        inner = [eight_bit(net.parameters()) for net in nets]
-        x, y = batch(0)
-        nn.functional.mse_loss(nets[0](x), y).backward()
-        inner[0].step()
-    except (NotImplementedError, RuntimeError) as error:
-        pytest.skip(f"bitsandbytes has no 8-bit optimizer here: {error}")
-    nets = [model(), model()]
-    bare, wrapped = eight_bit(nets[0].parameters()), eight_bit(nets[1].parameters())
-    adaptive = AdaptiveOptimizer(wrapped, **RULES)
-    for step, factor in enumerate(CYCLE):
-        x, y = batch(step)
-        for net in nets:
-            nn.functional.mse_loss(net(x), y).backward()
-        bare.param_groups[0]["lr"] = 0.01 * factor
-        for net, optimizer in zip(nets, (bare, adaptive), strict=True):
-            optimizer.step()
-            net.zero_grad()
-    assert all(
-        torch.allclose(a, b, atol=1e-6)
-        for a, b in zip(weights(nets[0]), weights(nets[1]), strict=True)
+def test_seed_2s_usage(capsys):
+    """As it is written there, imports aside."""
+    from torch.optim import AdamW
+
+    net = model()
+    dataloader = [batch(k) for k in range(200)]
+    criterion = nn.MSELoss()
+
+    base_opt = AdamW(net.parameters(), lr=1e-3, weight_decay=0.01)
+    opt = AdaptiveOptimizer(
+        base_opt,
+        lr_rule="trend+variance",
+        betas_rule=("relative", "variance"),
+        wd_rule="trend",
+        reward_rule="trend",
+        cycle_length=500,
+        cycle_mult=2,
     )
+    losses = []
+    for step, (x, y) in enumerate(dataloader, 1):
+        loss = criterion(net(x), y)
+        loss.backward()
+        opt.step_loss(loss)
+        reward = 1.0 / (1.0 + loss.item())
+        opt.step_reward(reward)
+        opt.step()
+        opt.zero_grad()
+        losses.append(loss.item())
+        if step % 100 == 0:
+            print(f"[{step}] Loss={loss.item():.4f} | LR={opt.lr:.6e} | WD={opt.wd:.5f}")
+    assert sum(losses[-20:]) < 0.8 * sum(losses[:20])
+    assert 1e-3 / 9 < opt.lr < 9e-3, "two drives of at most a factor of 3"
+    assert opt.controller.audit and opt.wd != 0.01, "the rules were at work"
+    assert len(capsys.readouterr().out.splitlines()) == 2

@@ -86,6 +86,7 @@ for face in ("optimizer", "scheduler"):
         rates.append(one.lr if face == "optimizer" else one.get_lr()[0])
 with open({folder!r} + f"/apart{{rank}}.json", "w") as f:
     json.dump(rates, f)
+torch.distributed.barrier()  # gloo aborts a process whose peer has gone
 torch.distributed.destroy_process_group()
 """
 

@@ -5,11 +5,13 @@ import random
 
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
 from adaptiverl.optim.controller import LR_RULES, REWARD_RULES, Controller
 from adaptiverl.optim.hyperparams import get
+from adaptiverl.optim.rules import Options
 
 NO_MEMORY = {"memory": math.inf, "max_drift": 1e9}  # the formulas bare
 
@@ -339,3 +341,11 @@ def test_a_new_group_begins_where_it_is():
     opt.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 4.0})
     controller.observe(loss=0.0)
     assert [group["lr"] for group in opt.param_groups] == [0.5, 2.0], "base 4, ratio a half"
+
+
+def test_the_page_of_rules_has_them_all():
+    page = (ROOT / "docs/rules.md").read_text(encoding="utf-8")
+    rules = {*LR_RULES, *REWARD_RULES, "inverse", "exp", "relative", "normalized", "stable"}
+    assert all(f"`{rule}`" in page for rule in rules)
+    for name, value in vars(Options()).items():
+        assert f"`{name}` ({value:g})" in page, f"{name} with its default"

@@ -83,26 +83,6 @@ def test_seed_3s_quickstart():
     assert rates[-1] <= 5e-4
 
 
-def test_seed_3s_wrapped_step_inside_trls_rloo():
-    """`trainer.lr_scheduler = sched` and an optimizer whose step observes."""
-    optimizer = AdamW(linear().parameters(), lr=5e-5)
-    sched = AdaptiveScheduler(
-        optimizer, lr_rule="none", reward_rule="trend", trend_window=2, reward_up=2.0
-    )
-    rewards = iter([0.0, 1.0, 2.0])
-    _orig_step = optimizer.step
-
-    def _wrapped_step(self, *a, **kw):
-        out = _orig_step(*a, **kw)
-        sched.observe(loss=None, R=next(rewards), model=None)
-        return out
-
-    optimizer.step = types.MethodType(_wrapped_step, optimizer)
-    for _ in range(3):
-        optimizer.step()
-    assert sched.get_last_lr()[0] > 1.2e-4
-
-
 def test_seed_4s_quick_usage():
     optimizer = AdamW(linear().parameters(), lr=5e-5)
     scheduler = RewardAdaptiveScheduler(
@@ -282,3 +262,52 @@ def test_inside_trls_trainers(kind, face, tmp_path):
     trainer.train()
     # linear 1, 3/4, 1/2, 1/4; the reward has risen before the third step and again
     assert rates == pytest.approx([1e-3, 0.75e-3, 2 * 0.5e-3, 4 * 0.25e-3])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_seed_3s_integration_with_trl(tmp_path):
+    """As it is written there, with RLOOTrainer for the ReinforceTrainer that TRL does not have."""
+    from trl import RLOOConfig, RLOOTrainer
+
+    model, tokenizer, dataset = texts(tmp_path)
+    rewards = [0.0]
+
+    def my_reward_fn(completions, **_):
+        rewards.append(rewards[-1] + 1.0)
+        return [rewards[-1]] * len(completions)
+
+    def last_reward():
+        return rewards[-1]
+
+    optimizer = AdamW(model.parameters(), lr=5e-5)
+    sched = AdaptiveScheduler(
+        optimizer, lr_rule="none", reward_rule="trend", trend_window=2, reward_up=2.0
+    )
+
+    _orig_step = optimizer.step
+
+    def _wrapped_step(self, *a, **kw):
+        out = _orig_step(*a, **kw)
+        sched.observe(loss=None, R=last_reward(), model=None)
+        return out
+
+    optimizer.step = types.MethodType(_wrapped_step, optimizer)
+
+    trainer = RLOOTrainer(
+        model=model,
+        args=RLOOConfig(
+            output_dir=str(tmp_path), per_device_train_batch_size=4, num_generations=4,
+            max_steps=3, max_completion_length=4, report_to=[], use_cpu=True, bf16=False,
+            save_strategy="no", disable_tqdm=True, gradient_checkpointing=False, beta=0.0,
+        ),
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        reward_funcs=my_reward_fn,
+    )  # fmt: skip
+    trainer.optimizer = optimizer
+    trainer.lr_scheduler = sched
+    trainer.train()
+    assert rewards == [0.0, 1.0, 2.0, 3.0]
+    lean = 1 - 1 / 100
+    twice = (2.0**lean * 2.0) ** lean
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(5e-5 * min(twice, 3.0))
