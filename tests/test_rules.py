@@ -141,6 +141,15 @@ def test_betas_hold_until_adams_bias_correction_has_no_use_for_them():
         assert beta == 0.5 or beta**t <= 0.01 + 1e-12
 
 
+def test_a_beta_grows_no_faster_than_the_correction_allows():
+    opt = optimizer("adamw", betas=(0.9, 0.999))
+    arguments = {"betas_rule": "relative", "trend_window": 2, "momentum_up": 0.05}
+    got = trace(opt, "beta1", "loss", range(80, 0, -1), **arguments)
+    assert got[43] == 0.9, "0.9^43 is 0.0108"
+    assert got[44] == pytest.approx(0.01 ** (1 / 44)), "0.9^44 is below 0.01: up to there"
+    assert got[-1] == pytest.approx(0.01 ** (1 / 79))
+
+
 def test_weight_decay_falls_while_the_loss_does():
     got = trace(
         optimizer("adamw"), "weight_decay", "loss", [3, 2, 1, 2], wd_rule="trend", trend_window=2
