@@ -147,7 +147,12 @@ def test_set_metrics_and_step_are_step_loss_in_two_calls():
     for two_calls in (True, False):
         optimizer = SGD(linear().parameters(), lr=0.5, momentum=0.5)
         scheduler = AdaptiveScheduler(
-            optimizer, lr_rule="loss_decay", loss_k=1.0, max_drift=100.0, memory=math.inf
+            optimizer,
+            lr_rule="loss_decay",
+            loss_k=1.0,
+            loss_beta=0.0,
+            max_drift=100.0,
+            memory=math.inf,
         )
         for loss in (1.0, 3.0):
             if two_calls:

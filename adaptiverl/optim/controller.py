@@ -62,7 +62,7 @@ class Controller:
         loss_beta: float = 0.9,
         reward_beta: float = 0.9,
         var_window: int = 20,
-        trend_window: int = 20,
+        trend_window: int | None = None,
         trend_threshold: float = 3.0,
         min_rel_improve: float = 1e-4,
         patience: int = 20,
@@ -320,7 +320,7 @@ class Controller:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, strings and lists."""
-        names = ("base", "values", "ratios", "seen", "ignored", "step", "confidence")
+        names = ("base", "values", "ratios", "seen", "ignored", "step")
         return {name: copy.deepcopy(getattr(self, name)) for name in names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

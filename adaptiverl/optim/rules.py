@@ -40,6 +40,7 @@ class Options:
     eta_min_scale: float = 0.2  # the lowest factor of cosine, cosine_restart and cyclical
 
 
+LEAST = 0.01  # of scaling: a rate of 0 would learn nothing more
 Drive = Callable[[float, float, Reading, Options], float]
 Factor = Callable[[Reading, Options], float]
 Clock = Callable[[int, Options], float]
@@ -52,7 +53,7 @@ def _ratio(sign: int, up: float, down: float) -> float:
 # lr, from the loss
 
 LR_DRIVES: dict[str, Drive] = {
-    "loss_decay": lambda old, base, r, o: old / max(1 + o.loss_k * r.value, 0.5),
+    "loss_decay": lambda old, base, r, o: old / max(1 + o.loss_k * r.ema, 0.5),
     "trend": lambda old, base, r, o: old * _ratio(-r.trend, o.up_factor, o.down_factor),
     "patience": lambda old, base, r, o: old * o.big_drop**r.plateau,
 }
@@ -100,7 +101,9 @@ REWARD_DRIVES: dict[str, Drive] = {
     "kelly": lambda old, base, r, o: old * (1 + o.kelly_gain * math.tanh(r.ema / o.kelly_temp)),
 }
 REWARD_FACTORS: dict[str, Factor] = {
-    "scaling": lambda r, o: 1 + (r.ema - o.reward_center) / o.reward_span if r.warm else 1.0,
+    "scaling": lambda r, o: (
+        max(1 + (r.ema - o.reward_center) / o.reward_span, LEAST) if r.warm else 1.0
+    ),
     "variance": lambda r, o: 1 / (1 + o.reward_alpha * r.variance),
 }
 

@@ -31,11 +31,16 @@ class Signal:
 
     beta: float = 0.9  # of the EMA
     window: int = 20  # values whose variance is taken
-    trend_window: int = 20  # values that a trend is tested on; 2 compares neighbours, as the seeds
+    trend_window: int | None = None  # values that a trend is tested on; None: 2 / (1 - beta)
     threshold: float = 3.0  # standard errors that a trend must stand out by
     min_rel: float = 1e-4  # and its least size, relative to the mean
     patience: int = 20
     cooldown: int = 50
+
+    @property
+    def tested(self) -> int:
+        """As many values as the smoothed one remembers; beta 0 compares neighbours, as the seeds."""
+        return self.trend_window or max(round(2 / (1 - self.beta)), 2)
 
     def read(self, state: dict[str, Any], x: float) -> tuple[dict[str, Any], Reading]:
         n = state.get("n", 0) + 1
@@ -45,7 +50,7 @@ class Signal:
         smoothed = [*state.get("smoothed", []), ema][-self.window :]
         long, above = excess(state.get("long"), values, self.window)
         tested, direction = trend(
-            state.get("tested", []), x, self.trend_window, self.threshold, self.min_rel
+            state.get("tested", []), x, self.tested, self.threshold, self.min_rel
         )
         waiting, move = plateau(state.get("waiting", {}), x, self.patience, self.cooldown)
         reading = Reading(
