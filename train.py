@@ -164,7 +164,10 @@ def main() -> int:
         train(run, log, stop)
         return run.finish(stop, log)
     except Paused as reason:
-        return run.pause(reason, log)
+        if not arguments.dry_run:
+            return run.pause(reason, log)
+        print(f"error: {reason}", file=sys.stderr)
+        return 3
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ train.py's.
 """
 
 import json
+import logging
 import math
 import signal
 import sys
@@ -285,7 +286,12 @@ class Run:
             rollout = self._without_gradient(sample)
             one = self.begin_scoring(batch, rollout, self.sampler.decode(rollout))
             begun.append(partial(_first, one, real))
-        scores, held_out = self.scoring.scores(begun)
+        try:
+            scores, held_out = self.scoring.scores(begun)
+        except Paused as reason:  # the step is made: pausing here would make it twice
+            if self.is_main:
+                logging.warning("evaluation left out: %s", reason)
+            return {"eval/reward": None}
         known = [value for value in self.rewards.combine(scores) if value is not None]
         mean = {"eval/reward": sum(known) / len(known) if known else None}
         return mean | self.scoring.said(scores, held_out, "eval/")
@@ -356,9 +362,6 @@ class Run:
 
     def pause(self, reason: Paused, log: RunLog | None) -> int:
         """Saves the run as it was before the step that could not be finished; the exit status."""
-        if self.state.step == 0:  # a dry run
-            print(f"error: {reason}", file=sys.stderr)
-            return 3
         self.state.step -= 1
         name = f"step-{self.state.step:06d}"
         self.save(name, log)

@@ -14,8 +14,9 @@ from accelerate.utils import gather_object
 
 from adaptiverl import setup
 from adaptiverl.rl.rollout import Rollout
-from adaptiverl.run.config import Config, JudgeReward
+from adaptiverl.run.config import Config
 from adaptiverl.run.process import Paused
+from adaptiverl.run.reward_config import JudgeReward
 from rewards.composite import CompositeReward, Scores
 
 Batch = dict[str, list]  # column → one value a completion

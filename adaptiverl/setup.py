@@ -20,7 +20,8 @@ from adaptiverl.optim.controller import Controller
 from adaptiverl.rl.data import load_prompts
 from adaptiverl.rl.policy import Policy, load_policy, load_tokenizer, positions_of
 from adaptiverl.rl.vllm import Server
-from adaptiverl.run.config import Config, CosineReward, UserError
+from adaptiverl.run.config import Config, UserError
+from adaptiverl.run.reward_config import CosineReward
 from rewards import CompositeReward, make_reward
 from rewards.balance import Scale
 

@@ -10,19 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from adaptiverl.run.config import (
+from adaptiverl.run.config import Config, UserError, load_config, schema, strip_comments
+from adaptiverl.run.reward_config import (
     ClassifierReward,
-    Config,
     CosineReward,
     LengthReward,
     PythonReward,
     RegexReward,
-    UserError,
-    load_config,
-    schema,
-    strip_comments,
 )
 
+JUDGE = {"TYPE": "judge", "MODEL": "m", "RUBRIC": "r"}
 EXAMPLE = """\
 {
   "MODEL": "gpt2",
@@ -361,6 +358,27 @@ def test_an_unknown_key_of_a_reward_names_the_nearest_of_that_reward(mistake):
         ({"KL_COEF": 0, "KL_TARGET": 1}, "KL_TARGET needs a KL_COEF above 0"),
         ({"KL_COEF": 0, "KL_ESTIMATOR": "k3"}, "KL_ESTIMATOR needs a KL_COEF above 0"),
         ({"EVAL_EVERY": 5}, "EVAL_EVERY needs an EVAL_FILE"),
+        ({"LR_RULE": "none", "LRATE": 1, "MAX_LR": 1}, "MAX_LR needs a rule of the rate"),
+        (
+            {"LR_RULE": "trend", "LRATE": 1, "KL_STEP_TARGET": 1},
+            "KL_STEP_TARGET needs LR_RULE kl_target",
+        ),
+        ({"MIN_MOMENTUM": 0.5}, "MIN_MOMENTUM needs a MOMENTUM_RULE, or REWARD_RULE trend"),
+        ({"LOSS_BETA": 0.5}, "LOSS_BETA needs a rule that smooths the loss"),
+        ({"REWARD_BETA": 0.5}, "REWARD_BETA needs a REWARD_RULE"),
+        (
+            {"HELD_OUT": [{"TYPE": "length", "MAX": 9, "WEIGHT": 2}]},
+            "HELD_OUT.0: WEIGHT is for REWARDS only",
+        ),
+        (
+            {"REWARDS": [JUDGE | {"LOW": 0, "PAIRWISE": True}]},
+            "REWARDS.0: LOW is for scores; PAIRWISE compares",
+        ),
+        (
+            {"REWARDS": [JUDGE | {"PAIRWISE": True}], "NUM_GENERATIONS": 1, "BASELINE": "ema"},
+            "judge compares completions of a prompt (PAIRWISE): NUM_GENERATIONS 1 has nothing to "
+            "compare",
+        ),
         ({"RESUME": "checkpoints"}, "RESUME is 'auto' or null, not 'checkpoints'"),
     ],
 )

@@ -1,6 +1,7 @@
 """The judge against a server that fails in every way a server can, and the one in the process."""
 
 import asyncio
+import importlib
 import json
 import random
 import socket
@@ -458,6 +459,43 @@ def test_a_reward_that_raises_pauses_too(settings, main, capsys, tmp_path, monke
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("paused before step 2: a reward failed (KeyError: 'no such thing')")
     assert (Path(settings["OUTPUT_DIR"]) / "step-000001" / "trainer.pt").exists()
+
+
+def test_an_evaluation_that_fails_is_left_out(settings, main, caplog, tmp_path, monkeypatch):
+    """The step before it is made: pausing the run would make it twice."""
+    (tmp_path / "picky.py").write_text(
+        "def picky(prompts, completions, **_):\n"
+        "    if 'odd' in prompts:\n"
+        "        raise KeyError('odd')\n"
+        "    return [float(len(text)) for text in completions]\n"
+    )
+    (tmp_path / "eval.json").write_text(json.dumps([{"prompt": "odd"}]))
+    monkeypatch.syspath_prepend(tmp_path)
+    keys = settings | {"REWARDS": [{"TYPE": "python", "FUNCTION": "picky:picky"}]}
+    keys |= {"EVAL_FILE": str(tmp_path / "eval.json"), "EVAL_EVERY": 2}
+    assert main(keys) == 0
+    assert "evaluation left out: a reward failed (KeyError: 'odd')" in caplog.text
+    rows = read_jsonl(Path(settings["OUTPUT_DIR"]) / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert [row.get("eval/reward", "none") for row in rows] == ["none", None, "none"]
+
+
+def test_a_dry_run_says_what_a_reward_raised(settings, main, capsys, tmp_path, monkeypatch):
+    """Of a folder with a run in it too, which stays as it is."""
+    (tmp_path / "moody.py").write_text("def moody(completions, **_):\n    return MOOD[:]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    moody = importlib.import_module("moody")
+    moody.MOOD = [0.0] * settings["BATCH_SIZE"]
+    keys = settings | {"REWARDS": [{"TYPE": "python", "FUNCTION": "moody:moody"}]}
+    assert main(keys) == 0
+    files = sorted(Path(settings["OUTPUT_DIR"]).rglob("*"))
+    del moody.MOOD
+    capsys.readouterr()
+    assert main(keys, "STEPS=5", "RESUME=auto", "--dry-run") == 3
+    assert capsys.readouterr().err.endswith(
+        "error: a reward failed (NameError: name 'MOOD' is not defined)\n"
+    )
+    assert sorted(Path(settings["OUTPUT_DIR"]).rglob("*")) == files
 
 
 def test_judgements_are_kept_as_they_come(server, judge, tmp_path):

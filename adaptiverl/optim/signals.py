@@ -39,7 +39,7 @@ class Signal:
 
     @property
     def tested(self) -> int:
-        """As many values as the smoothed one remembers; beta 0 compares neighbours, as the seeds."""
+        """As many values as the smoothed one remembers; of beta 0 two: neighbours, as the seeds."""
         return self.trend_window or max(round(2 / (1 - self.beta)), 2)
 
     def read(self, state: dict[str, Any], x: float) -> tuple[dict[str, Any], Reading]:

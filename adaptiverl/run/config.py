@@ -13,10 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-SENTIMENT = "adaptiverl/assets/sentiment"
-PYTHON_NAME = r"^\w+(\.\w+)*:\w+$"
+from adaptiverl.run.reward_config import REWARD_KINDS, AnyReward, ClassifierReward, Strict
 
 
 class UserError(Exception):
@@ -26,160 +25,8 @@ class UserError(Exception):
         super().__init__(" ".join(message.split()))
 
 
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class JudgeExample(Strict):
-    PROMPT: str
-    COMPLETION: str
-    SCORE: float
-
-
-class Reward(Strict):
-    NAME: str | None = Field(None, description="Name in the logs; TYPE if absent")
-    WEIGHT: float | list[tuple[int, float]] = Field(
-        1.0, description="Factor in the sum, or points [[step, weight], …] with lines between"
-    )
-    NORMALIZE: Literal["none", "zscore", "rank"] = Field(
-        "none", description="By running mean and deviation, or by rank in the batch"
-    )
-    CLIP: tuple[float, float] | None = Field(None, description="Limits, after NORMALIZE")
-
-    @model_validator(mode="after")
-    def _possible(self) -> "Reward":
-        if self.CLIP and not self.CLIP[0] < self.CLIP[1]:
-            raise ValueError(f"the first of CLIP, {self.CLIP[0]:g}, is not below its second")
-        if isinstance(self.WEIGHT, list):
-            steps = [step for step, _ in self.WEIGHT]
-            if not steps or sorted(set(steps)) != steps:
-                raise ValueError("the points of WEIGHT, [[step, weight], …], need steps that rise")
-        return self
-
-    @property
-    def name(self) -> str:
-        return self.NAME or self.TYPE  # type: ignore[attr-defined]
-
-    def arguments(self) -> dict[str, Any]:
-        """What the reward itself is constructed with, lower-case."""
-        own = self.model_dump(exclude={"TYPE", *Reward.model_fields})
-        return {key.lower(): value for key, value in own.items()}
-
-
-class RegexReward(Reward):
-    """1 where the completion matches, else 0."""
-
-    TYPE: Literal["regex"]
-    PATTERNS: Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)] = (
-        Field(
-            description="One or several patterns", json_schema_extra={"type": ["array", "string"]}
-        )
-    )
-    LITERAL: bool = Field(False, description="Patterns are plain substrings")
-    MATCH: Literal["any", "all"] = Field("any", description="How many patterns must match")
-    NEGATE: bool = Field(False, description="Reward the absence instead")
-    IGNORE_CASE: bool = Field(False, description="Upper and lower case are the same")
-
-
-class LengthReward(Reward):
-    """1 at TARGET or inside MIN…MAX, falling linearly to 0 outside."""
-
-    TYPE: Literal["length"]
-    TARGET: int | None = Field(None, ge=1, description="Wanted length")
-    MIN: int | None = Field(None, ge=0, description="Shortest wanted length")
-    MAX: int | None = Field(None, ge=1, description="Longest wanted length")
-    UNIT: Literal["tokens", "words"] = Field("tokens", description="What is counted")
-
-
-class CosineReward(Reward):
-    """Cosine similarity of sentence embeddings of the completion and a reference."""
-
-    TYPE: Literal["cosine"]
-    MODEL: str = Field("all-MiniLM-L6-v2", description="A sentence-transformers id or folder")
-    COLUMN: str = Field("reference", description="Column that holds the reference text")
-
-
-class ClassifierReward(Reward):
-    """What a sequence classifier says of the completion, by the label's name."""
-
-    TYPE: Literal["classifier"]
-    MODEL: str = Field(SENTIMENT, description="A sequence classifier: hub id or folder")
-    LABEL: str = Field("positive", description="Name of the label that is rewarded")
-    OUTPUT: Literal["probability", "logit"] = Field("probability", description="What is returned")
-    WITH_PROMPT: bool = Field(False, description="Classify prompt + completion")
-
-
-class JudgeReward(Reward):
-    """A chat model's score of the completion by a rubric, 0 to 1."""
-
-    TYPE: Literal["judge"]
-    MODEL: str = Field(description="Name of the model at the endpoint")
-    RUBRIC: str = Field(min_length=1, description="What is to be judged, in words")
-    LOW: float = Field(1.0, description="Worst score of the scale that is asked for")
-    HIGH: float = Field(10.0, description="Best score of that scale")
-    EXAMPLES: list[JudgeExample] = Field([], description="Judged texts to show the model")
-    PAIRWISE: bool = Field(False, description="Compare completions of a prompt: share of wins")
-    BASE_URL: str | None = Field(
-        None, pattern="^https?://", description="OpenAI-compatible endpoint; OpenAI's if null"
-    )
-    KEY_ENV: str = Field("OPENAI_API_KEY", description="Environment variable that holds the key")
-    STRUCTURED: bool = Field(True, description="Ask for JSON by response_format")
-    CONCURRENCY: int = Field(16, ge=1, description="Requests at a time")
-    REQUESTS_PER_MINUTE: int | None = Field(None, ge=1, description="Of all tries")
-    TOKENS_PER_MINUTE: int | None = Field(None, ge=1, description="Of all tries")
-    TIMEOUT: float = Field(30.0, gt=0, description="Seconds of one try")
-    RETRIES: int = Field(5, ge=0, description="Further tries after one that failed")
-    CACHE: str = Field("judge.sqlite", description="Where judgements and costs are kept")
-    MAX_CALLS: int | None = Field(None, ge=0, description="Answers paid for, in all runs of CACHE")
-    MAX_COST: float | None = Field(None, ge=0, description="Their cost at PRICES")
-    PRICES: tuple[float, float] = Field((0, 0), description="Of 1e6 tokens, in and out")
-    MAX_MISSING: float = Field(
-        0.5, ge=0, le=1, description="The run pauses where a larger share is missing"
-    )
-
-    def arguments(self) -> dict[str, Any]:
-        own = super().arguments()
-        own.pop("max_missing")
-        own["examples"] = [{k.lower(): v for k, v in one.items()} for one in own["examples"]]
-        return own
-
-
-class LocalJudgeReward(Reward):
-    """Log-odds of a causal LM's yes against its no, asked about the completion."""
-
-    TYPE: Literal["local_judge"]
-    MODEL: str = Field(description="A causal LM: hub id or folder")
-    RUBRIC: str = Field(min_length=1, description="The question, in words")
-    YES: str = Field(" yes", description="The answer that is rewarded, as the model would go on")
-    NO: str = Field(" no", description="The other answer")
-    WITH_PROMPT: bool = Field(True, description="Judge prompt + completion")
-
-
-class PythonReward(Reward):
-    """Any function with TRL's reward signature."""
-
-    TYPE: Literal["python"]
-    FUNCTION: str = Field(pattern=PYTHON_NAME, description="my_module:my_reward")
-
-    @property
-    def name(self) -> str:
-        return self.NAME or self.FUNCTION.split(":")[1]
-
-
-AnyReward = Annotated[
-    RegexReward
-    | LengthReward
-    | CosineReward
-    | ClassifierReward
-    | JudgeReward
-    | LocalJudgeReward
-    | PythonReward,
-    Field(discriminator="TYPE"),
-]
-
-
 REWARD_KEYS = ("REWARDS", "HELD_OUT")
-REWARD_KINDS = get_args(get_args(AnyReward)[0])
+TRAINED = {"WEIGHT", "NORMALIZE", "CLIP", "MAX_MISSING"}  # of rewards that are trained on
 
 
 class Config(Strict):
@@ -279,8 +126,7 @@ class Config(Strict):
 
     @model_validator(mode="after")
     def _contradictions(self) -> "Config":
-        fields = type(self).model_fields
-        given = {key for key in self.model_fields_set if getattr(self, key) != fields[key].default}
+        given = self.changed()
         if self.FP16 and self.BF16:
             raise ValueError("FP16 and BF16 exclude each other; BF16 needs no gradient scaler")
         if self.LOAD_4BIT and self.LOAD_8BIT:
@@ -289,13 +135,20 @@ class Config(Strict):
             raise ValueError(
                 "a quantised model cannot be fully tuned: set FULLTUNE to false (LoRA)"
             )
-        if self.FULLTUNE and (lora := given & {"LORA_R", "LORA_ALPHA", "LORA_TARGETS"}):
-            raise ValueError(f"{', '.join(sorted(lora))} needs FULLTUNE false")
         if self.VLLM_SERVER and not self.FULLTUNE:
             raise ValueError("VLLM_SERVER needs FULLTUNE: adapters are not sent to the server")
         if not self.REWARDS:
             raise ValueError("REWARDS is empty: name at least one reward")
+        for i, reward in enumerate(self.HELD_OUT):
+            if trained := reward.changed() & TRAINED:
+                raise ValueError(f"HELD_OUT.{i}: {', '.join(sorted(trained))} is for REWARDS only")
         for rewards in (self.REWARDS, self.HELD_OUT):
+            for reward in rewards:
+                if getattr(reward, "PAIRWISE", False) and self.NUM_GENERATIONS == 1:
+                    raise ValueError(
+                        f"{reward.name} compares completions of a prompt (PAIRWISE): "
+                        "NUM_GENERATIONS 1 has nothing to compare"
+                    )
             names = [reward.name for reward in rewards]
             if twice := {name for name in names if names.count(name) > 1}:
                 raise ValueError(f"two rewards are named {twice.pop()!r}: give one of them a NAME")
@@ -318,8 +171,6 @@ class Config(Strict):
                 "BASELINE rloo compares completions: BATCH_SIZE 1 has nothing to compare"
             )
         by_kl = "kl_target" in self.LR_RULE.split("+")
-        if not by_kl and (kl := given & {"KL_STEP_TARGET", "KL_STEP_FALLS"}):
-            raise ValueError(f"{', '.join(sorted(kl))} needs LR_RULE kl_target")
         if not by_kl and self.LRATE == "auto":
             raise ValueError('LRATE "auto" needs LR_RULE kl_target, which finds the rate')
         adam = self.OPTIM.startswith("adamw")
@@ -331,16 +182,41 @@ class Config(Strict):
         ):
             if getattr(self, key) != "none" and not has:
                 raise ValueError(f"{key} moves nothing that OPTIM {self.OPTIM} has as it is set")
-        if self.KL_COEF == 0 and (kl := given & {"KL_TARGET", "KL_ESTIMATOR"}):
-            raise ValueError(f"{', '.join(sorted(kl))} needs a KL_COEF above 0")
-        if self.EVAL_FILE is None and self.EVAL_EVERY and "EVAL_EVERY" in given:
-            raise ValueError("EVAL_EVERY needs an EVAL_FILE")
+        for keys, read, needs in self._readers(by_kl):
+            if not read and (unread := given & set(keys)):
+                raise ValueError(f"{', '.join(sorted(unread))} needs {needs}")
         if self.RESUME not in (None, "auto"):
             raise ValueError(f"RESUME is 'auto' or null, not {self.RESUME!r}")
         for tracker in self.TRACKERS:
             if importlib.util.find_spec(tracker) is None:
                 raise ValueError(f"TRACKERS: {tracker} is not installed: pip install {tracker}")
         return self
+
+    def _readers(self, by_kl: bool) -> list[tuple[tuple[str, ...], bool, str]]:
+        """Keys, whether something reads them, and what would: none may be ignored in silence."""
+        loss_rules = {*self.LR_RULE.split("+"), *self.BETAS_RULE.split("+")}
+        momentum = self.MOMENTUM_RULE != "none"
+        rewarded = self.REWARD_RULE != "none"
+        return [
+            (("LORA_R", "LORA_ALPHA", "LORA_TARGETS"), not self.FULLTUNE, "FULLTUNE false"),
+            (("KL_TARGET", "KL_ESTIMATOR"), self.KL_COEF > 0, "a KL_COEF above 0"),
+            (("EVAL_EVERY",), not self.EVAL_EVERY or self.EVAL_FILE is not None, "an EVAL_FILE"),
+            (("KL_STEP_TARGET", "KL_STEP_FALLS"), by_kl, "LR_RULE kl_target"),
+            (("MIN_LR", "MAX_LR"), self.LR_RULE != "none" or rewarded, "a rule of the rate"),
+            (
+                ("MIN_MOMENTUM", "MAX_MOMENTUM"),
+                momentum or "trend" in self.REWARD_RULE.split("+"),
+                "a MOMENTUM_RULE, or REWARD_RULE trend",
+            ),
+            (
+                ("LOSS_BETA",),
+                bool(loss_rules & {"loss_decay", "trend", "relative"})
+                or momentum
+                or self.WD_RULE != "none",
+                "a rule that smooths the loss",
+            ),
+            (("REWARD_BETA",), rewarded, "a REWARD_RULE"),
+        ]
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -419,6 +295,8 @@ def _explain(error: Any) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if not name:
         return message
+    if error["type"] == "value_error":
+        return f"{name}: {message}"
     return f"{name} is {json.dumps(error['input'])}: {message[0].lower()}{message[1:]}"
 
 
