@@ -10,7 +10,7 @@ import argparse
 import logging
 import math
 import sys
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from functools import partial
 
 import torch
@@ -112,7 +112,7 @@ def policy_gradient(
     return sums
 
 
-def dry_run(run: Run) -> None:
+def dry_run(run: Run) -> int:
     """Samples, rewards and differentiates one batch, says what came of it, and trains nothing."""
     clock = Clock()
     batch = run.batch_at(1)
@@ -127,7 +127,7 @@ def dry_run(run: Run) -> None:
     policy_gradient(run, rollout, ones, run.config.KL_COEF * ones, reference)
     clock.lap("update")
     if not run.is_main:
-        return
+        return 0
     scores |= {"reward": run.rewards.combine(scores)}
     own = {name: column[run.own_rows] for name, column in scores.items()}
     print(table({"prompt": batch["prompt"], "completion": completions} | own))
@@ -138,6 +138,7 @@ def dry_run(run: Run) -> None:
     laps = ", ".join(f"{name} {lap:.2f}" for name, lap in clock.laps.items())
     print(f"seconds a step        {sum(clock.laps.values()):.2f} ({laps})")
     print("dry run: nothing was trained or written")
+    return 0
 
 
 def main() -> int:
@@ -149,25 +150,24 @@ def main() -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         run = Run(load_config(arguments.config, arguments.override))
-        log = None if arguments.dry_run else run.start()
+        with closing(run):
+            if arguments.dry_run:
+                return dry_run(run)
+            log, stop = run.start(), StopSignal(run.interrupt)
+            try:
+                train(run, log, stop)
+            except Paused as reason:
+                return run.pause(reason, stop, log)
+            return run.finish(stop, log)
     except UserError as mistake:
         print(f"error: {mistake}", file=sys.stderr)
         return 2
+    except Paused as reason:  # of a dry run
+        print(f"error: {reason}", file=sys.stderr)
+        return 3
     except KeyboardInterrupt:
         print("stopped before the first step", file=sys.stderr)
         return 130
-    try:
-        if arguments.dry_run:
-            dry_run(run)
-            return 0
-        stop = StopSignal()
-        train(run, log, stop)
-        return run.finish(stop, log)
-    except Paused as reason:
-        if not arguments.dry_run:
-            return run.pause(reason, log)
-        print(f"error: {reason}", file=sys.stderr)
-        return 3
 
 
 if __name__ == "__main__":

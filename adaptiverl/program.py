@@ -60,7 +60,7 @@ class Run:
         if c.EVAL_FILE and self.eval_prompts:
             files[c.EVAL_FILE] = self.eval_prompts
         self.rewards, held_out = (
-            setup.rewards(c, key, files, self.accelerator.device) for key in REWARD_KEYS
+            setup.rewards(c, key, files, self.accelerator) for key in REWARD_KEYS
         )
         self.scoring = Scoring(c, self.rewards, held_out)
         setup.check_rules(c)
@@ -360,7 +360,17 @@ class Run:
         self.accelerator.end_training()
         return 0 if done else 128 + stopped_by
 
-    def pause(self, reason: Paused, log: RunLog | None) -> int:
+    def interrupt(self) -> None:
+        """Ends the waiting for people, so that a signal is heeded at once."""
+        for rewards in (self.rewards, self.scoring.held_out):
+            rewards.interrupt()
+
+    def close(self) -> None:
+        """Gives back what rewards hold: a terminal, a port."""
+        for rewards in (self.rewards, self.scoring.held_out):
+            rewards.close()
+
+    def pause(self, reason: Paused, stop: StopSignal, log: RunLog | None) -> int:
         """Saves the run as it was before the step that could not be finished; the exit status."""
         self.state.step -= 1
         name = f"step-{self.state.step:06d}"
@@ -373,7 +383,7 @@ class Run:
                 file=sys.stderr,
             )
         self.accelerator.end_training()
-        return 3
+        return 128 + stop.number if stop.number else 3
 
 
 def _first(begun: Begun, count: int) -> tuple[Scores, Scores]:

@@ -18,6 +18,7 @@ from adaptiverl.run.config import Config
 from adaptiverl.run.process import Paused
 from adaptiverl.run.reward_config import JudgeReward
 from rewards.composite import CompositeReward, Scores
+from rewards.desk import Interrupted
 
 Batch = dict[str, list]  # column → one value a completion
 Begun = Callable[[], tuple[Scores, Scores]]
@@ -57,6 +58,8 @@ class Scoring:
         failure = None
         try:
             own = [one() for one in begun]
+        except Interrupted as stopped:
+            failure = str(stopped)
         except Exception as error:
             logging.exception("a reward failed")
             failure = f"a reward failed ({type(error).__name__}: {error})"

@@ -110,7 +110,7 @@ def output(c: Config) -> Path:
 
 
 def rewards(
-    c: Config, key: str, files: dict[str, Dataset], device: torch.device
+    c: Config, key: str, files: dict[str, Dataset], processes: Accelerator
 ) -> CompositeReward:
     """All of REWARDS or HELD_OUT; `files` are the prompts by the name of their source."""
     parts, specs = {}, getattr(c, key)
@@ -121,8 +121,10 @@ def rewards(
                 for source, rows in files.items():
                     if spec.COLUMN not in set(rows.column_names) - RESERVED:
                         raise ValueError(f"{source} has no column {spec.COLUMN!r} (COLUMN)")
+            if spec.TYPE == "human" and processes.num_processes > 1:
+                raise ValueError("people are asked by one training process, not by several")
             if spec.TYPE in ("classifier", "cosine", "local_judge"):
-                arguments["device"] = device
+                arguments["device"] = processes.device
             parts[spec.name] = make_reward(spec.TYPE, **arguments)
     weights = {spec.name: spec.WEIGHT for spec in specs}
     scales = {spec.name: Scale(spec.NORMALIZE, spec.CLIP) for spec in specs}

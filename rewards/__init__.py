@@ -34,6 +34,10 @@ def make_reward(kind: str, **arguments) -> Callable:
             from rewards.judge import JudgeReward
 
             return JudgeReward(**arguments)
+        case "human":
+            from rewards.human import HumanReward
+
+            return HumanReward(**arguments)
         case "local_judge":
             from rewards.local_judge import LocalJudgeReward
 

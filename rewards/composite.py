@@ -55,30 +55,42 @@ class CompositeReward:
         """Starts to score; what is returned waits for the rest.
 
         Coroutine functions run at once and together in a thread of their own, so that their
-        waiting costs nothing while something else is computed; the others have run on return.
+        waiting costs nothing while something else is computed; the others have run on return. A
+        reward whose `after_others` is true (a coroutine function too) is called last, with the
+        others' scores as the column `scores`.
         """
         self.metrics, self.extras = {}, {}
         # TRL's trainer passes its own two; without one, they are kept here
         columns.setdefault("log_metric", self.metrics.__setitem__)
         columns.setdefault("log_extra", self.extras.__setitem__)
+        waits = [name for name, reward in self.rewards.items() if _waits(reward)]
         order = sorted(self.rewards.items(), key=lambda item: not _is_async(item[1]))
         answers: dict[str, Any] = {}
         thread = ThreadPoolExecutor(1)
         later: Future | None = None
         for name, reward in order:
+            if name in waits:
+                continue
             if later is None and not _is_async(reward):
                 later = _started(thread, answers)
             answers[name] = reward(prompts=prompts, completions=completions, **columns)
         last = _started(thread, answers)
 
-        def rest() -> Scores:
-            for future in (later, last):
+        def everything() -> Scores:
+            for future in (later, last):  # the thread is one: it has done them by now
                 if future is not None:
                     answers.update(future.result())
-            thread.shutdown()
-            return {name: self._checked(name, answers[name], completions) for name in self.rewards}
+            known = {name: self._checked(name, answers[name], completions) for name in answers}
+            if waits:
+                given = {"prompts": prompts, "completions": completions} | columns
+                given["scores"] = dict(known)
+                told = asyncio.run(_gather({name: self.rewards[name](**given) for name in waits}))
+                known |= {name: self._checked(name, told[name], completions) for name in waits}
+            return {name: known[name] for name in self.rewards}
 
-        return rest
+        future = thread.submit(everything)
+        thread.shutdown(wait=False)  # takes nothing more, and ends by itself
+        return future.result
 
     def combine(self, scores: Scores, step: int | None = None) -> list[float | None]:
         """The weighted sum for each completion, None where every component is missing.
@@ -137,6 +149,18 @@ class CompositeReward:
             self.scales[name].state = dict(scale)
         self.watch.state = copy.deepcopy(state["watch"])
 
+    def interrupt(self) -> None:
+        """Ends the waiting of rewards that wait for people; safe in a signal handler."""
+        for reward in self.rewards.values():
+            if hasattr(reward, "interrupt"):
+                reward.interrupt()
+
+    def close(self) -> None:
+        """Gives back what rewards hold: a terminal, a port."""
+        for reward in self.rewards.values():
+            if hasattr(reward, "close"):
+                reward.close()
+
     def _checked(self, name: str, answer: list, completions: list[str]) -> list[float | None]:
         if len(answer) != len(completions):
             raise ValueError(
@@ -155,6 +179,10 @@ class CompositeReward:
 
 def _is_async(reward: Callable) -> bool:
     return any(map(inspect.iscoroutinefunction, (reward, type(reward).__call__)))
+
+
+def _waits(reward: Callable) -> bool:
+    return getattr(reward, "after_others", False)
 
 
 def _started(thread: ThreadPoolExecutor, answers: dict[str, Any]) -> Future | None:

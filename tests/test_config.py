@@ -490,7 +490,9 @@ def test_what_weights_and_limits_must_be(mistake):
     ],
 )
 def test_a_wrong_reward_is_told_with_its_place(mistake, reward, message):
-    message = message.format(types="regex, length, cosine, classifier, judge, local_judge, python")
+    message = message.format(
+        types="regex, length, cosine, classifier, judge, local_judge, human, python"
+    )
     assert mistake({"REWARDS": [reward]}).startswith(f"config.json: {message}")
 
 

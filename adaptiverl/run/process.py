@@ -4,15 +4,16 @@ import resource
 import signal
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 
 
 class StopSignal:
-    """Remembers the first SIGINT or SIGTERM; a second one ends the process at once."""
+    """Remembers the first SIGINT or SIGTERM and calls `then`; a second ends the process at once."""
 
-    def __init__(self) -> None:
-        self.number = 0
+    def __init__(self, then: Callable[[], None] = lambda: None) -> None:
+        self.number, self.then = 0, then
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._remember)
 
@@ -20,6 +21,7 @@ class StopSignal:
         self.number = number
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_DFL)
+        self.then()
 
 
 class Paused(Exception):

@@ -151,6 +151,36 @@ class LocalJudgeReward(Reward):
     WITH_PROMPT: bool = Field(True, description="Judge prompt + completion")
 
 
+class HumanReward(Reward):
+    """What people say of the completion: −1 to 1, missing where they skip it."""
+
+    TYPE: Literal["human"]
+    QUESTION: str = Field("Is this completion good?", description="What people are asked")
+    SCALE: Literal["binary", "1-5"] = Field("binary", description="Their answers: − and +, or 1-5")
+    WHERE: Literal["terminal", "web"] = Field("terminal", description="How they are asked")
+    HOST: str = Field("127.0.0.1", description="Address that the web page is at")
+    PORT: int = Field(8765, ge=0, lt=65536, description="Its port; 0: any that is free")
+    TOKEN_ENV: str | None = Field(
+        None, description="Environment variable with the page's token; null: a new one each run"
+    )
+    LABELS: str = Field("labels.sqlite", description="Where labels are kept")
+    TIMEOUT: float | None = Field(
+        None, gt=0, description="Seconds to wait for a batch's labels; null: until all are there"
+    )
+    ASK: int | None = Field(
+        None, ge=1, description="So many of a batch, where other rewards disagree most; null: all"
+    )
+    REWARD_MODEL: Literal["online"] | None = Field(
+        None, description='"online": a head that learns from the labels fills in for the missing'
+    )
+
+    @model_validator(mode="after")
+    def _seen(self) -> "HumanReward":
+        if self.WHERE == "terminal" and (web := self.changed() & {"HOST", "PORT", "TOKEN_ENV"}):
+            raise ValueError(f"{', '.join(sorted(web))} needs WHERE web")
+        return self
+
+
 class PythonReward(Reward):
     """Any function with TRL's reward signature."""
 
@@ -169,6 +199,7 @@ AnyReward = Annotated[
     | ClassifierReward
     | JudgeReward
     | LocalJudgeReward
+    | HumanReward
     | PythonReward,
     Field(discriminator="TYPE"),
 ]

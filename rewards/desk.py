@@ -1,0 +1,135 @@
+"""The desk between a run that asks and people who answer: what is open, and who looks at what.
+
+Any number of labellers, in any threads. How they see it is terminal.py's and web.py's.
+"""
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from rewards.labels import Labels
+
+SCALES: dict[str, dict[str, float]] = {
+    "binary": {"-": -1.0, "+": 1.0},
+    "1-5": {"1": -1.0, "2": -0.5, "3": 0.0, "4": 0.5, "5": 1.0},
+}
+
+
+AWAY = 10.0  # seconds after which what somebody looks at is for others
+
+
+class Interrupted(Exception):
+    """The run is to stop; the labels that were given are kept."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A completion that is to be labelled, and what the other rewards say of it."""
+
+    key: str
+    prompt: str
+    completion: str
+    scores: dict[str, float] = field(default_factory=dict)
+
+
+class Desk:
+    """Open questions, in the order they were asked. An answer is on disk before it counts."""
+
+    def __init__(self, labels: Labels, scale: str):
+        self.labels, self.values = labels, SCALES[scale]
+        self.changed = threading.Condition()
+        self.open: dict[str, Question] = {}
+        self.awaited: set[str] = set()  # open, or answered in a batch that still waits for others
+        self.shown: dict[str, str] = {}  # key → who looks at it
+        self.seen: dict[str, float] = {}  # who → when they last asked what to look at
+        self.given: dict[str, list[Question]] = {}  # who → what was answered, the last one last
+        self.closed = False
+
+    def ask(self, questions: Sequence[Question], timeout: float | None) -> None:
+        """Waits until all have an answer, or `timeout` seconds; raises Interrupted if closed."""
+        keys = {question.key for question in questions}
+        with self.changed:
+            self.open |= {question.key: question for question in questions}
+            self.awaited |= keys
+            self.changed.notify_all()
+            done = self.changed.wait_for(
+                lambda: self.closed or not keys & self.open.keys(), timeout
+            )
+            for key in keys:
+                self.open.pop(key, None)
+                self.shown.pop(key, None)
+            self.awaited -= keys
+            self.changed.notify_all()
+            if self.closed and done:
+                raise Interrupted("stopped while people were asked")
+
+    def next(self, who: str) -> Question | None:
+        """What `who` should look at: nothing that somebody who was here lately looks at."""
+        with self.changed:
+            now = self.seen[who] = time.monotonic()
+            here = {other for other, then in self.seen.items() if now - then < AWAY} - {who}
+            self.shown = {key: other for key, other in self.shown.items() if other in here}
+            key = next((key for key in self.open if key not in self.shown), None)
+            if key is None:
+                return None
+            self.shown[key] = who
+            return self.open[key]
+
+    def wait_next(self, who: str) -> Question | None:
+        """As `next`, and waits for one; None once the desk is closed."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.closed or self.next(who))
+            return None if self.closed else self.next(who)
+
+    def answer(self, who: str, key: str, value: str) -> bool:
+        """Keeps the label `value`, a key of the scale or "skip"; False if it comes too late."""
+        with self.changed:
+            question = self.open.get(key)
+            if question is None or (value != "skip" and value not in self.values):
+                return False
+            score = None if value == "skip" else self.values[value]
+            self.labels.add(question.prompt, question.completion, score, who)
+            del self.open[key]
+            self.shown.pop(key, None)
+            self.given.setdefault(who, []).append(question)
+            self.changed.notify_all()
+            return True
+
+    def undo(self, who: str) -> bool:
+        """Opens again what `who` answered last, for `who`; False if its batch has gone on."""
+        with self.changed:
+            given = self.given.get(who, [])
+            if not given or given[-1].key not in self.awaited:
+                return False
+            question = given.pop()
+            self.labels.remove(question.key)
+            self.open = {question.key: question} | self.open
+            self.changed.notify_all()
+            return True
+
+    def close(self) -> None:
+        """Ends all waiting. May be called from a signal handler: the lock is reentrant."""
+        with self.changed:
+            self.closed = True
+            self.changed.notify_all()
+
+
+class Labeller(Protocol):
+    """A way for people to see the desk; `start` may be called again, and does nothing then."""
+
+    def start(self) -> None: ...
+    def close(self) -> None: ...
+
+
+def agreement(labels: Sequence[float], scores: Sequence[float]) -> float | None:
+    """Of the pairs that the labels tell apart, the share that the scores order alike; ties half."""
+    pairs = [
+        (labels[i] - labels[j]) * (scores[i] - scores[j])
+        for i in range(len(labels))
+        for j in range(i)
+        if labels[i] != labels[j]
+    ]
+    alike = sum(1.0 if x > 0 else 0.5 if x == 0 else 0.0 for x in pairs)
+    return alike / len(pairs) if pairs else None

@@ -1,0 +1,103 @@
+"""Labelling on the terminal: one key a completion.
+
++ good   - bad   (or 1 to 5)   s skip   u undo
+"""
+
+import os
+import select
+import shutil
+import termios
+import textwrap
+import threading
+import tty
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rewards.desk import Desk, Question
+
+WHO = "terminal"
+SEEN = 0.2  # seconds after which a question that has gone is noticed
+NAMES = {"-": "bad", "+": "good"}
+ALSO = {"=": "+", "y": "+", "_": "-", "n": "-"}  # the same keys without or with shift; yes and no
+
+
+class Terminal:
+    """A labeller at the controlling terminal; raises ValueError where there is none."""
+
+    def __init__(self, desk: Desk, question: str):
+        try:
+            self.file = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY)
+        except OSError as error:
+            raise ValueError(
+                'people cannot be asked: this process has no terminal; "WHERE": "web" needs none'
+            ) from error
+        self.desk, self.question = desk, question
+        self.thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        if self.thread is None:
+            self.thread = threading.Thread(target=self._labelling, daemon=True)
+            self.thread.start()
+
+    def close(self) -> None:
+        if self.thread and self.thread is not threading.current_thread():
+            self.thread.join()
+
+    def _labelling(self) -> None:
+        while question := self.desk.wait_next(WHO):
+            self._show(question)
+            with self._single_keys():
+                key = self._key_for(question)
+            if key == "u":
+                if not self.desk.undo(WHO):
+                    self._write("nothing to undo: that batch has been trained on\n")
+            elif key:
+                self.desk.answer(WHO, question.key, "skip" if key == "s" else key)
+
+    def _key_for(self, question: Question) -> str | None:
+        """The first key that means something; None if the question goes away."""
+        while self.desk.open.get(question.key) is question and not self.desk.closed:
+            if select.select([self.file], [], [], SEEN)[0]:
+                key = os.read(self.file, 1).decode(errors="replace").lower()
+                if not key:  # the terminal is gone
+                    self.desk.close()
+                    return None
+                key = ALSO.get(key, key)
+                if key in self.desk.values or key in ("s", "u"):
+                    self._write(f"{key}\n")
+                    return key
+        self._write("gone\n")
+        return None
+
+    def _show(self, question: Question) -> None:
+        width = min(shutil.get_terminal_size().columns, 100)
+        bold, plain = ("", "") if "NO_COLOR" in os.environ else ("\033[1m", "\033[0m")
+        scores = ", ".join(f"{name} {x:.2f}" for name, x in question.scores.items())
+        keys = "  ".join(f"[{k}] {NAMES[k]}" if k in NAMES else f"[{k}]" for k in self.desk.values)
+        self._write(
+            f"\n{self.question}  ({len(self.desk.open)} left)\n"
+            f"{_wrapped(question.prompt, width)}\n"
+            f"{bold}{_wrapped(question.completion, width)}{plain}\n"
+            + (f"({scores})\n" if scores else "")
+            + f"{keys}  [s] skip  [u] undo  "
+        )
+
+    def _write(self, text: str) -> None:
+        os.write(self.file, text.encode())
+
+    @contextmanager
+    def _single_keys(self) -> Iterator[None]:
+        """Keys come one by one, unechoed; Ctrl-C is a signal as ever."""
+        before: list[Any] = termios.tcgetattr(self.file)
+        tty.setcbreak(self.file, termios.TCSADRAIN)
+        try:
+            yield
+        finally:
+            termios.tcsetattr(self.file, termios.TCSADRAIN, before)
+
+
+def _wrapped(text: str, width: int) -> str:
+    """Without what a model could steer the terminal with."""
+    lines = "".join(c if c.isprintable() or c == "\n" else "�" for c in text).split("\n")
+    return "\n".join(textwrap.fill(line, width, subsequent_indent="") for line in lines)

@@ -1,0 +1,183 @@
+"""Labelling on a web page, by one or several people: a small server beside the run.
+
+Whoever has the token may label; nobody else gets an answer. Cross-site requests are refused by the
+cookie (SameSite), the Origin and the Host. The page itself is page.html.
+"""
+
+import os
+import secrets
+import socket
+import sys
+import threading
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
+from pydantic import BaseModel
+
+from rewards.desk import Desk
+
+PAGE = Path(__file__).with_name("page.html")
+GONE = "nothing to undo: that batch has been trained on"
+LOOPBACK = {"127.0.0.1", "localhost", "[::1]"}
+HEADERS = {
+    "Cache-Control": "no-store",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
+
+
+class Answer(BaseModel, extra="forbid"):
+    key: str
+    value: str
+
+
+class Page:
+    """The page at http://host:port; port 0 is any that is free, and raises ValueError if none is.
+
+    The token comes from the environment variable `token_env`, or is made up; the address with it is
+    printed once, on stderr. Every browser is a labeller of its own.
+    """
+
+    def __init__(
+        self,
+        desk: Desk,
+        question: str,
+        agreement: Callable[[], dict[str, float]],
+        host: str,
+        port: int,
+        token_env: str | None,
+    ):
+        if token_env and not os.environ.get(token_env):
+            raise ValueError(f"the page's token is not in the environment variable {token_env}")
+        self.desk, self.question, self.agreement = desk, question, agreement
+        self.token = os.environ[token_env] if token_env else secrets.token_urlsafe(24)
+        self.hosts = LOOPBACK | {host}
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self.socket = socket.socket(family, socket.SOCK_STREAM)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            self.socket.bind((host, port))
+            self.socket.listen()
+        except OSError as error:
+            self.socket.close()
+            raise ValueError(f"nobody can listen on {host}:{port}: {error.strerror}") from error
+        port = self.socket.getsockname()[1]
+        self.address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        self.cookie = f"labels-{port}"  # cookies do not know ports
+        self.server = uvicorn.Server(
+            uvicorn.Config(self.app(), log_level="warning", lifespan="off", access_log=False)
+        )
+        self.thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        if self.thread is None:
+            self.thread = threading.Thread(
+                target=self.server.run, kwargs={"sockets": [self.socket]}, daemon=True
+            )
+            self.thread.start()
+            print(f"label at {self.address}/?token={self.token}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self.thread:
+            self.server.should_exit = True
+            self.thread.join()
+        self.socket.close()
+
+    def app(self) -> FastAPI:
+        """GET / with the token, then /next, /label and /undo for who has the cookie."""
+        app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+
+        @app.middleware("http")
+        async def guarded(
+            request: Request, then: Callable[[Request], Awaitable[Response]]
+        ) -> Response:
+            refusal = self._refusal(request)
+            response = JSONResponse({"error": refusal}, 403) if refusal else await then(request)
+            response.headers.update(HEADERS)
+            return response
+
+        @app.get("/")
+        def page(request: Request) -> Response:
+            if "token" in request.query_params:  # into a cookie, and out of the address bar
+                response: Response = RedirectResponse("/", 303)
+                who = self._who(request) or secrets.token_hex(4)
+                response.set_cookie(
+                    self.cookie, f"{self.token}.{who}", httponly=True, samesite="strict"
+                )
+                return response
+            nonce = secrets.token_urlsafe(16)
+            policy = (
+                f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; "
+                "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+            )
+            text = PAGE.read_text(encoding="utf-8").replace("NONCE", nonce)
+            return HTMLResponse(text, headers={"Content-Security-Policy": policy})
+
+        @app.get("/next")
+        def following(request: Request) -> dict[str, Any]:
+            return self._view(self._labeller(request))
+
+        @app.post("/label")
+        def label(request: Request, answer: Answer) -> dict[str, Any]:
+            who = self._labeller(request)
+            kept = self.desk.answer(who, answer.key, answer.value)
+            return self._view(who, None if kept else "that one was labelled already, or timed out")
+
+        @app.post("/undo")
+        def undo(request: Request) -> dict[str, Any]:
+            who = self._labeller(request)
+            return self._view(who, None if self.desk.undo(who) else GONE)
+
+        return app
+
+    def _view(self, who: str, said: str | None = None) -> dict[str, Any]:
+        """All that the page shows."""
+        question = self.desk.next(who)
+        shown = question and {
+            "key": question.key,
+            "prompt": question.prompt,
+            "completion": question.completion,
+            "scores": question.scores,
+        }
+        return {
+            "asked": self.question,
+            "values": list(self.desk.values),
+            "item": shown,
+            "left": len(self.desk.open),
+            "done": len(self.desk.given.get(who, [])),
+            "people": len(self.desk.given.keys() | set(self.desk.shown.values())),
+            "agreement": self.agreement(),
+            "said": said,
+        }
+
+    def _refusal(self, request: Request) -> str | None:
+        """Why a request gets nowhere."""
+        host = request.headers.get("host", "")
+        if urlsplit(f"//{host}").hostname not in {name.strip("[]") for name in self.hosts}:
+            return "this host name is not the page's"
+        if request.method != "GET":
+            origin = request.headers.get("origin")
+            if origin is None or urlsplit(origin).netloc != host:
+                return "this request comes from another site"
+        given = request.query_params.get("token", "")
+        if request.url.path == "/" and given:
+            allowed = secrets.compare_digest(given.encode(), self.token.encode())
+        else:
+            allowed = self._who(request) is not None
+        return None if allowed else "no token, or a wrong one: open the address the run printed"
+
+    def _who(self, request: Request) -> str | None:
+        """The labeller that the cookie names; None if the token in it is wrong."""
+        token, _, who = request.cookies.get(self.cookie, "").rpartition(".")
+        return who if secrets.compare_digest(token.encode(), self.token.encode()) else None
+
+    def _labeller(self, request: Request) -> str:
+        who = self._who(request)
+        assert who, "the middleware lets nobody else in"
+        return who

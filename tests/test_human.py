@@ -1,0 +1,476 @@
+"""Rewards from people: labels, the desk, who is asked, the head that learns; and the terminal."""
+
+import asyncio
+import fcntl
+import json
+import os
+import random
+import re
+import select
+import signal
+import subprocess
+import sys
+import termios
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ENVIRONMENT, ROOT, read_jsonl
+
+from rewards.composite import CompositeReward
+from rewards.desk import Desk, Interrupted, Question, agreement
+from rewards.human import HumanReward, asking_order
+from rewards.labels import Labels
+from rewards.online import LEAST, OnlineHead
+from rewards.terminal import _wrapped
+
+
+@pytest.fixture
+def labels(tmp_path) -> Labels:
+    return Labels(tmp_path / "labels.sqlite", "Good?", "binary")
+
+
+@pytest.fixture
+def desk(labels) -> Desk:
+    return Desk(labels, "binary")
+
+
+def questions(desk: Desk, *completions: str) -> list[Question]:
+    return [Question(desk.labels.key("p", c), "p", c) for c in completions]
+
+
+def asked(desk: Desk, *completions: str, timeout: float | None = None) -> threading.Thread:
+    """A run that waits for labels of `completions`, once they lie on the desk."""
+    thread = threading.Thread(target=desk.ask, args=(questions(desk, *completions), timeout))
+    thread.start()
+    assert desk.wait_next("nobody")
+    desk.shown.clear()
+    return thread
+
+
+# Labels
+
+
+def test_a_label_is_kept_once_and_by_question_and_scale(labels, tmp_path):
+    assert labels.find(labels.key("p", "c")) is None
+    assert labels.add("p", "c", 1.0, "a")
+    assert not labels.add("p", "c", -1.0, "b"), "the first one counts"
+    assert labels.add("p", "d", None, "a")
+    assert labels.find(labels.key("p", "c")) == (1.0,)
+    assert labels.find(labels.key("p", "d")) == (None,), "skipped"
+    again = Labels(tmp_path / "labels.sqlite", "Good?", "binary")
+    assert again.find(again.key("p", "c")) == (1.0,), "on disk, before anything is closed"
+    other = Labels(tmp_path / "labels.sqlite", "Good?", "1-5")
+    assert other.find(other.key("p", "c")) is None
+    assert labels.learned(9) == [("c", 1.0)] and other.learned(9) == []
+
+
+# The desk
+
+
+def test_two_people_share_the_work_and_each_label_counts_once(desk, monkeypatch):
+    run = asked(desk, "x", "y", "z")
+    first, second = desk.next("ann"), desk.next("bob")
+    assert (first.completion, second.completion) == ("x", "y"), "not the same one"
+    assert desk.next("ann") == first, "asking again does not move on"
+    assert desk.answer("ann", first.key, "+")
+    assert desk.next("ann").completion == "z"
+    assert desk.answer("ann", desk.next("ann").key, "-")
+    assert desk.next("ann") is None, "the last is with bob"
+    monkeypatch.setattr("rewards.desk.AWAY", 0.0)
+    assert desk.next("ann") == second, "bob has gone"
+    assert desk.answer("bob", second.key, "skip"), "he is back, and first"
+    assert not desk.answer("ann", second.key, "+"), "too late"
+    run.join()
+    find = desk.labels.find
+    assert [find(q.key) for q in questions(desk, "x", "y", "z")] == [(1.0,), (None,), (-1.0,)]
+
+
+def test_undo_takes_back_ones_own_last_label_while_the_batch_waits(desk):
+    run = asked(desk, "x", "y", "z")
+    x, y = desk.next("ann"), desk.next("bob")
+    desk.answer("ann", x.key, "+")
+    desk.answer("bob", y.key, "+")
+    assert desk.next("ann").completion == "z"
+    assert desk.undo("ann")
+    assert desk.labels.find(x.key) is None and desk.labels.find(y.key) == (1.0,)
+    assert desk.next("ann") == x
+    assert desk.next("bob").completion == "z", "ann has left it"
+    desk.answer("ann", x.key, "-")
+    desk.answer("bob", desk.next("bob").key, "-")
+    run.join()
+    assert not desk.undo("ann"), "the batch has gone on"
+    assert desk.labels.find(x.key) == (-1.0,)
+
+
+def test_what_is_no_answer_is_refused(desk):
+    run = asked(desk, "x")
+    key = desk.next("ann").key
+    assert not desk.answer("ann", key, "5")
+    assert not desk.answer("ann", "no such key", "+")
+    assert desk.answer("ann", key, "+")
+    run.join()
+
+
+def test_after_the_timeout_what_is_left_is_taken_away(desk):
+    desk.ask(questions(desk, "x"), timeout=0.01)
+    assert desk.next("ann") is None
+    assert not desk.answer("ann", desk.labels.key("p", "x"), "+")
+
+
+def test_a_closed_desk_interrupts_who_waits(desk):
+    caught: list[Exception] = []
+
+    def wait() -> None:
+        try:
+            desk.ask(questions(desk, "x"), None)
+        except Interrupted as stopped:
+            caught.append(stopped)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    assert desk.wait_next("ann")
+    desk.close()
+    thread.join()
+    assert caught and desk.wait_next("ann") is None
+
+
+def test_agreement_counts_pairs_that_labels_tell_apart():
+    assert agreement([1, -1], [0.9, 0.1]) == 1
+    assert agreement([1, -1], [0.1, 0.9]) == 0
+    assert agreement([1, 1, -1], [0.5, 0.2, 0.2]) == 0.75, "one right, one tied"
+    assert agreement([1, 1], [0, 1]) is None
+
+
+# Who is asked
+
+
+def test_those_are_asked_first_on_whom_opinions_disagree_most():
+    one, other = [0.0, 1.0, 2.0, 3.0], [30.0, 100.0, 200.0, 0.0]
+    # ranks -1, -1/3, 1/3, 1 against -1/3, 1/3, 1, -1
+    assert asking_order([one, other], 4) == [3, 0, 1, 2], "the last differs most, the rest alike"
+    assert asking_order([one, [None, None, 5.0, 1.0]], 4) == [3, 2, 0, 1]
+    assert asking_order([one], 4) == [0, 1, 2, 3], "one opinion has nothing to disagree with"
+    assert asking_order([], 2) == [0, 1]
+
+
+class Robot:
+    """People who answer at once, by a rule, and remember what they saw."""
+
+    def __init__(self, desk: Desk, rule: Callable[[str], str | None]):
+        self.desk, self.rule, self.seen = desk, rule, []
+        self.thread = threading.Thread(target=self._labelling, daemon=True)
+
+    def start(self) -> None:
+        if not self.thread.is_alive():
+            self.thread.start()
+
+    def _labelling(self) -> None:
+        while question := self.desk.wait_next("robot"):
+            self.seen.append(question.completion)
+            self.desk.answer("robot", question.key, self.rule(question.completion) or "skip")
+
+    def close(self) -> None:
+        self.thread.join()
+
+
+@pytest.fixture
+def human(tmp_path, monkeypatch):
+    """Makes a HumanReward whose people follow `rule`."""
+    made = []
+
+    def make(rule: Callable[[str], str | None] = lambda text: "+", **arguments) -> HumanReward:
+        monkeypatch.setattr("rewards.terminal.os.open", lambda *_: -1)
+        reward = HumanReward("Good?", labels=str(tmp_path / "labels.sqlite"), **arguments)
+        reward.labeller = Robot(reward.desk, rule)
+        made.append(reward)
+        return reward
+
+    yield make
+    for reward in made:
+        reward.desk.close()
+        if reward.labeller.thread.ident:
+            reward.labeller.close()
+
+
+def call(reward: HumanReward, completions: list[str], **columns) -> list[float | None]:
+    return asyncio.run(reward(["p"] * len(completions), completions, **columns))
+
+
+def test_each_completion_is_asked_once(human):
+    reward = human(lambda text: {"good": "+", "bad": "-"}.get(text))
+    texts = ["good", "bad", "good", "odd"]
+    assert call(reward, texts) == [1.0, -1.0, 1.0, None]
+    assert call(reward, texts) == [1.0, -1.0, 1.0, None]
+    assert reward.labeller.seen == ["good", "bad", "odd"], "twice the same, and a skip: once each"
+
+
+def test_one_to_five(human):
+    assert call(human(lambda text: text, scale="1-5"), list("12345")) == [-1, -0.5, 0, 0.5, 1]
+
+
+def test_only_so_many_are_asked_and_the_rest_are_missing(human):
+    reward = human(ask=2)
+    told: dict = {}
+    scores = {"one": [0.0, 1.0, 2.0, 3.0], "other": [30.0, 100.0, 200.0, 0.0]}
+    result = call(reward, list("abcd"), scores=scores, log_metric=told.__setitem__)
+    assert result == [1.0, None, None, 1.0]
+    assert reward.labeller.seen == ["d", "a"]
+    assert told["human/asked"] == 2 and told["human/labelled"] == 0.5
+    assert call(reward, list("abcd"), scores=scores) == [1.0] * 4, "the other two, next time"
+    assert reward.labeller.seen == ["d", "a", "b", "c"]
+
+
+def test_nobody_answers_in_time(human):
+    reward = human(timeout=0.05)
+    reward.labeller.start = lambda: None
+    assert call(reward, ["a"]) == [None]
+
+
+def test_agreement_with_other_rewards_is_told(human):
+    reward = human(lambda text: "+" if text > "b" else "-")
+    told: dict = {}
+    scores = {"up": [0.0, 1.0, 2.0, 3.0], "down": [3.0, None, 1.0, 0.0]}
+    call(reward, list("abcd"), scores=scores, log_metric=told.__setitem__)
+    assert told["human/agreement/up"] == 1 and told["human/agreement/down"] == 0
+
+
+def test_a_composite_hands_people_the_others_scores(human):
+    """Also of one that waits for a network, and in whatever order they are named."""
+
+    async def slow(completions, **_):
+        return [None if text == "b" else 5.0 for text in completions]
+
+    seen: dict = {}
+
+    class People:
+        after_others = True
+
+        async def __call__(self, scores, **_):
+            seen.update(scores)
+            return [1.0, 2.0]
+
+    rewards = {"people": People(), "slow": slow, "length": lambda completions, **_: [1.0, np.nan]}
+    composite = CompositeReward(rewards)
+    scores = composite.score(["p", "p"], ["a", "b"])
+    assert seen == {"slow": [5.0, None], "length": [1.0, None]}
+    assert list(scores) == ["people", "slow", "length"] and scores["people"] == [1.0, 2.0]
+    assert composite.quarantined["length"] == 1, "counted once"
+
+
+# The head
+
+
+def spoken(count: int, seed: int = 0) -> tuple[list[str], list[float]]:
+    """Texts of six words; good where they hold more of the first five than of the second."""
+    chance = random.Random(seed)
+    good, bad = ["fine", "great", "lovely", "warm", "fun"], ["dull", "poor", "cold", "weak", "sad"]
+    rows = [
+        [chance.choice(good + bad + ["a", "the", "of"]) for _ in range(6)] for _ in range(count)
+    ]
+    scores = [sum((w in good) - (w in bad) for w in row) for row in rows]
+    return [" ".join(row) for row in rows], [1.0 if s > 0 else -1.0 for s in scores]
+
+
+def test_the_head_learns_and_knows_how_well():
+    """What it says of its error from the labels alone holds for texts that it has not seen."""
+    texts, truth = spoken(400)
+    head = OnlineHead(texts[:200], truth[:200])
+    said = np.array(head(texts[200:]))
+    unseen = float(np.sqrt(((said - truth[200:]) ** 2).mean()))
+    assert head.error == pytest.approx(unseen, rel=0.15)
+    assert unseen < 0.75 * head.error_of_mean
+    slope = np.polyfit(said, truth[200:], 1)[0]
+    assert head.slope == pytest.approx(slope, rel=0.25)
+    assert (np.sign(said) == truth[200:]).mean() > 0.85
+
+
+def test_leave_one_out_is_leaving_one_out():
+    """The formula against 25 heads that each miss one label, at the same penalty."""
+    texts, truth = spoken(25)
+    head = OnlineHead(texts, truth)
+    y = np.array(truth) - np.mean(truth)
+    gram = head.x @ head.x.T
+    left = []
+    for i in range(25):
+        others = [j for j in range(25) if j != i]
+        inner = gram[np.ix_(others, others)] + head.penalty * np.eye(24)
+        left.append(y[i] - gram[i, others] @ np.linalg.solve(inner, y[others]))
+    assert head.error == pytest.approx(float(np.sqrt(np.mean(np.square(left)))))
+
+
+def test_a_head_of_noise_says_little():
+    texts, _ = spoken(200)
+    chance = random.Random(1)
+    head = OnlineHead(texts, [chance.choice([-1.0, 1.0]) for _ in texts])
+    assert head.error > 0.95 * head.error_of_mean
+    assert np.abs(head(texts)).max() < 0.6, "near the mean, which is what missing means too"
+
+
+def test_the_head_fills_in_once_there_are_labels(human):
+    texts, truth = spoken(60)
+    good = {text for text, score in zip(texts, truth, strict=True) if score > 0}
+    reward = human(lambda text: "+" if text in good else "-", ask=10, reward_model="online")
+    told: dict = {}
+    assert call(reward, texts[:20]).count(None) == 10, "ten labels are too few for it"
+    result = call(reward, texts[20:], log_metric=told.__setitem__, log_extra=told.__setitem__)
+    assert told["human/asked"] == 10 and None not in result
+    assert told["labelled_by"].count("people") == 10 and told["labelled_by"].count("head") == 30
+    people = [x for x, by in zip(result, told["labelled_by"], strict=True) if by == "people"]
+    assert set(people) == {1.0, -1.0}
+    head = OnlineHead(*zip(*reward.labels.learned(99), strict=True))
+    assert told["human/head_error"] == head.error
+    assert told["human/head_slope"] == head.slope
+    with pytest.raises(ValueError, match=f"fewer than {LEAST}"):
+        OnlineHead(texts[:3], truth[:3])
+
+
+# The terminal
+
+
+def test_a_model_cannot_steer_the_terminal():
+    assert _wrapped("\033[2Jhi\x07\nthere\r", 80) == "�[2Jhi�\nthere�"
+
+
+class Typist:
+    """train.py on a terminal of its own: what it shows, and fingers."""
+
+    LAUNCH = (
+        "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+        "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    )
+
+    def __init__(self, *arguments: str):
+        self.master, self.slave = os.openpty()
+        fcntl.ioctl(self.slave, termios.TIOCSWINSZ, b"\x28\x00\x50\x00" + bytes(4))  # 40 × 80
+        self.modes = termios.tcgetattr(self.slave)
+        self.shown = ""
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", self.LAUNCH, "train.py", *arguments],
+            cwd=ROOT, env=ENVIRONMENT | {"NO_COLOR": "1"}, start_new_session=True,
+            stdin=self.slave, stdout=self.slave, stderr=self.slave,
+        )  # fmt: skip
+
+    def until(self, pattern: str) -> str:
+        """What is shown from here on, up to the first match of `pattern`."""
+        while not (found := re.search(pattern, self.shown, re.DOTALL)):
+            ready = select.select([self.master], [], [], 120)[0]
+            assert ready, f"nothing more came after {self.shown!r}"
+            self.shown += os.read(self.master, 4096).decode().replace("\r\n", "\n")
+        text, self.shown = self.shown[: found.end()], self.shown[found.end() :]
+        return text
+
+    def question(self) -> str:
+        return self.until(r"\[u\] undo  ")
+
+    def press(self, key: str) -> None:
+        os.write(self.master, key.encode())
+
+    def end(self) -> int:
+        """The exit status, after everything was read."""
+        while self.process.poll() is None:
+            if select.select([self.master], [], [], 0.1)[0]:
+                self.shown += os.read(self.master, 4096).decode().replace("\r\n", "\n")
+        return self.process.returncode
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        os.close(self.master)
+        os.close(self.slave)
+
+
+@pytest.fixture
+def typist(tmp_path):
+    made = []
+
+    def start(keys: dict | Path, *arguments: str) -> Typist:
+        path = keys
+        if isinstance(keys, dict):
+            path = tmp_path / "config.json"
+            path.write_text(json.dumps(keys))
+        made.append(Typist(str(path), *arguments))
+        return made[-1]
+
+    yield start
+    for each in made:
+        each.close()
+
+
+def asked_keys(settings: dict, tmp_path: Path, **more) -> dict:
+    spec = {"TYPE": "human", "LABELS": str(tmp_path / "labels.sqlite")} | more
+    return settings | {
+        "REWARDS": [spec, {"TYPE": "length", "TARGET": 6}], "BATCH_SIZE": 4, "SAVE_EVERY": 1,
+    }  # fmt: skip
+
+
+def test_labelling_on_the_terminal(typist, settings, tmp_path):
+    """Every key, an undo, and Ctrl-C in the middle, which loses no label."""
+    keys = asked_keys(settings, tmp_path)
+    person = typist(keys)
+    first = person.question()
+    assert "Is this completion good?  (4 left)" in first and "(length " in first
+    for key, left in (("+", 3), ("-", 2), ("u", 3), ("x", None), ("y", 2), ("s", 1)):
+        person.press(key)
+        if left:
+            assert f"({left} left)" in person.question()
+    assert termios.tcgetattr(person.slave)[3] & termios.ECHO == 0, "keys come one by one"
+    person.press("-")
+    assert "(4 left)" in person.question(), "the next batch"
+    person.press("u")
+    assert "nothing to undo: that batch has been trained on" in person.question()
+    person.press("+")
+    person.question()
+    person.press("\x03")
+    assert person.end() == 128 + signal.SIGINT
+    assert "paused before step 2: stopped while people were asked. Saved in" in person.shown
+    assert termios.tcgetattr(person.slave) == person.modes, "the terminal is as it was"
+
+    samples = read_jsonl(tmp_path / "run/samples.jsonl")
+    assert [row["rewards/human"] for row in samples] == [1.0, 1.0, None, -1.0]
+    assert [row["labelled_by"] for row in samples] == ["people", "people", "nobody", "people"]
+
+    person = typist(keys | {"STEPS": 2}, "RESUME=auto")
+    assert "(3 left)" in person.question(), "one of the four has its label"
+    for _ in range(2):
+        person.press("-")
+        person.question()
+    person.press("-")
+    assert person.end() == 0 and "finished: 2 steps" in person.shown
+    samples = read_jsonl(tmp_path / "run/samples.jsonl")[4:]
+    assert [row["rewards/human"] for row in samples] == [1.0, -1.0, -1.0, -1.0]
+
+
+def test_the_recipe_runs(typist, tmp_path):
+    """configs/human.json from the command line: a dry run and ten steps of four labels."""
+    recipe = json.loads(re.sub(r"//.*", "", (ROOT / "configs/human.json").read_text()))
+    recipe["REWARDS"][0]["LABELS"] = str(tmp_path / "labels.sqlite")
+    small = ["BATCH_SIZE=8", "MAX_NEW_TOKENS=8", f"OUTPUT_DIR={tmp_path / 'run'}"]
+    small.append(f"REWARDS={json.dumps(recipe['REWARDS'])}")
+    for more, last in (("--dry-run", "nothing was trained"), ("STEPS=10", "finished: 10 steps")):
+        person, asked = typist(ROOT / "configs/human.json", more, *small), 0
+        while last not in person.until(rf"\[u\] undo  |{last}"):
+            person.press("+-"[asked % 2])
+            asked += 1
+        assert person.end() == 0
+        assert asked == (4 if more == "--dry-run" else 40)
+    last = read_jsonl(tmp_path / "run/metrics.jsonl")[-1]
+    assert last["human/asked"] == 4 and last["rewards/human/mean"] is not None
+    assert "human/head_error" in last and "human/agreement/classifier" in last
+
+
+def test_no_terminal(settings, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(asked_keys(settings, tmp_path)))
+    result = subprocess.run(
+        [sys.executable, "train.py", str(tmp_path / "config.json")],
+        cwd=ROOT, env=ENVIRONMENT, start_new_session=True, stdin=subprocess.DEVNULL,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert result.stderr.endswith(
+        "error: REWARDS.0: people cannot be asked: this process has no terminal; "
+        '"WHERE": "web" needs none\n'
+    )

@@ -1,0 +1,315 @@
+"""The labelling page: who gets in, and a real browser that labels what a real run samples.
+
+The browser tests need Debian's chromium, or another, and Playwright; without them they skip.
+"""
+
+import asyncio
+import http.client
+import json
+import re
+import shutil
+import sqlite3
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from conftest import read_jsonl
+
+from adaptiverl.run.config import UserError, load_config
+from rewards.human import HumanReward
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+needs_browser = pytest.mark.skipif(not CHROMIUM, reason="no chromium on this machine")
+
+
+@pytest.fixture
+def reward(tmp_path, monkeypatch) -> Iterator[HumanReward]:
+    """People on a page, who are asked about two completions."""
+    monkeypatch.setenv("PAGE_TOKEN", "sesame")
+    made = HumanReward(
+        where="web", port=0, token_env="PAGE_TOKEN", labels=str(tmp_path / "labels.sqlite")
+    )
+    made.labeller.start()
+    yield made
+    made.close()
+
+
+class Waiting(threading.Thread):
+    """A step that waits for labels of `completions`."""
+
+    def __init__(self, reward: HumanReward, *completions: str):
+        super().__init__()
+        self.reward, self.completions, self.result = reward, list(completions), None
+        self.start()
+        assert reward.desk.wait_next("nobody")
+        reward.desk.shown.clear()
+
+    def run(self) -> None:
+        prompts = ["Say "] * len(self.completions)
+        self.result = asyncio.run(self.reward(prompts, self.completions))
+
+
+class Client:
+    """A browser's requests, or somebody's who pretends to be one."""
+
+    def __init__(self, reward: HumanReward):
+        self.host = urlsplit(reward.labeller.address).netloc
+        self.cookie = ""
+
+    def request(self, method: str, path: str, body: dict | None = None, **headers: str):
+        headers = {"Host": self.host, "Cookie": self.cookie} | headers
+        if body is not None:
+            headers["Content-Type"] = "application/json"
+        connection = http.client.HTTPConnection(self.host, timeout=60)
+        connection.request(method, path, body and json.dumps(body), headers)
+        response = connection.getresponse()
+        text = response.read().decode()
+        connection.close()
+        return response, text
+
+    def enter(self) -> str:
+        response, _ = self.request("GET", "/?token=sesame")
+        assert response.status == 303 and response.headers["location"] == "/"
+        self.cookie = response.headers["set-cookie"].split(";")[0]
+        return response.headers["set-cookie"]
+
+    def post(self, path: str, body: dict, **headers: str) -> int:
+        headers = {"Origin": f"http://{self.host}"} | headers
+        return self.request("POST", path, body, **headers)[0].status
+
+
+def test_without_the_token_nothing_is_told_or_taken(reward):
+    run, client = Waiting(reward, "a", "b"), Client(reward)
+    answer = {"key": reward.desk.next("x").key, "value": "+"}
+    for path in ("/", "/next", "/?token=", "/?token=wrong", "/docs", "/openapi.json"):
+        response, text = client.request("GET", path)
+        assert response.status == 403 and "Say" not in text
+    port = urlsplit(reward.labeller.address).port
+    for client.cookie in ("", f"labels-{port}=wrong.x", f"labels-{port}=.x", "labels-1=sesame.x"):
+        assert client.post("/label", answer) == 403 and client.post("/undo", {}) == 403
+    assert len(reward.desk.open) == 2
+    client.enter()
+    assert client.post("/label", answer) == 200
+    assert client.post("/label", {"key": next(iter(reward.desk.open)), "value": "-"}) == 200
+    run.join()
+    assert sorted(run.result) == [-1.0, 1.0]
+
+
+def test_other_sites_and_names_get_nowhere(reward):
+    run, client = Waiting(reward, "a"), Client(reward)
+    cookie = client.enter()
+    assert "HttpOnly" in cookie and "SameSite=strict" in cookie
+    answer = {"key": reward.desk.next("x").key, "value": "+"}
+    for origin in ("http://evil.example", "null", f"http://{client.host}.evil.example"):
+        assert client.post("/label", answer, Origin=origin) == 403
+    response, _ = client.request("POST", "/label", answer)
+    assert response.status == 403, "no origin at all"
+    for host in ("evil.example", f"evil.example:{urlsplit(reward.labeller.address).port}", ""):
+        assert client.request("GET", "/next", Host=host)[0].status == 403, "a rebound name"
+    form = client.request("POST", "/label", None, Origin=f"http://{client.host}")
+    assert form[0].status == 422, "not what the page sends"
+    assert len(reward.desk.open) == 1
+    assert client.post("/label", answer) == 200
+    run.join()
+
+
+def test_the_page_may_only_run_what_came_with_it(reward):
+    client = Client(reward)
+    client.enter()
+    response, text = client.request("GET", "/")
+    policy = response.headers["content-security-policy"]
+    nonce = re.search(r"script-src 'nonce-([\w-]+)'", policy)[1]
+    assert "default-src 'none'" in policy and "unsafe" not in policy
+    assert re.findall(r"<(?:script|style)([^>]*)>", text) == [f' nonce="{nonce}"'] * 2
+    assert not re.search(r"https?://", text), "nothing from elsewhere"
+    again = client.request("GET", "/")[0].headers["content-security-policy"]
+    assert again != policy, "a nonce is used once"
+    assert response.headers["x-frame-options"] == "DENY"
+
+
+def test_two_cookies_are_two_people(reward):
+    run, one, other = Waiting(reward, "a", "b"), Client(reward), Client(reward)
+    seen = []
+    for client in (one, other):
+        client.enter()
+        seen.append(json.loads(client.request("GET", "/next")[1])["item"])
+    assert {item["completion"] for item in seen} == {"a", "b"}
+    for client, item in zip((one, other), seen, strict=True):
+        assert client.post("/label", {"key": item["key"], "value": "+"}) == 200
+    run.join()
+
+
+def test_mistakes_are_told_before_a_run_begins(reward, tmp_path, monkeypatch):
+    labels = str(tmp_path / "other.sqlite")
+    port = urlsplit(reward.labeller.address).port
+    with pytest.raises(ValueError, match=f"nobody can listen on 127.0.0.1:{port}"):
+        HumanReward(where="web", port=port, labels=labels)
+    with pytest.raises(ValueError, match="not in the environment variable NO_TOKEN"):
+        HumanReward(where="web", port=0, token_env="NO_TOKEN", labels=labels)
+    keys = {"REWARDS": [{"TYPE": "human", "PORT": 80}]}
+    (tmp_path / "config.json").write_text(json.dumps(keys))
+    with pytest.raises(UserError, match=r"REWARDS\.0: PORT needs WHERE web"):
+        load_config(tmp_path / "config.json")
+
+
+# In a browser
+
+
+@pytest.fixture(scope="module")  # Playwright keeps an event loop in this thread
+def chromium():
+    sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+class Person:
+    """Somebody with a browser of their own, at the page, with a keyboard."""
+
+    def __init__(self, chromium, address: str):
+        from playwright.sync_api import expect
+
+        expect.set_options(timeout=120_000)
+        self.expect = expect
+        self.page = chromium.new_context().new_page()
+        self.errors: list[str] = []
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("console", lambda line: self.errors.append(line.text))
+        self.page.goto(address)
+        assert "token" not in self.page.url, "not left in the address bar"
+        self.labelled = 0
+
+    def sees(self) -> str:
+        """The completion before them, once there is one."""
+        completion = self.page.locator("#completion")
+        self.expect(completion).not_to_be_empty()
+        return completion.text_content()
+
+    def press(self, key: str, completion: str | None = None) -> str:
+        """Labels what they see by `key`, or takes back the last label; what it was."""
+        seen = completion or self.sees()
+        self.page.keyboard.press(key)
+        self.labelled += -1 if key == "u" else 1
+        self.expect(self.page.locator("#done")).to_have_text(f"{self.labelled} labelled by you")
+        return seen
+
+    def leave(self) -> None:
+        assert self.errors == []
+        self.page.context.close()
+
+
+@needs_browser
+def test_what_a_model_writes_is_text(reward, chromium):
+    evil = "<script>document.title = 'owned'</script><img src=x onerror=\"document.title='owned'\">"
+    run = Waiting(reward, evil)
+    person = Person(chromium, f"{reward.labeller.address}/?token=sesame")
+    assert person.sees() == evil
+    assert person.page.title() == "Label" and person.page.locator("img").count() == 0
+    person.page.get_by_role("button", name="good").click()
+    run.join()
+    assert run.result == [1.0]
+    person.leave()
+
+
+@needs_browser
+def test_another_site_cannot_label_through_a_labellers_browser(reward, chromium):
+    """Its page posts a form and a fetch to ours, from a browser that holds the cookie."""
+    run = Waiting(reward, "a")
+    person = Person(chromium, f"{reward.labeller.address}/?token=sesame")
+    person.sees()
+    key = next(iter(reward.desk.open))
+    other = person.page.context.new_page()
+    other.route("http://evil.example/**", lambda route: route.fulfill(body="<title>evil</title>"))
+    other.goto("http://evil.example/")
+    answered = other.evaluate(
+        """async ([address, key]) => {
+            const body = JSON.stringify({ key, value: "+" });
+            const options = { method: "POST", mode: "no-cors", credentials: "include", body };
+            return (await fetch(address + "/label", options).catch(error => error)).type;
+        }""",
+        [reward.labeller.address, key],
+    )
+    assert answered in ("opaque", None)
+    assert list(reward.desk.open) == [key], "not labelled"
+    other.close()
+    person.press("-")
+    run.join()
+    person.leave()
+
+
+@pytest.fixture
+def labelled_run(settings, start, tmp_path):
+    """Starts a run that asks on a page; the process, and the address that it prints."""
+    processes = []
+
+    def begin(*arguments: str):
+        spec = {"TYPE": "human", "WHERE": "web", "PORT": 0, "LABELS": str(tmp_path / "l.sqlite")}
+        keys = settings | {"REWARDS": [spec, {"TYPE": "length", "TARGET": 6}], "SAVE_EVERY": 1}
+        process = start(keys, *arguments)
+        processes.append(process)
+        for line in process.stderr:
+            if found := re.match(r"label at (\S+)", line):
+                return process, found[1]
+        pytest.fail("the run ended without an address")
+
+    yield begin
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+@needs_browser
+def test_a_run_is_labelled_killed_and_resumed(labelled_run, chromium, settings, tmp_path):
+    """24 completions, two people, an undo, SIGKILL with a batch half done: every label once."""
+    given: dict[str, float] = {}
+    shown: list[str] = []
+
+    def label(person: Person, key: str) -> None:
+        seen = person.press(key)
+        shown.append(seen)
+        given[seen] = 1.0 if key == "+" else -1.0
+
+    process, address = labelled_run()
+    ann = Person(chromium, address)
+    for key in "+-+":
+        label(ann, key)
+    taken_back = shown.pop()
+    ann.press("u", completion=taken_back)
+    ann.expect(ann.page.locator("#completion")).to_have_text(taken_back)
+    for key in "-++-+-":
+        label(ann, key)  # the first batch is done
+    assert given[taken_back] == -1.0
+
+    bob = Person(chromium, address)
+    assert ann.sees() != bob.sees(), "at once, each their own"
+    for person, key in ((ann, "+"), (bob, "-"), (bob, "+"), (ann, "-")):
+        label(person, key)
+    process.kill()
+    assert process.wait() == -9
+    ann.page.context.close()
+    bob.page.context.close()
+
+    process, address = labelled_run("RESUME=auto")
+    ann, bob = Person(chromium, address), Person(chromium, address)
+    ann.expect(ann.page.locator("#left")).to_have_text("4 left in this batch")
+    for i in range(12):
+        label((ann, bob)[i % 2], "+-"[i // 2 % 2])
+    ann.leave()
+    bob.leave()
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert "finished: 3 steps" in out
+
+    assert len(shown) == len(set(shown)) == 24, "nothing was asked twice"
+    with sqlite3.connect(tmp_path / "l.sqlite") as base:
+        rows = base.execute("SELECT completion, score FROM labels").fetchall()
+    assert len(rows) == 24 and dict(rows) == given
+    samples = read_jsonl(Path(settings["OUTPUT_DIR"]) / "samples.jsonl")
+    assert {row["completion"]: row["rewards/human"] for row in samples} == given
+    assert (
+        "human/agreement/length" in read_jsonl(Path(settings["OUTPUT_DIR"]) / "metrics.jsonl")[-1]
+    )
