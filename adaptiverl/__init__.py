@@ -1,6 +1,7 @@
 """REINFORCE fine-tuning of language models, with optimizers that adapt as they go."""
 
 from adaptiverl.optim.adaptive import AdaptiveOptimizer
+from adaptiverl.optim.online import OnlineAdamW, OnlineRMSProp, OnlineSGD
 from adaptiverl.optim.schedulers import AdaptiveScheduler, RewardAdaptiveScheduler
 from adaptiverl.optim.trust_region import LastUpdate, TrustRegion, alignment
 
@@ -9,6 +10,9 @@ __all__ = [
     "AdaptiveOptimizer",
     "AdaptiveScheduler",
     "LastUpdate",
+    "OnlineAdamW",
+    "OnlineRMSProp",
+    "OnlineSGD",
     "RewardAdaptiveScheduler",
     "TrustRegion",
     "alignment",

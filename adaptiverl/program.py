@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from adaptiverl import saving, setup
-from adaptiverl.optim.base import momentum_of
+from adaptiverl.optim.base import ONLINE, momentum_of
 from adaptiverl.optim.trust_region import LastUpdate, TrustRegion, alignment
 from adaptiverl.rl.data import indices_at
 from adaptiverl.rl.diversity import distinct, repetition
@@ -32,7 +32,7 @@ from adaptiverl.rl.sampler import Sampler
 from adaptiverl.run import checkpoint
 from adaptiverl.run.config import REWARD_KEYS, Config
 from adaptiverl.run.process import Clock, Paused, StopSignal
-from adaptiverl.run.tracking import RunLog
+from adaptiverl.run.tracking import RunLog, dynamics_lines
 from adaptiverl.saving import State
 from adaptiverl.scoring import Batch, Begun, Scoring
 from adaptiverl.setup import blame
@@ -79,7 +79,8 @@ class Run:
             server=setup.server(c, policy, self.accelerator),
             synced=self.sharded,
         )
-        optimizer = setup.optimizer(c, [p for p in policy.parameters() if p.requires_grad])
+        named = [(name, p) for name, p in policy.named_parameters() if p.requires_grad]
+        optimizer = setup.optimizer(c, named, self.sharded)
         if self.sharded:
             policy.gpt2 = False
             self.shards = import_module("adaptiverl.rl.sharded")  # half a second
@@ -156,11 +157,14 @@ class Run:
         taken: Metrics = {"lr": float(group["lr"]), "momentum": momentum_of(group)}
         if not (self.accelerator.scaler or grad_norm.isfinite()):  # FP16's scaler skips by itself
             return taken
-        if "kl_target" not in self.controller.lr_rules or not taken["lr"]:
+        braked = "kl_target" in self.controller.lr_rules
+        if not (braked or "learned" in self.controller.lr_rules) or not taken["lr"]:
             self.optimizer.step()
             return taken
-        self.controller.confidence = self.region.confidence(alignment(inner))
-        target, update = self.controller.kl_target, LastUpdate(inner)
+        aligned = alignment(inner)
+        if braked:
+            self.controller.confidence = self.region.confidence(aligned)
+        target, update = self.controller.kl_target, LastUpdate(inner) if braked else None
         probe = rollout.part(torch.arange(0, len(rollout), PROBE, device=rollout.prompt_of.device))
         measure = partial(self.sampler.policy.logprobs, probe, self.config.TEMPERATURE)
         before = probe.logprobs if self.exact else self._without_gradient(measure)
@@ -175,10 +179,14 @@ class Run:
             total, tokens = self.accelerator.reduce(sums, "sum").tolist()
             return total / tokens
 
+        if update is None:
+            kl = moved()
+            self.controller.observe(kl=kl, alignment=aligned)
+            return taken | {"kl_step": kl}
         factor, kl = self.region.fit(moved, update.rescale, target)
         self.state.braked += factor < 1
         self.controller.scale("brake" if factor < 1 else "search", factor, kl)
-        self.controller.observe(kl=kl)
+        self.controller.observe(kl=kl, alignment=aligned)
         taken["lr"] *= factor
         evidence = round(self.region.evidence, 3)
         taken |= {"kl_step": kl, "kl_step_target": target, "kl_step_evidence": evidence}
@@ -226,6 +234,14 @@ class Run:
         state = self.state
         signals = {name: metrics[name] for name in ("loss", "reward", "grad_norm")}
         self.controller.observe(**signals)
+        if isinstance(inner := self.optimizer.optimizer, ONLINE):
+            inner.observe(
+                loss=metrics["loss"],
+                reward=metrics["reward"],
+                kl=metrics.get("kl_step"),
+                kl_target=metrics.get("kl_step_target"),
+                done=state.step / self.last_step,
+            )
         self.controller.tick()
         if self.config.KL_TARGET:
             state.kl_coef = adapt_kl_coef(state.kl_coef, kl.mean().item(), self.config.KL_TARGET)
@@ -264,7 +280,11 @@ class Run:
         reasons, self.controller.audit = self.controller.audit, []
         if log:
             step = {"step": self.state.step}
-            log.step(step | metrics, samples, [entry | step for entry in reasons])
+            inner, every, rows = self.optimizer.optimizer, self.config.DYNAMICS_EVERY, []
+            if isinstance(inner, ONLINE) and every and self.state.step % every == 0:
+                rows = [step | row for row in inner.dynamics()]
+                log.say(dynamics_lines(type(inner).__name__, self.state.step, rows))
+            log.step(step | metrics, samples, [entry | step for entry in reasons], rows)
         if self.config.TRACKERS:
             numbers = {name: value for name, value in metrics.items() if value is not None}
             self.accelerator.log(numbers, step=self.state.step)

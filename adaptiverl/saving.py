@@ -20,11 +20,13 @@ if TYPE_CHECKING:
 # What may differ between a run and its continuation, and in each of its rewards.
 FREE_KEYS = {
     "$schema", "STEPS", "EPOCHS", "OUTPUT_DIR", "RESUME", "SAVE_EVERY", "KEEP_CHECKPOINTS",
-    "LOG_EVERY", "EVAL_EVERY", "EVAL_FILE", "SAMPLES_EVERY", "TRACKERS", "VLLM_SERVER", "HELD_OUT",
+    "LOG_EVERY", "DYNAMICS_EVERY", "EVAL_EVERY", "EVAL_FILE", "SAMPLES_EVERY", "TRACKERS",
+    "VLLM_SERVER", "HELD_OUT",
 }  # fmt: skip
 FREE_OF_REWARD = {
     "BASE_URL", "KEY_ENV", "CONCURRENCY", "REQUESTS_PER_MINUTE", "TOKENS_PER_MINUTE", "TIMEOUT",
-    "RETRIES", "CACHE", "MAX_CALLS", "MAX_COST", "PRICES", "MAX_MISSING",
+    "RETRIES", "CACHE", "MAX_CALLS", "MAX_COST", "PRICES", "MAX_MISSING", "WHERE", "HOST", "PORT",
+    "TOKEN_ENV", "LABELS",
 }  # fmt: skip
 
 

@@ -144,8 +144,12 @@ def server(c: Config, policy: Policy, processes: Accelerator) -> Server | None:
 AUTO = {"sgd": 0.1, "rmsprop": 1e-4, "adamw": 1e-4, "adamw_8bit": 1e-4}  # LRATE "auto"
 
 
-def optimizer(c: Config, parameters: list[torch.nn.Parameter]) -> Optimizer:
-    rate = AUTO[c.OPTIM] if c.LRATE == "auto" else c.LRATE
+def optimizer(
+    c: Config, parameters: list[tuple[str, torch.nn.Parameter]], sharded: bool = False
+) -> Optimizer:
+    if sharded and c.OPTIM.startswith("online_"):
+        raise UserError(f"OPTIM {c.OPTIM} looks at whole tensors, and FSDP has them in shards")
+    rate = AUTO[c.OPTIM.removeprefix("online_")] if c.LRATE == "auto" else c.LRATE
     return make_optimizer(
         c.OPTIM, parameters, lr=rate, momentum=c.MOMENTUM, weight_decay=c.WEIGHT_DECAY
     )
@@ -176,7 +180,7 @@ def controller(c: Config, optimizer: Optimizer, last_step: int) -> Controller:
 def check_rules(c: Config) -> None:
     """Tries the rules on a weight of their own, before the model is loaded."""
     kind = c.model_copy(update={"OPTIM": "adamw"}) if c.OPTIM == "adamw_8bit" else c
-    controller(c, optimizer(kind, [torch.nn.Parameter(torch.zeros(1))]), 1)
+    controller(c, optimizer(kind, [("weight", torch.nn.Parameter(torch.zeros(1)))]), 1)
 
 
 def policy(

@@ -6,6 +6,7 @@
    completions, the alignment, and what scales an update.
 2. A step of fused AdamW on GPT-2's 148 tensors, bare and inside AdaptiveOptimizer with rules for
    rate, betas and weight decay, in turn: the wrapper's overhead. And one without rules.
+3. The same beside OnlineAdamW, fused too, which learns as it goes.
 Medians; of the second, of pairs of neighbours.
 """
 
@@ -28,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
-from adaptiverl import AdaptiveOptimizer, program  # noqa: E402
+from adaptiverl import AdaptiveOptimizer, OnlineAdamW, program  # noqa: E402
 from adaptiverl.program import Run  # noqa: E402
 from adaptiverl.run.config import load_config  # noqa: E402
 from adaptiverl.run.process import StopSignal  # noqa: E402
@@ -81,15 +82,16 @@ def training_step(steps: int) -> dict[str, float]:
     }
 
 
-def optimizer_step(pairs: int, **rules: str) -> dict[str, float]:
+def optimizer_step(pairs: int, online: bool = False, **rules: str) -> dict[str, float]:
     """On GPT-2 124M."""
     model = GPT2LMHeadModel(GPT2Config())
     for p in model.parameters():
         p.grad = torch.randn_like(p)
 
     def stepper(wrap: bool) -> Callable[[], float]:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
-        if wrap:
+        kind = OnlineAdamW if online and wrap else torch.optim.AdamW
+        optimizer = kind(model.parameters(), lr=1e-6, fused=True)
+        if wrap and not online:
             optimizer = AdaptiveOptimizer(optimizer, **rules)  # type: ignore[arg-type]
 
         def one() -> float:
@@ -118,6 +120,7 @@ def main() -> None:
         "training step": training_step(args.pairs),
         "fused AdamW, rules": optimizer_step(args.pairs, **rules),
         "fused AdamW, no rule": optimizer_step(args.pairs),
+        "fused OnlineAdamW": optimizer_step(args.pairs, online=True),
     }
     (Path(__file__).with_suffix(".json")).write_text(json.dumps(results, indent=2) + "\n")
     for name, result in results.items():

@@ -2,25 +2,26 @@
 
     python benchmarks/lr_robustness.py [--tasks …] [--methods …]    run what is missing, then report
     python benchmarks/lr_robustness.py --report                     table and plot from the results
+    python benchmarks/lr_robustness.py online                       OnlineAdamW and its placebos
+    python benchmarks/lr_robustness.py tuning                       what defaults were chosen among
 
 A run is REINFORCE as train.py has it (AdamW, RLOO, normalised advantages, clipping at 1, a penalty
 of 0.02 a nat) on a GPT-2 of 2 × 96, pre-trained on film reviews: STEPS steps of 32 completions of
 24 tokens. Its score is the mean reward less the penalty of 256 fresh completions of the last
 policy, without the noise that a task may add; prompts and random numbers are the same for all.
 Defaults were chosen on the first task alone and with other seeds. Raw results, one line a run:
-lr_robustness.jsonl.
+lr_robustness.jsonl, online.jsonl, tuning.jsonl. Methods are in lr_methods.py, tables in
+lr_report.py.
 """
 
 import argparse
 import copy
 import json
-import math
 import multiprocessing
 import random
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,9 @@ import torch
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from adaptiverl.optim.rules import kl_target  # noqa: E402
-from adaptiverl.optim.trust_region import LastUpdate, TrustRegion, alignment  # noqa: E402
+from lr_methods import METHODS, ONLINE, STEPS, TUNING, Method, ScheduleFree  # noqa: E402
+from lr_report import plot, read, report, report_online, report_tuning  # noqa: E402
+
 from adaptiverl.rl.policy import Policy, load_policy, load_tokenizer  # noqa: E402
 from adaptiverl.rl.reinforce import advantages, kl_per_token, token_weights  # noqa: E402
 from adaptiverl.rl.rollout import Rollout, uniforms  # noqa: E402
@@ -39,14 +41,9 @@ from adaptiverl.rl.sampler import Sampler  # noqa: E402
 from rewards import make_reward  # noqa: E402
 
 MODEL = str(HERE / "policy-small")
-RESULTS = HERE / "lr_robustness.jsonl"
-STEPS, BATCH, GROUP, TOKENS, TEMPERATURE, KL_COEF = 60, 32, 4, 24, 0.7, 0.02
+BATCH, GROUP, TOKENS, TEMPERATURE, KL_COEF = 32, 4, 24, 0.7, 0.02
 PROBE = 4  # completions on which an update's KL is measured
 FRESH = 8  # batches that the last policy is judged by
-SEEDS = range(5)
-DECADES = [10.0**k for k in range(-7, 1)]
-SWEEP = [3e-5, 1e-4, 3e-4, 1e-3]
-FEW = [1e-7, 1e-4, 1e-1]
 
 
 # Tasks
@@ -81,197 +78,6 @@ def tasks() -> dict[str, Task]:
     }
 
 
-# Ways to set the rate: called after each step with what was seen, they set the next step's.
-
-
-class Method:
-    """AdamW at a constant rate; what the others derive from."""
-
-    steers = False  # whether the KL of each update is measured
-
-    def __init__(self, parameters: list, rate: float, seed: int):
-        self.rate, self.optimizer = rate, self.make(parameters, rate)
-        self.scheduler = self.schedule()
-        self.random = random.Random(seed)
-        self.region, self.braked = TrustRegion(settled=True), 0
-
-    def make(self, parameters: list, rate: float) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
-
-    def schedule(self) -> Any:
-        return None
-
-    def step(self, step: int, measure: Callable[[], float]) -> None:
-        self.optimizer.step()
-
-    def after(self, step: int, reward: float) -> None:
-        if self.scheduler:
-            self.scheduler.step()
-
-    def set(self, rate: float) -> None:
-        self.rate = min(max(rate, 1e-9), 10.0)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate
-
-
-class Linear(Method):
-    def schedule(self):
-        warm = STEPS // 10
-        return torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda t: min((t + 1) / warm, (STEPS - t) / (STEPS - warm))
-        )
-
-
-class Cosine(Method):
-    def schedule(self):
-        return torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, STEPS)
-
-
-class OneCycle(Method):
-    def schedule(self):
-        return torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer, max_lr=self.rate, total_steps=STEPS + 1
-        )
-
-
-class Plateau(Method):
-    def schedule(self):
-        return torch.optim.lr_scheduler.ReduceLROnPlateau(self.optimizer, mode="max", factor=0.5)
-
-    def after(self, step, reward):
-        self.scheduler.step(reward)
-
-
-class Greedy(Plateau):
-    def schedule(self):
-        from transformers import GreedyLR
-
-        return GreedyLR(
-            self.optimizer, mode="max", patience=5, min_lr=self.rate / 30, max_lr=self.rate * 30
-        )
-
-
-class ScheduleFree(Method):
-    def make(self, parameters, rate):
-        from schedulefree import AdamWScheduleFree
-
-        optimizer = AdamWScheduleFree(parameters, lr=rate, warmup_steps=STEPS // 10)
-        optimizer.train()
-        return optimizer
-
-
-class Prodigy(Method):
-    """`rate` is the factor on the rate that Prodigy finds."""
-
-    def make(self, parameters, rate):
-        from prodigyopt import Prodigy
-
-        return Prodigy(parameters, lr=rate, weight_decay=0.0)
-
-
-class BangBang(Method):
-    """The rule of rl_games, rsl_rl and skrl, at its target in nats a token."""
-
-    target = 0.003
-    steers = True
-
-    def step(self, step, measure):
-        self.optimizer.step()
-        kl = measure()
-        if not kl <= 2 * self.target:
-            self.set(self.rate / 1.5)
-        elif kl < self.target / 2:
-            self.set(self.rate * 1.5)
-
-
-class RandomWalk(Method):
-    """Placebo: steps as large as the steering's usual ones, in random directions."""
-
-    def after(self, step, reward):
-        self.set(self.rate * math.exp(self.random.gauss(0, 0.15)))
-
-
-class KLTarget(Method):
-    """The program's default."""
-
-    target, falls, brakes, learns = 0.004, True, True, True
-    steers = True
-
-    def __init__(self, parameters, rate, seed):
-        super().__init__(parameters, rate, seed)
-        self.region = TrustRegion()
-
-    def share(self) -> float:
-        """Of the target, by the evidence that updates lead uphill."""
-        return self.region.confidence(alignment(self.optimizer)) if self.learns else 1.0
-
-    def signal(self, kl: float) -> float:
-        return kl
-
-    def step(self, step, measure):
-        left = (STEPS - step + 1) / STEPS if self.falls else 1.0
-        target, factor = self.target * left * self.share(), 1.0
-        update = LastUpdate(self.optimizer)
-        self.optimizer.step()
-        if self.brakes:
-            factor, kl = self.region.fit(measure, update.rescale, target)
-            self.braked += factor < 1
-        else:
-            kl = measure()
-        self.set(kl_target(self.rate * factor, self.signal(kl), target))
-
-
-class NoBrake(KLTarget):
-    brakes = False
-
-
-class Falling(KLTarget):
-    """Without the evidence."""
-
-    learns = False
-
-
-class Fixed(Falling):
-    """A target that does not fall either."""
-
-    falls = False
-
-
-class RandomEvidence(KLTarget):
-    """Placebo: alignments of pure noise."""
-
-    def share(self):
-        return self.region.confidence(self.random.gauss(0, 0.02))
-
-
-class ShuffledKL(NoBrake):
-    """Placebo: steered by the KL of another step, drawn among those seen."""
-
-    def signal(self, kl):
-        self.seen = [*getattr(self, "seen", []), kl]
-        return self.random.choice(self.seen)
-
-
-METHODS: dict[str, tuple[type[Method], list[float]]] = {
-    "kl_target": (KLTarget, DECADES),
-    "constant": (Method, sorted({*DECADES, *SWEEP})),
-    "warm-up + linear": (Linear, SWEEP),
-    "cosine": (Cosine, SWEEP),
-    "OneCycle": (OneCycle, SWEEP),
-    "ReduceLROnPlateau": (Plateau, SWEEP),
-    "GreedyLR": (Greedy, SWEEP),
-    "Schedule-Free": (ScheduleFree, [1e-4, 3e-4, 1e-3, 3e-3]),
-    "Prodigy": (Prodigy, [0.3, 1.0]),
-    "bang-bang KL": (BangBang, FEW),
-    "kl_target, target falls, no evidence": (Falling, [1e-4]),
-    "kl_target, target fixed, no evidence": (Fixed, [1e-4]),
-    "kl_target, no brake": (NoBrake, FEW),
-    "placebo: random evidence": (RandomEvidence, [1e-4]),
-    "placebo: KL of another step": (ShuffledKL, FEW),
-    "placebo: random walk": (RandomWalk, [1e-4, 3e-4]),
-}
-
-
 # One run
 
 
@@ -294,7 +100,7 @@ class Bench:
         lm = copy.deepcopy(self.first.lm)
         policy = Policy(lm, copy.deepcopy(self.first.lm).requires_grad_(False))
         sampler = Sampler(policy, self.tokenizer, temperature=TEMPERATURE)
-        way = METHODS[method][0](list(policy.parameters()), rate, seed)
+        way = (METHODS | ONLINE | TUNING)[method][0](list(policy.parameters()), rate, seed)
         chance = random.Random(seed)
         noise = torch.Generator().manual_seed(seed)
         trace = []
@@ -316,6 +122,7 @@ class Bench:
             gain, entropy = sampler.weighted_logprobs(rollout, weights)
             (-gain).backward()
             norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+            way.loss = -gain.item()
             if norm.isfinite():
                 way.step(step, partial(moved, sampler, rollout))
             way.optimizer.zero_grad()
@@ -388,153 +195,43 @@ def run_all(jobs: list[tuple], results: Path, processes: int) -> None:
                 print(f"{n} of {len(todo)}, {left / 60:.0f} minutes left", flush=True)
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-# The report
-
-
-def middle(scores: list[float]) -> float:
-    """The interquartile mean: of five, the middle three."""
-    cut = len(scores) // 4
-    return statistics.mean(sorted(scores)[cut : len(scores) - cut])
-
-
-def interval(scores: list[float], draws: int = 2000) -> tuple[float, float]:
-    """95 %, by drawing seeds with replacement."""
-    chance = random.Random(0)
-    found = sorted(middle(chance.choices(scores, k=len(scores))) for _ in range(draws))
-    return found[int(0.025 * draws)], found[int(0.975 * draws) - 1]
-
-
-def score_of(row: dict[str, Any], floor: float) -> float:
-    """A policy without finite probabilities has no score; it counts as the worst there was."""
-    return floor if row["score"] is None else row["score"]
-
-
-def report(rows: list[dict[str, Any]]) -> str:
-    """Tables in Markdown."""
-    lines: list[str] = []
-    shares: dict[float, list[float]] = {rate: [] for rate in DECADES}
-    for task in dict.fromkeys(row["task"] for row in rows):
-        own = [row for row in rows if row["task"] == task]
-        floor = min(row["score"] for row in own if row["score"] is not None)
-        start = middle([r["score"] for r in own if (r["method"], r["rate"]) == ("constant", 1e-7)])
-        cells: dict[tuple[str, float], list[dict[str, Any]]] = {}
-        for row in own:
-            cells.setdefault((row["method"], row["rate"]), []).append(row)
-
-        def iqm(key: tuple[str, float], cells: Any = cells, floor: float = floor) -> float:
-            return middle([score_of(row, floor) for row in cells[key]])
-
-        def fell(row: dict[str, Any], start: float = start) -> bool:
-            return row["score"] is None or row["entropy"] < 0.1 or row["score"] < start - 0.1
-
-        lines += [
-            f"### {task}",
-            "",
-            f"Untrained: {start:.3f}.",
-            "",
-            "| method | best rate | score there [95 %] | KL | worst rate tried | score there "
-            "| collapsed | seconds |",
-            "|---|---|---|---|---|---|---|---|",
-        ]
-        bests = {}
-        for method in METHODS:
-            keys = sorted((key for key in cells if key[0] == method), key=iqm)
-            if not keys:
-                continue
-            best, worst = keys[-1], keys[0]
-            bests[method] = iqm(best), middle([row["kl"] for row in cells[best]])
-            low, high = interval([score_of(row, floor) for row in cells[best]])
-            all_runs = [row for key in keys for row in cells[key]]
-            lines.append(
-                f"| {method} | {best[1]:g} | {iqm(best):.3f} [{low:.3f}, {high:.3f}] "
-                f"| {bests[method][1]:.1f} | {worst[1]:g} | {iqm(worst):.3f} "
-                f"| {sum(map(fell, all_runs))} of {len(all_runs)} "
-                f"| {statistics.median(row['seconds'] for row in all_runs):.1f} |"
-            )
-        rivals = {m: b for m, b in bests.items() if not m.startswith(("kl_target", "placebo"))}
-        rival = max(rivals, key=lambda method: rivals[method][0])
-        lines += [
-            "",
-            f"`kl_target` by start rate, beside the best baseline ({rival}, "
-            f"{rivals[rival][0]:.3f} at a KL of {rivals[rival][1]:.1f}):",
-            "",
-            "| start rate | score [95 %] | of the best | KL |",
-            "|---|---|---|---|",
-        ]
-        for rate in DECADES:
-            runs = cells["kl_target", rate]
-            low, high = interval([score_of(row, floor) for row in runs])
-            share = iqm(("kl_target", rate)) / rivals[rival][0]
-            shares[rate].append(share)
-            lines.append(
-                f"| {rate:g} | {iqm(('kl_target', rate)):.3f} [{low:.3f}, {high:.3f}] "
-                f"| {share:.1%} | {middle([row['kl'] for row in runs]):.1f} |"
-            )
-        lines.append("")
-    mean = [statistics.mean(share) for share in shares.values()]
-    lines.append(
-        f"Mean over tasks and start rates: {statistics.mean(mean):.1%} of each task's best "
-        f"baseline; the worst start rate has {min(mean):.1%}."
-    )
-    return "\n".join(lines) + "\n"
-
-
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    names = list(dict.fromkeys(row["task"] for row in rows))
-    figure = Figure(figsize=(4 * len(names), 4), layout="constrained")
-    colours = dict(zip(METHODS, [f"C{k}" for k in range(10)] + ["olive", "navy"] * 5, strict=False))
-    for axes, task in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        for method in METHODS:
-            if method.startswith("placebo") or len(METHODS[method][1]) < 3:
-                continue  # Prodigy's rate is another thing
-            points = {}
-            for rate in METHODS[method][1]:
-                scores = [
-                    max(score_of(row, -9.0), -0.5)
-                    for row in rows
-                    if (row["task"], row["method"], row["rate"]) == (task, method, rate)
-                ]
-                if scores:
-                    points[rate] = middle(scores)
-            style: dict[str, Any] = {"linewidth": 1, "marker": ".", "color": colours[method]}
-            if method == "kl_target":
-                style = {"linewidth": 3, "marker": "o", "color": "black", "zorder": 3}
-            axes.plot(list(points), list(points.values()), label=method, **style)
-        axes.set(xscale="log", xlabel="start rate", title=task)
-    figure.axes[0].set_ylabel("score, at least −0.5")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right")
-    figure.savefig(path, dpi=110)
+REPORTED = ["length", "sparse", "noisy"]
+SUITES: dict[str, tuple[dict, str, Any, list[str], Any]] = {
+    "rates": (METHODS, "lr_robustness.jsonl", report, REPORTED, range(5)),
+    "online": (ONLINE, "online.jsonl", report_online, REPORTED, range(10)),
+    "tuning": (
+        TUNING, "tuning.jsonl", report_tuning, ["sentiment", "sentiment-noisy"], range(100, 103)
+    ),
+}  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tasks", nargs="*", default=["length", "sparse", "noisy"])
-    parser.add_argument("--methods", nargs="*", default=list(METHODS))
-    parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
+    parser.add_argument("suite", nargs="?", choices=SUITES, default="rates")
+    parser.add_argument("--tasks", nargs="*")
+    parser.add_argument("--methods", nargs="*")
+    parser.add_argument("--seeds", nargs="*", type=int)
     parser.add_argument("--rates", nargs="*", type=float, help="instead of each method's own")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path)
     parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count())
     parser.add_argument("--report", action="store_true", help="only report what there is")
     args = parser.parse_args()
+    methods, file, tell, tasks, seeds = SUITES[args.suite]
+    results = args.results or HERE / file
     jobs = [
         (task, method, rate, seed)
-        for seed in args.seeds
-        for task in args.tasks
-        for method in args.methods
-        for rate in args.rates or METHODS[method][1]
+        for seed in args.seeds or seeds
+        for task in args.tasks or tasks
+        for method in args.methods or methods
+        for rate in args.rates or methods[method][1]
     ]
     if not args.report:
-        run_all(jobs, args.results, args.processes)
-    rows = read(args.results)
-    text = report(rows)
-    args.results.with_suffix(".md").write_text(text)
-    plot(rows, args.results.with_suffix(".png"))
+        run_all(jobs, results, args.processes)
+    rows = read(results)
+    text = tell(rows)
+    results.with_suffix(".md").write_text(text)
+    if args.suite == "rates":
+        plot(rows, results.with_suffix(".png"))
     print(text)
 
 

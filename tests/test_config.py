@@ -448,7 +448,7 @@ def test_a_tracker_must_be_installed(load, mistake, monkeypatch, tracker):
         ("FP16", "maybe", "valid boolean"),
         ("MODEL", 3, "valid string"),
         ("RESUME", True, "valid string"),
-        ("OPTIM", "adam", "'sgd', 'rmsprop', 'adamw' or 'adamw_8bit'"),
+        ("OPTIM", "adam", "'sgd', 'rmsprop', 'adamw', 'adamw_8bit', 'online_sgd'"),
         ("BASELINE", "mean", "'none', 'ema', 'batch' or 'rloo'"),
         ("KL_ESTIMATOR", "k2", "'k1' or 'k3'"),
         ("REWARDS", {"TYPE": "regex"}, "valid list"),

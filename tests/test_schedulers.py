@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.optim import SGD, AdamW
 from torch.utils.data import DataLoader, TensorDataset
 
-from adaptiverl import AdaptiveOptimizer, AdaptiveScheduler, RewardAdaptiveScheduler
+from adaptiverl import AdaptiveOptimizer, AdaptiveScheduler, OnlineAdamW, RewardAdaptiveScheduler
 from adaptiverl.integrations.hf import RewardObserveCallback
 from adaptiverl.integrations.trl import RewardTap
 
@@ -227,7 +227,7 @@ def texts(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["RLOO", "GRPO"])
-@pytest.mark.parametrize("face", ["optimizer", "scheduler"])
+@pytest.mark.parametrize("face", ["optimizer", "scheduler", "online"])
 @pytest.mark.filterwarnings("ignore")
 def test_inside_trls_trainers(kind, face, tmp_path):
     """The reward that TRL computed is what the rule sees, and the rate of each step follows."""
@@ -247,8 +247,15 @@ def test_inside_trls_trainers(kind, face, tmp_path):
     rule = {"trend_window": 2, "reward_up": 2.0, "memory": math.inf, "max_drift": 100.0}
     if face == "optimizer":
         optimizer = watched = AdaptiveOptimizer(base, reward_rule="trend", **rule)
-    else:
+    elif face == "scheduler":
         optimizer, watched = base, RewardAdaptiveScheduler(base, rule="trend", **rule)
+    else:  # its head is zero: each tensor at the rate of all
+        optimizer = watched = OnlineAdamW(
+            model.parameters(), lr=1e-3, weights=None, learn=False, reward_rule="trend", **rule
+        )
+        optimizer.register_step_post_hook(
+            lambda opt, *_: rates.append(next(iter(opt.rates.values())).item())
+        )
     arguments = getattr(trl, f"{kind}Config")(
         output_dir=str(tmp_path), per_device_train_batch_size=4, num_generations=4, max_steps=4,
         max_completion_length=4, report_to=[], use_cpu=True, save_strategy="no", bf16=False,

@@ -35,8 +35,8 @@ def test_wings_do_not_know_each_other(wing):
 
 
 def test_optim_needs_only_torch():
-    """bitsandbytes only for who asks for its optimizer."""
-    allowed = {"torch", "bitsandbytes", "adaptiverl", *sys.stdlib_module_names}
+    """bitsandbytes and safetensors only for who asks for what needs them."""
+    allowed = {"torch", "bitsandbytes", "safetensors", "adaptiverl", *sys.stdlib_module_names}
     for file in (ROOT / "adaptiverl/optim").rglob("*.py"):
         assert {name.split(".")[0] for name in imports(file)} <= allowed
 

@@ -6,6 +6,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from adaptiverl.optim.adaptive import AdaptiveOptimizer
+from adaptiverl.optim.online import Online
 from adaptiverl.optim.schedulers import AdaptiveScheduler
 
 
@@ -13,13 +14,13 @@ class RewardObserveCallback(TrainerCallback):
     """After each step of the optimizer `scheduler` observes `reward_fn(step)`.
 
     A Trainer always has a scheduler of its own, so the rate is that one's times what the rules
-    make of it. `scheduler` is an AdaptiveScheduler, a RewardAdaptiveScheduler or an
-    AdaptiveOptimizer; `reward_fn` gives the latest reward, or None where there is none.
+    make of it. `scheduler` is an AdaptiveScheduler, RewardAdaptiveScheduler, AdaptiveOptimizer,
+    OnlineAdamW or its like; `reward_fn` gives the latest reward, or None where there is none.
     """
 
     def __init__(
         self,
-        scheduler: AdaptiveScheduler | AdaptiveOptimizer,
+        scheduler: AdaptiveScheduler | AdaptiveOptimizer | Online,
         reward_fn: Callable[[int], float | None],
     ):
         self.scheduler, self.reward_fn = scheduler, reward_fn
@@ -41,4 +42,6 @@ class RewardObserveCallback(TrainerCallback):
             self.applied.__exit__(None, None, None)
             self.scheduler.observe(R=reward)
         else:
-            self.scheduler.controller.observe(reward=reward)
+            own = self.scheduler
+            watched = own if isinstance(own, Online) else own.controller
+            watched.observe(reward=reward)  # an Online's GRU sees it too

@@ -1,4 +1,4 @@
-"""The optimizers behind the config's OPTIM: torch's own, and bitsandbytes' 8-bit AdamW."""
+"""The optimizers behind the config's OPTIM: torch's, the online ones, and bitsandbytes' AdamW."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -6,32 +6,37 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from adaptiverl.optim.online import OnlineAdamW, OnlineRMSProp, OnlineSGD
+
+SGD = {"sgd": torch.optim.SGD, "online_sgd": OnlineSGD}
+RMSPROP = {"rmsprop": torch.optim.RMSprop, "online_rmsprop": OnlineRMSProp}
+ADAMW = {"adamw": torch.optim.AdamW, "online_adamw": OnlineAdamW}
+ONLINE = (OnlineSGD, OnlineRMSProp, OnlineAdamW)
+
 
 def make_optimizer(
     name: str,
-    parameters: Iterable[torch.nn.Parameter],
+    parameters: Iterable[tuple[str, torch.nn.Parameter]],
     *,
     lr: float,
     momentum: float = 0.9,
     weight_decay: float = 0.0,
 ) -> Optimizer:
-    """SGD, RMSprop or AdamW; `momentum` is AdamW's beta1."""
-    parameters = list(parameters)
-    match name:
-        case "sgd":
-            return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
-        case "rmsprop":
-            return torch.optim.RMSprop(
-                parameters, lr=lr, momentum=momentum, weight_decay=weight_decay
-            )
-        case "adamw":
-            return torch.optim.AdamW(
-                parameters, lr=lr, betas=(momentum, 0.999), weight_decay=weight_decay
-            )
-        case "adamw_8bit":
-            from bitsandbytes.optim import AdamW8bit  # seconds to import
+    """SGD, RMSprop or AdamW of named parameters; `momentum` is AdamW's beta1."""
+    named: list[Any] = list(parameters)
+    if not name.startswith("online_"):
+        named = [p for _, p in named]
+    common: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
+    if name in SGD:
+        return SGD[name](named, momentum=momentum, **common)
+    if name in RMSPROP:
+        return RMSPROP[name](named, momentum=momentum, **common)
+    if name in ADAMW:
+        return ADAMW[name](named, betas=(momentum, 0.999), **common)
+    if name == "adamw_8bit":
+        from bitsandbytes.optim import AdamW8bit  # seconds to import
 
-            return AdamW8bit(parameters, lr=lr, betas=(momentum, 0.999), weight_decay=weight_decay)
+        return AdamW8bit(named, betas=(momentum, 0.999), **common)
     raise ValueError(f"no optimizer is called {name!r}")
 
 

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from adaptiverl.optim import rules
 from adaptiverl.optim.hyperparams import BOUNDS, clamp, get, put, scaled
+from adaptiverl.optim.learned import Learned
 from adaptiverl.optim.signals import Reading, Signal
 
 RATE_BY = {
@@ -33,7 +34,8 @@ FROM_LOSS = {
     "weight_decay": rules.WEIGHT_DECAY,
 }
 LR_RULES = (
-    *rules.LR_DRIVES, *rules.LR_FACTORS, *rules.GRAD_FACTORS, *rules.LR_CLOCKS, "kl_target"
+    *rules.LR_DRIVES, *rules.LR_FACTORS, *rules.GRAD_FACTORS, *rules.LR_CLOCKS,
+    "kl_target", "learned",
 )  # fmt: skip
 REWARD_RULES = (*rules.REWARD_DRIVES, *rules.REWARD_FACTORS)
 LASTING = ("patience", "kl_target")  # these test what they do: no leaning back, no max_drift
@@ -119,7 +121,8 @@ class Controller:
         self.written: list[float | None] = []  # each group's rate, to see who else writes it
         self.ratios: dict[str, float] = {}  # rule → its own part of the rate
         self.seen: dict[str, dict[str, Any]] = {name: {} for name in self.signals}
-        self.ignored = dict.fromkeys((*self.signals, "kl"), 0)
+        self.ignored = dict.fromkeys((*self.signals, "kl", "alignment"), 0)
+        self.learned = Learned() if "learned" in self.lr_rules else None
         self.step = 0
         self.audit: list[dict[str, Any]] = []  # of this step; who reads it empties it
         self._take_in()
@@ -170,9 +173,11 @@ class Controller:
         reward: float | None = None,
         grad_norm: float | None = None,
         kl: float | None = None,
+        alignment: float | None = None,
     ) -> None:
         """Lets the rules answer what was seen; NaN and infinity are ignored and counted."""
-        given = {"loss": loss, "grad_norm": grad_norm, "reward": reward, "kl": kl}
+        given = {"loss": loss, "grad_norm": grad_norm, "reward": reward}
+        given |= {"kl": kl, "alignment": alignment}
         numbers: dict[str, float] = {}
         for signal, value in given.items():
             if value is not None:
@@ -183,6 +188,9 @@ class Controller:
         for signal, x in self._mean_over_processes(numbers, list(given)).items():
             if signal == "kl":
                 self._steer(x)
+            elif signal == "alignment":
+                if self.learned:
+                    self.learned.observe_alignment(x)
             else:
                 self.seen[signal], reading = self.signals[signal].read(self.seen[signal], x)
                 self._answer(signal, reading)
@@ -193,6 +201,8 @@ class Controller:
             old = self.ratios.get("kl_target", 1.0)
             new = rules.kl_target(old, kl, self.kl_target)
             self._set_ratio("kl_target", self._within(old, new), "kl", kl)
+        if self.learned:
+            self.learned.observe_kl(kl, self.kl_target)
 
     def scale(self, rule: str, factor: float, kl: float) -> None:
         """Says that the last update was scaled by `factor`, and scales the rate alike."""
@@ -208,6 +218,9 @@ class Controller:
             if name in rules.LR_CLOCKS:
                 factor = rules.LR_CLOCKS[name](self.step, self.options)
                 self._set_ratio(name, factor, "time", self.step)
+        if self.learned:
+            new = self.learned.ratio(self.ratios.get("learned", 1.0), self.step)
+            self._set_ratio("learned", new, "time", self.step)
         self.write()
 
     @contextmanager
@@ -235,6 +248,8 @@ class Controller:
         return {name: value / count for name, value, count in columns if count}
 
     def _answer(self, signal: str, reading: Reading) -> None:
+        if self.learned:
+            self.learned.observe(signal, reading)
         drives, factors = RATE_BY[signal]
         for name in self.reward_rules if signal == "reward" else self.lr_rules:
             key = f"reward {name}" if signal == "reward" else name
@@ -321,7 +336,8 @@ class Controller:
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, strings and lists."""
         names = ("base", "values", "ratios", "seen", "ignored", "step")
-        return {name: copy.deepcopy(getattr(self, name)) for name in names}
+        state = {name: copy.deepcopy(getattr(self, name)) for name in names}
+        return state | ({"learned": self.learned.state_dict()} if self.learned else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from `state`, of an optimizer with as many groups."""
@@ -331,7 +347,10 @@ class Controller:
                 f"{len(self.optimizer.param_groups)}"
             )
         for name, value in copy.deepcopy(state).items():
-            setattr(self, name, value)
+            if name != "learned":
+                setattr(self, name, value)
+            elif self.learned:
+                self.learned.load_state_dict(value)
         self.written = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.write()
 

@@ -112,10 +112,11 @@ class LastUpdate:
                 if p in self.old:
                     p.copy_(self.old[p].lerp(p, factor))
                 elif p.grad is not None:
-                    p.sub_(self._update(group, p, lr), alpha=(factor - 1) * self.scale)
+                    own = getattr(self.optimizer, "rates", {}).get(p, lr)  # online.py's
+                    p.sub_(self._update(group, p, own), alpha=(factor - 1) * self.scale)
         self.scale *= factor
 
-    def _update(self, group: dict, p: Tensor, lr: float) -> Tensor:
+    def _update(self, group: dict, p: Tensor, lr: float | Tensor) -> Tensor:
         """What the step subtracted from p: lr · (d + decay · p before the step)."""
         direction, decay = _direction(self.optimizer, group, p)
         if not decay:
@@ -158,17 +159,23 @@ def _is_known(optimizer: Optimizer, group: dict) -> bool:
     decay = float(group["weight_decay"])
     if group.get("maximize") or group.get("nesterov") or group.get("amsgrad"):
         return False
-    if type(optimizer) is torch.optim.AdamW:
+    kind = _torch_class(optimizer)
+    if kind is torch.optim.AdamW:
         return float(group["lr"]) * decay < 0.5  # beyond, dividing by 1 − lr · decay is unsafe
-    if type(optimizer) is torch.optim.SGD:
+    if kind is torch.optim.SGD:
         return not decay or group["momentum"] > 0
-    return type(optimizer) is torch.optim.RMSprop and group["momentum"] > 0
+    return kind is torch.optim.RMSprop and group["momentum"] > 0
+
+
+def _torch_class(optimizer: Optimizer) -> type:
+    """Whose step it makes: online.py's say it of themselves."""
+    return getattr(optimizer, "torch_class", type(optimizer))
 
 
 def _direction(optimizer: Optimizer, group: dict, p: Tensor) -> tuple[Any, float]:
     """d and the decoupled decay of the step p ← p − lr · (d + decay · p), by the state it left."""
     state = optimizer.state.get(p, {})  # [p] would make an entry
-    if type(optimizer) is not torch.optim.AdamW:
+    if _torch_class(optimizer) is not torch.optim.AdamW:
         return (state["momentum_buffer"] if group["momentum"] else p.grad), 0.0
     beta1, beta2 = (float(beta) for beta in group["betas"])
     step = float(state["step"])

@@ -80,9 +80,9 @@ class Config(Strict):
         None, gt=0, description="Nats per completion that KL_COEF is adapted to; null: constant"
     )
 
-    OPTIM: Literal["sgd", "rmsprop", "adamw", "adamw_8bit"] = Field(
-        "adamw", description="Optimizer; adamw_8bit is bitsandbytes'"
-    )
+    OPTIM: Literal[
+        "sgd", "rmsprop", "adamw", "adamw_8bit", "online_sgd", "online_rmsprop", "online_adamw"
+    ] = Field("adamw", description="Optimizer; online_: each tensor's updates scaled by a GRU")
     LRATE: Literal["auto"] | Annotated[float, Field(ge=0)] = Field(
         "auto", description='Learning rate to start from; "auto" leaves it to kl_target'
     )
@@ -120,6 +120,11 @@ class Config(Strict):
     SAVE_EVERY: int = Field(50, ge=0, description="Steps between checkpoints; 0: only the last")
     KEEP_CHECKPOINTS: int = Field(2, ge=0, description="How many step checkpoints stay; 0: all")
     LOG_EVERY: int = Field(10, ge=0, description="Steps between lines on the console")
+    DYNAMICS_EVERY: int = Field(
+        100,
+        ge=0,
+        description="Steps between what an online optimizer tells of each tensor; 0: never",
+    )
     EVAL_EVERY: int = Field(50, ge=0, description="Steps between evaluations on EVAL_FILE")
     SAMPLES_EVERY: int = Field(1, ge=0, description="Steps between entries in samples.jsonl")
     TRACKERS: list[Literal["tensorboard", "wandb"]] = Field([], description="Where else to log")
@@ -173,11 +178,11 @@ class Config(Strict):
         by_kl = "kl_target" in self.LR_RULE.split("+")
         if not by_kl and self.LRATE == "auto":
             raise ValueError('LRATE "auto" needs LR_RULE kl_target, which finds the rate')
-        adam = self.OPTIM.startswith("adamw")
+        adam = "adamw" in self.OPTIM
         for key, has in (
             ("MOMENTUM_RULE", not adam and self.MOMENTUM > 0),
             ("BETAS_RULE", adam),
-            ("ALPHA_RULE", self.OPTIM == "rmsprop"),
+            ("ALPHA_RULE", self.OPTIM.endswith("rmsprop")),
             ("WD_RULE", self.WEIGHT_DECAY > 0),
         ):
             if getattr(self, key) != "none" and not has:
@@ -216,6 +221,7 @@ class Config(Strict):
                 "a rule that smooths the loss",
             ),
             (("REWARD_BETA",), rewarded, "a REWARD_RULE"),
+            (("DYNAMICS_EVERY",), self.OPTIM.startswith("online_"), "an online_ OPTIM"),
         ]
 
 

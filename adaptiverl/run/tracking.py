@@ -7,14 +7,14 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 Row = dict[str, Any]
-FILES = ("metrics.jsonl", "samples.jsonl", "controller.jsonl")
+FILES = ("metrics.jsonl", "samples.jsonl", "controller.jsonl", "dynamics.jsonl")
 
 
 class RunLog:
@@ -34,9 +34,15 @@ class RunLog:
         # disable=None: a bar on a terminal, nothing in a file or a pipe
         self.bar = tqdm(total=last_step, initial=step, disable=None, unit="step")
 
-    def step(self, metrics: Row, samples: Iterable[Row], reasons: Iterable[Row]) -> None:
+    def step(
+        self,
+        metrics: Row,
+        samples: Iterable[Row],
+        reasons: Iterable[Row],
+        dynamics: Iterable[Row] = (),
+    ) -> None:
         """Records one step; the files are flushed, so that a kill loses nothing."""
-        for file, rows in zip(self.files, ([metrics], samples, reasons), strict=True):
+        for file, rows in zip(self.files, ([metrics], samples, reasons, dynamics), strict=True):
             file.writelines(json.dumps(_plain(row), ensure_ascii=False) + "\n" for row in rows)
             file.flush()
         self.bar.update()
@@ -73,6 +79,21 @@ def step_line(metrics: dict[str, Any]) -> str:
     if "eval/reward" in metrics:
         line += f" | Eval reward: {metrics['eval/reward']:.2f}"
     return line
+
+
+def dynamics_lines(optimizer: str, step: int, rows: Sequence[Row]) -> str:
+    """[OnlineAdamW] Step 100 dynamics: and two lines a tensor, as seed 1 has them."""
+    lines = [f"[{optimizer}] Step {step} dynamics:"]
+    for row in rows:
+        head = {k: row[k] for k in ("grad_signal", "hidden_norm", "delta_scale")}
+        shown = " | ".join(f"{k}={v:.4f}" for k, v in head.items())
+        lines.append(f"  Tensor {row['tensor']} | {shown} | {row['name']}")
+        rest = {k: v for k, v in row.items() if k not in (*head, "step", "tensor", "name")}
+        if rest:
+            small = {k: k.endswith("mean") and v >= 1e-6 for k, v in rest.items()}
+            texts = [f"{k}={v:.6f}" if small[k] else f"{k}={v:.4g}" for k, v in rest.items()]
+            lines.append("  " + " ".join(texts))
+    return "\n".join(lines)
 
 
 def table(columns: dict[str, list]) -> str:

@@ -1,0 +1,78 @@
+"""A small GRU that answers each row of features with a bounded log scale, and learns while it runs.
+
+What the rows are is online.py's (tensors) and controller.py's (one row, the whole optimizer). Its
+head starts at zero or from assets/online.safetensors (scripts/meta_train.py).
+"""
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+HIDDEN = 16
+REACH = math.log(2)  # of a log scale, before centring
+META_LR = 3e-3  # length of a step of the weights while they learn online
+HOME = 0.99  # and how much of what they learned is kept a step: they stay near where they began
+ASSETS = Path(__file__).parent.parent / "assets" / "online.safetensors"
+
+Weights = dict[str, Tensor]
+
+
+def fresh(features: int, seed: int = 0) -> Weights:
+    """torch's GRUCell with a head of zeros, so that every answer is exactly 0."""
+    chance = torch.Generator().manual_seed(seed)
+    bound = 1 / math.sqrt(HIDDEN)
+    shapes = {"x": (3 * HIDDEN, features), "h": (3 * HIDDEN, HIDDEN), "b": (3 * HIDDEN,)}
+    weights = {
+        name: torch.empty(shape).uniform_(-bound, bound, generator=chance)
+        for name, shape in shapes.items()
+    }
+    return weights | {"c": torch.zeros(3 * HIDDEN), "head": torch.zeros(HIDDEN)}
+
+
+def trained(name: str) -> Weights:
+    """The weights that were trained beforehand: "tensors" or "rate"."""
+    from safetensors.torch import load_file
+
+    prefix = f"{name}."
+    found = load_file(ASSETS)
+    return {k.removeprefix(prefix): w for k, w in found.items() if k.startswith(prefix)}
+
+
+def answer(weights: Weights, x: Tensor, hidden: Tensor, centred: bool) -> tuple[Tensor, Tensor]:
+    """Log scales [T] and the next hidden states [T, HIDDEN] for features `x` [T, F].
+
+    Features that are not finite count as 0, so one bad gradient leaves no trace.
+    """
+    x = x.nan_to_num(0.0, 0.0, 0.0).clamp(-3, 3)
+    hidden = torch.gru_cell(x, hidden, weights["x"], weights["h"], weights["b"], weights["c"])
+    scale = REACH * torch.tanh(hidden @ weights["head"])
+    return (scale - scale.mean() if centred else scale), hidden
+
+
+def learn(
+    weights: Weights,
+    home: Weights,
+    x: Tensor,
+    hidden: Tensor,
+    gain: Tensor,
+    centred: bool,
+    rate: float = META_LR,
+    kept: float = HOME,
+) -> Weights:
+    """The weights after one step that raises Σ gain · log scale for the answer that `x` had.
+
+    `gain` [T] is −∂loss/∂log scale of the next batch, in any unit: the step has the length `rate`,
+    and none where nothing is to be gained; `kept` of what is not `home` stays.
+    """
+    with torch.enable_grad():
+        own = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
+        scale, _ = answer(own, x, hidden, centred)
+        grads = torch.autograd.grad((gain * scale).sum(), list(own.values()))
+    norm = torch.stack([g.square().sum() for g in grads]).sum().sqrt()
+    factor = torch.where(norm > 0, rate / norm, torch.zeros_like(norm)).nan_to_num(0.0, 0.0, 0.0)
+    return {
+        name: home[name] + kept * (weight - home[name]) + factor * grad.nan_to_num(0.0, 0.0, 0.0)
+        for (name, weight), grad in zip(weights.items(), grads, strict=True)
+    }

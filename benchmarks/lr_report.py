@@ -1,0 +1,191 @@
+"""Tables and a plot of what lr_robustness.py measured: interquartile means, intervals."""
+
+import json
+import random
+import statistics
+from pathlib import Path
+from typing import Any
+
+from lr_methods import DECADES, METHODS, ONLINE, OURS
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def middle(scores: list[float]) -> float:
+    """The interquartile mean: of five, the middle three."""
+    cut = len(scores) // 4
+    return statistics.mean(sorted(scores)[cut : len(scores) - cut])
+
+
+def interval(scores: list[float], draws: int = 2000) -> tuple[float, float]:
+    """95 %, by drawing seeds with replacement."""
+    chance = random.Random(0)
+    found = sorted(middle(chance.choices(scores, k=len(scores))) for _ in range(draws))
+    return found[int(0.025 * draws)], found[int(0.975 * draws) - 1]
+
+
+def score_of(row: dict[str, Any], floor: float) -> float:
+    """A policy without finite probabilities has no score; it counts as the worst there was."""
+    return floor if row["score"] is None else row["score"]
+
+
+def report(rows: list[dict[str, Any]]) -> str:
+    """Tables in Markdown."""
+    lines: list[str] = []
+    shares: dict[float, list[float]] = {rate: [] for rate in DECADES}
+    for task in dict.fromkeys(row["task"] for row in rows):
+        own = [row for row in rows if row["task"] == task]
+        floor = min(row["score"] for row in own if row["score"] is not None)
+        start = middle([r["score"] for r in own if (r["method"], r["rate"]) == ("constant", 1e-7)])
+        cells: dict[tuple[str, float], list[dict[str, Any]]] = {}
+        for row in own:
+            cells.setdefault((row["method"], row["rate"]), []).append(row)
+
+        def iqm(key: tuple[str, float], cells: Any = cells, floor: float = floor) -> float:
+            return middle([score_of(row, floor) for row in cells[key]])
+
+        def fell(row: dict[str, Any], start: float = start) -> bool:
+            return row["score"] is None or row["entropy"] < 0.1 or row["score"] < start - 0.1
+
+        lines += [
+            f"### {task}",
+            "",
+            f"Untrained: {start:.3f}.",
+            "",
+            "| method | best rate | score there [95 %] | KL | worst rate tried | score there "
+            "| collapsed | seconds |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        bests = {}
+        for method in METHODS:
+            keys = sorted((key for key in cells if key[0] == method), key=iqm)
+            if not keys:
+                continue
+            best, worst = keys[-1], keys[0]
+            bests[method] = iqm(best), middle([row["kl"] for row in cells[best]])
+            low, high = interval([score_of(row, floor) for row in cells[best]])
+            all_runs = [row for key in keys for row in cells[key]]
+            lines.append(
+                f"| {method} | {best[1]:g} | {iqm(best):.3f} [{low:.3f}, {high:.3f}] "
+                f"| {bests[method][1]:.1f} | {worst[1]:g} | {iqm(worst):.3f} "
+                f"| {sum(map(fell, all_runs))} of {len(all_runs)} "
+                f"| {statistics.median(row['seconds'] for row in all_runs):.1f} |"
+            )
+        rivals = {m: b for m, b in bests.items() if not m.startswith(OURS)}
+        rival = max(rivals, key=lambda method: rivals[method][0])
+        lines += [
+            "",
+            f"`kl_target` by start rate, beside the best baseline ({rival}, "
+            f"{rivals[rival][0]:.3f} at a KL of {rivals[rival][1]:.1f}):",
+            "",
+            "| start rate | score [95 %] | of the best | KL |",
+            "|---|---|---|---|",
+        ]
+        for rate in DECADES:
+            runs = cells["kl_target", rate]
+            low, high = interval([score_of(row, floor) for row in runs])
+            share = iqm(("kl_target", rate)) / rivals[rival][0]
+            shares[rate].append(share)
+            lines.append(
+                f"| {rate:g} | {iqm(('kl_target', rate)):.3f} [{low:.3f}, {high:.3f}] "
+                f"| {share:.1%} | {middle([row['kl'] for row in runs]):.1f} |"
+            )
+        lines.append("")
+    mean = [statistics.mean(share) for share in shares.values()]
+    lines.append(
+        f"Mean over tasks and start rates: {statistics.mean(mean):.1%} of each task's best "
+        f"baseline; the worst start rate has {min(mean):.1%}."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(row["task"] for row in rows))
+    figure = Figure(figsize=(4 * len(names), 4), layout="constrained")
+    colours = dict(zip(METHODS, [f"C{k}" for k in range(10)] + ["olive", "navy"] * 5, strict=False))
+    for axes, task in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        for method in METHODS:
+            if method.startswith("placebo") or len(METHODS[method][1]) < 3:
+                continue  # Prodigy's rate is another thing
+            points = {}
+            for rate in METHODS[method][1]:
+                scores = [
+                    max(score_of(row, -9.0), -0.5)
+                    for row in rows
+                    if (row["task"], row["method"], row["rate"]) == (task, method, rate)
+                ]
+                if scores:
+                    points[rate] = middle(scores)
+            style: dict[str, Any] = {"linewidth": 1, "marker": ".", "color": colours[method]}
+            if method == "kl_target":
+                style = {"linewidth": 3, "marker": "o", "color": "black", "zorder": 3}
+            axes.plot(list(points), list(points.values()), label=method, **style)
+        axes.set(xscale="log", xlabel="start rate", title=task)
+    figure.axes[0].set_ylabel("score, at least −0.5")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right")
+    figure.savefig(path, dpi=110)
+
+
+def report_tuning(rows: list[dict[str, Any]]) -> str:
+    """The mean score of each setting on each task."""
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    scores: dict[tuple[str, float], dict[str, list[float]]] = {}
+    for row in rows:
+        own = scores.setdefault((row["method"], row["rate"]), {})
+        own.setdefault(row["task"], []).append(row["score"])
+    lines = [f"| | {' | '.join(tasks)} |", "|---" * (len(tasks) + 1) + "|"]
+    for (method, rate), found in sorted(scores.items()):
+        name = f"{method}, {rate:g}" if method == "constant" else method
+        means = [f"{statistics.mean(found[task]):.3f}" for task in tasks]
+        lines.append(f"| {name} | {' | '.join(means)} |")
+    return "\n".join(lines) + "\n"
+
+
+def report_online(rows: list[dict[str, Any]]) -> str:
+    """Each method's score, and its difference to kl_target alone, seed by seed."""
+    lines, tasks = [], list(dict.fromkeys(row["task"] for row in rows))
+    scores: dict[tuple[str, str, float], dict[int, float]] = {}
+    for row in rows:
+        own = scores.setdefault((row["task"], row["method"], row["rate"]), {})
+        own[row["seed"]] = -1.0 if row["score"] is None else row["score"]
+    for task in tasks:
+        lines += [
+            "",
+            f"### {task}",
+            "",
+            "| | score | difference to kl_target [95 %] |",
+            "|---|---|---|",
+        ]
+        plain = scores[task, "kl_target", 1e-4]
+        for method, (_, rates) in ONLINE.items():
+            for rate in rates:
+                found = scores.get((task, method, rate))
+                if not found:
+                    continue
+                more = [score - plain[seed] for seed, score in found.items() if seed in plain]
+                low, high = interval(more)
+                name = method if len(rates) == 1 else f"{method}, from {rate:g}"
+                told = (
+                    ""
+                    if method == "kl_target"
+                    else f"{middle(more):+.3f} [{low:+.3f}, {high:+.3f}]"
+                )
+                lines.append(
+                    f"| {name} ({len(found)} seeds) | {middle([*found.values()]):.3f} | {told} |"
+                )
+    lines += ["", "### All tasks", "", "| | mean difference to kl_target [95 %] |", "|---|---|"]
+    for method, (_, rates) in ONLINE.items():
+        if method == "kl_target" or len(rates) > 1:
+            continue
+        more = [
+            score - scores[task, "kl_target", 1e-4][seed]
+            for task in tasks
+            for seed, score in scores.get((task, method, rates[0]), {}).items()
+        ]
+        low, high = interval(more)
+        lines.append(f"| {method} | {middle(more):+.4f} [{low:+.4f}, {high:+.4f}] |")
+    return "\n".join(lines).strip() + "\n"

@@ -1,0 +1,467 @@
+"""OnlineSGD, OnlineRMSProp, OnlineAdamW and the rule "learned": torch's own, scaled by a GRU."""
+
+import io
+import math
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import read_jsonl, without_clock
+from test_adaptive import LOOPS
+from test_adaptive import model as small_model
+from torch import nn
+
+from adaptiverl import OnlineAdamW, OnlineRMSProp, OnlineSGD
+from adaptiverl.optim import learned, online, recurrent
+from adaptiverl.optim.controller import Controller
+from adaptiverl.optim.learned import Learned
+from adaptiverl.optim.trust_region import LastUpdate, alignment
+from adaptiverl.run.tracking import dynamics_lines
+
+PAIRS = [
+    (OnlineSGD, torch.optim.SGD, {"momentum": 0.9}),
+    (OnlineRMSProp, torch.optim.RMSprop, {"momentum": 0.9}),
+    (OnlineAdamW, torch.optim.AdamW, {"fused": True}),
+]
+MORE = [
+    (OnlineSGD, torch.optim.SGD, {}),
+    (OnlineSGD, torch.optim.SGD, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
+    (OnlineSGD, torch.optim.SGD, {"fused": True}),
+    (OnlineRMSProp, torch.optim.RMSprop, {"centered": True, "weight_decay": 0.1}),
+    (OnlineAdamW, torch.optim.AdamW, {}),
+    (OnlineAdamW, torch.optim.AdamW, {"amsgrad": True, "weight_decay": 0.1}),
+]
+each = pytest.mark.parametrize(("ours", "theirs", "arguments"), PAIRS)
+
+
+def net(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(40, 64), nn.LayerNorm(64), nn.Tanh(), nn.Linear(64, 3))
+
+
+def backward(model: nn.Module, step: int) -> float:
+    """The loss of batch `step`, its gradient in .grad."""
+    chance = torch.Generator().manual_seed(step)
+    x = torch.randn(16, 40, generator=chance)
+    y = (x[:, 0] > 0).long() + (x[:, 1] > 0).long()
+    model.zero_grad()
+    loss = nn.functional.cross_entropy(model(x), y)
+    loss.backward()
+    return loss.item()
+
+
+def lively(optimizer: online.Online, size: float = 1.0) -> online.Online:
+    """With a head that is not zero."""
+    chance = torch.Generator().manual_seed(1)
+    weights = dict(optimizer.weights)
+    weights["head"] = size * torch.randn(recurrent.HIDDEN, generator=chance)
+    optimizer._place(weights, weights)
+    return optimizer
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        loss = backward(model, step)
+        optimizer.step()
+        if isinstance(optimizer, online.Online):
+            optimizer.observe(loss=loss, reward=-loss, kl=0.01, kl_target=0.004, done=step / 100)
+
+
+def weights_of(model: nn.Module) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+# Torch's own
+
+
+@pytest.mark.parametrize(("ours", "theirs", "arguments"), PAIRS + MORE)
+def test_with_a_head_of_zeros_it_is_torchs_own_bit_for_bit(ours, theirs, arguments):
+    """100 steps, and the GRU looks on: only its head, which does not learn here, is zero."""
+    one, other = net(), net()
+    train(one, ours(one.named_parameters(), lr=0.01, weights=None, learn=False, **arguments),
+          range(100))  # fmt: skip
+    train(other, theirs(other.parameters(), lr=0.01, **arguments), range(100))
+    assert all(map(torch.equal, one.parameters(), other.parameters()))
+
+
+@each
+def test_each_tensors_update_is_torchs_times_its_scale(ours, theirs, arguments):
+    """Against torch's optimizer with a group a tensor, at the rates that were taken."""
+    one, other = net(), net()
+    optimizer = lively(ours(one.named_parameters(), lr=0.01, **arguments))
+    reference = theirs([{"params": [p]} for p in other.parameters()], lr=0.01, **arguments)
+    for step in range(20):
+        backward(one, step)
+        backward(other, step)
+        optimizer.step()
+        for group, scale in zip(reference.param_groups, optimizer.last["scale"], strict=True):
+            group["lr"] = 0.01 * scale.exp().item()
+        reference.step()
+        for p, q in zip(one.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
+    scales = optimizer.last["scale"]
+    assert scales.abs().max() > 0.05, "they do differ"
+    assert scales.mean().abs() < 1e-6, "centred: the rate as a whole is the controller's"
+    assert scales.abs().max() <= 2 * recurrent.REACH
+
+
+def test_it_is_a_torch_optimizer_for_everyone_else():
+    """A scheduler's rate times the scale; hooks run once; the scheduler sees its own rate."""
+    model = net()
+    optimizer = OnlineAdamW(model.parameters(), lr=0.01, weights=None, learn=False)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    torch.optim.AdamW([nn.Parameter(torch.zeros(1))]).step()  # torch wraps its step then
+    seen = []
+    optimizer.register_step_pre_hook(lambda own, *_: seen.append(own.param_groups[0]["lr"]))
+    for step in range(3):
+        backward(model, step)
+        optimizer.step()
+        scheduler.step()
+    assert seen == [0.01, 0.005, 0.0025]
+    assert isinstance(optimizer, torch.optim.AdamW) and len(optimizer.param_groups) == 1
+    assert optimizer.names == ["0", "1", "2", "3", "4", "5"]
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@each
+def test_in_other_peoples_loops_it_is_torchs_own_too(ours, theirs, arguments, loop):
+    """GradScaler, accelerate and HF Trainer's `optimizers=`, with a scheduler of the rate."""
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    ends = []
+    for kind, more in ((ours, {"weights": None, "learn": False}), (theirs, {})):
+        model = small_model()
+        optimizer = kind(model.parameters(), lr=0.01, **arguments, **more)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1 / (t + 1))
+        LOOPS[loop](model, optimizer, schedule)
+        ends.append(weights_of(model))
+    for one, other in zip(*ends, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8)
+
+
+def test_rules_of_the_whole_rate_are_the_controllers():
+    model = net()
+    before = weights_of(model)
+    optimizer = OnlineSGD(
+        model.parameters(), lr=1.0, weights=None, lr_rule="loss_decay", loss_k=1.0, loss_beta=0.0,
+        memory=math.inf, max_drift=1e9,
+    )  # fmt: skip
+    backward(model, 0)
+    optimizer.observe(loss=1.0)
+    optimizer.step()
+    for p, old in zip(model.parameters(), before, strict=True):
+        torch.testing.assert_close(p.detach(), old - 0.5 * p.grad)
+    assert optimizer.param_groups[0]["lr"] == 1.0
+    with pytest.raises(TypeError, match="lr_ruel"):
+        OnlineSGD(model.parameters(), lr=1.0, weights=None, lr_ruel="trend")
+    with pytest.raises(ValueError, match="foreach cannot take the rate of each tensor"):
+        OnlineAdamW(model.parameters(), foreach=True)
+    with pytest.raises(ValueError, match="give it all of them at once"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+
+
+@each
+def test_the_trust_region_knows_its_updates(ours, theirs, arguments):
+    """Scaled back against weights that were kept; nothing is copied for it."""
+    model = net()
+    optimizer = lively(ours(model.named_parameters(), lr=0.01, **arguments))
+    train(model, optimizer, range(5))
+    backward(model, 5)
+    assert alignment(optimizer) is not None
+    before, update = weights_of(model), LastUpdate(optimizer)
+    assert not update.old
+    optimizer.step()
+    after = weights_of(model)
+    update.rescale(0.25)
+    for p, old, new in zip(model.parameters(), before, after, strict=True):
+        torch.testing.assert_close(p.detach(), old.lerp(new, 0.25), rtol=1e-5, atol=1e-6)
+
+
+# The GRU
+
+
+def test_the_hidden_state_matters():
+    """The same gradients and features, another past, another scale."""
+    model = net()
+    optimizer = lively(OnlineAdamW(model.named_parameters()))
+    train(model, optimizer, range(5))
+    scales = []
+    for hidden in (optimizer.hidden, torch.zeros_like(optimizer.hidden)):
+        x = optimizer.last["x"]
+        scales.append(recurrent.answer(optimizer.weights, x, hidden, centred=True)[0])
+    assert (scales[0] - scales[1]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@each
+def test_bad_gradients_leave_it_finite(ours, theirs, arguments, bad):
+    model = net()
+    optimizer = lively(ours(model.named_parameters(), lr=1e-3, **arguments))
+    train(model, optimizer, range(3))
+    backward(model, 3)
+    for p in list(model.parameters())[:2]:
+        p.grad.view(-1)[0] = bad
+    optimizer.step()
+    train(model, optimizer, range(4, 7))
+    finite = [optimizer.hidden, optimizer.last["scale"], *optimizer.weights.values()]
+    assert all(tensor.isfinite().all() for tensor in finite)
+
+
+def test_learning_raises_the_scale_of_what_gains():
+    weights = home = recurrent.fresh(online.FEATURES)
+    x, hidden = torch.randn(3, online.FEATURES), torch.zeros(3, recurrent.HIDDEN)
+    gain = torch.tensor([0.2, 0.0, -0.2])
+    for _ in range(20):
+        weights = recurrent.learn(weights, home, x, hidden, gain, centred=True)
+    scale, _ = recurrent.answer(weights, x, hidden, centred=True)
+    assert scale[0] > 0.01 > -0.01 > scale[2]
+    before = recurrent.answer(home, x, hidden, centred=True)[0]
+    assert torch.equal(before, torch.zeros(3)), "from exactly nothing"
+    idle = recurrent.learn(weights, home, x, hidden, torch.zeros(3), centred=True)
+    assert sum((idle[k] - home[k]).square().sum() for k in home) < sum(
+        (weights[k] - home[k]).square().sum() for k in home
+    ), "without gain it leans back to where it began"
+
+
+def test_its_gradient_is_the_hypergradient():
+    """∂L/∂log s of the next loss, against the loss itself with a scale a little larger."""
+    model = net()
+    optimizer = OnlineSGD(model.named_parameters(), lr=0.01, weights=None)
+    backward(model, 0)
+    optimizer.step()
+    base, start = weights_of(model), net()
+    update = [old - new for old, new in zip(start.parameters(), base, strict=True)]
+    backward(model, 1)
+    predicted = [
+        -(p.grad * u).sum().item() for p, u in zip(model.parameters(), update, strict=True)
+    ]
+
+    def loss_at(i: int, more: float) -> float:
+        with torch.no_grad():
+            for k, (p, kept) in enumerate(zip(model.parameters(), base, strict=True)):
+                p.copy_(kept - (math.exp(more) - 1) * update[k] if k == i else kept)
+        return backward(model, 1)
+
+    for i in (0, 4):  # the two matrices
+        measured = (loss_at(i, 0.1) - loss_at(i, -0.1)) / 0.2
+        assert measured == pytest.approx(predicted[i], rel=0.05)
+    loss_at(-1, 0.0)
+    gradient = optimizer.sample([p.grad for p in model.parameters()])
+    rows = optimizer.sample([u.detach() for u in update])
+    gain = (gradient * rows).sum(1)
+    assert [math.copysign(1, g) for g in gain[[0, 4]]] == [
+        math.copysign(1, -predicted[i]) for i in (0, 4)
+    ], "what it learns from is minus that, of a sample"
+
+
+def test_nothing_is_fetched_from_the_device_in_a_step(monkeypatch):
+    """On a GPU each of these would wait for it; test_cuda.py asks the device itself."""
+    for ours, _, arguments in PAIRS:
+        model = net()
+        optimizer = lively(ours(model.named_parameters(), lr=1e-3, **arguments))
+        train(model, optimizer, range(2))
+        backward(model, 2)
+        with monkeypatch.context() as patch:
+            for name in ("item", "tolist", "numpy", "__bool__", "__float__", "__int__", "cpu"):
+                patch.setattr(
+                    torch.Tensor, name, lambda *_, name=name: pytest.fail(f"{name} in a step")
+                )
+            optimizer.step()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@each
+def test_no_synchronisation_on_a_gpu(ours, theirs, arguments):
+    model = net().cuda()
+    optimizer = ours(model.named_parameters(), lr=1e-3, **arguments)
+    for step in range(3):
+        model.zero_grad()
+        model(torch.randn(16, 40, device="cuda")).square().mean().backward()
+        torch.cuda.set_sync_debug_mode("error" if step else "default")
+        try:
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_its_state_is_small():
+    """At most 1 MB beside torch's, on as many tensors as GPT-2 has."""
+    model = nn.ModuleList([nn.Linear(300, 300) for _ in range(74)])
+    optimizer = OnlineAdamW(model.parameters())
+    state = optimizer.state_dict()["online"]
+    held = [state["hidden"], *(t for k in ("weights", "home", "last") for t in state[k].values())]
+    assert len(optimizer.tensors) == 148
+    assert sum(t.numel() * t.element_size() for t in held) < 1e6
+
+
+# What is kept
+
+
+@each
+def test_it_goes_on_bit_for_bit_from_its_state(ours, theirs, arguments):
+    whole = net()
+    train(whole, lively(ours(whole.named_parameters(), lr=0.01, **arguments)), range(20))
+
+    part = net()
+    optimizer = lively(ours(part.named_parameters(), lr=0.01, **arguments))
+    train(part, optimizer, range(8))
+    file = io.BytesIO()
+    torch.save({"model": part.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    again = net(seed=1)
+    again.load_state_dict(saved["model"])
+    optimizer = ours(again.named_parameters(), lr=0.01, **arguments)
+    optimizer.load_state_dict(saved["optimizer"])
+    train(again, optimizer, range(8, 20))
+    assert all(map(torch.equal, whole.parameters(), again.parameters()))
+
+
+def test_another_set_of_parameters_or_version_is_refused():
+    model = net()
+    state = OnlineAdamW(model.named_parameters()).state_dict()
+    renamed = [(name.replace("3.", "head."), p) for name, p in model.named_parameters()]
+    with pytest.raises(ValueError, match=r"6 tensors, the optimizer has 6; the first that differs "
+                       r"was 3\.weight and is head\.weight"):  # fmt: skip
+        OnlineAdamW(renamed).load_state_dict(state)
+    with pytest.raises(ValueError, match="of 6 tensors, the optimizer has 5"):
+        OnlineAdamW(list(model.named_parameters())[:5]).load_state_dict(state)
+    state["online"]["version"] = 0
+    with pytest.raises(ValueError, match="of version 0, this program reads 1"):
+        OnlineAdamW(model.named_parameters()).load_state_dict(state)
+
+
+def test_torchs_own_state_can_be_taken_over():
+    """A run that began with torch.optim.AdamW goes on with OnlineAdamW."""
+    model = net()
+    plain = torch.optim.AdamW(model.parameters(), lr=0.01)
+    train(model, plain, range(3))
+    optimizer = OnlineAdamW(model.parameters(), lr=0.01)
+    optimizer.load_state_dict(plain.state_dict())
+    assert optimizer.state[next(model.parameters())]["step"] == 3
+
+
+def test_dynamics_are_told_as_the_seed_shows_them():
+    model = net()
+    optimizer = OnlineAdamW(model.named_parameters(), weights=None)
+    train(model, optimizer, range(2))
+    rows = optimizer.dynamics()
+    assert [row["name"] for row in rows] == [name for name, _ in model.named_parameters()]
+    first = next(model.parameters())
+    assert rows[0]["exp_avg_norm"] == pytest.approx(optimizer.state[first]["exp_avg"].norm().item())
+    assert rows[0]["hidden_norm"] == pytest.approx(optimizer.hidden[0].norm().item())
+    told = {"tensor": 0, "name": "h.0.weight", "grad_signal": 0.0123, "hidden_norm": 1.5231,
+            "delta_scale": 0.9732, "exp_avg_norm": 0.2103, "exp_avg_sq_mean": 0.000012}  # fmt: skip
+    assert dynamics_lines("OnlineAdamW", 100, [told]) == (
+        "[OnlineAdamW] Step 100 dynamics:\n"
+        "  Tensor 0 | grad_signal=0.0123 | hidden_norm=1.5231 | delta_scale=0.9732 | h.0.weight\n"
+        "  exp_avg_norm=0.2103 exp_avg_sq_mean=0.000012"
+    )
+
+
+# The rule "learned"
+
+
+def fresh_rule(monkeypatch) -> Callable[[], Controller]:
+    home = recurrent.fresh(learned.FEATURES)
+    monkeypatch.setattr(recurrent, "trained", lambda name: home)
+    return lambda: Controller(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0),
+                              lr_rule="learned")  # fmt: skip
+
+
+def test_the_learned_rule_with_a_head_of_zeros_changes_nothing(monkeypatch):
+    controller = fresh_rule(monkeypatch)()
+    for step in range(20):
+        controller.observe(loss=1.0 / (step + 1), reward=float(step), kl=0.1)
+        controller.tick()
+    assert controller.optimizer.param_groups[0]["lr"] == 1.0
+
+
+@pytest.mark.parametrize(("cosine", "up"), [(0.3, True), (-0.3, False)])
+def test_the_learned_rule_learns_from_gradients_that_agree(monkeypatch, cosine, up):
+    controller = fresh_rule(monkeypatch)()
+    for _ in range(100):
+        controller.observe(loss=1.0, kl=0.004, alignment=cosine)
+        controller.tick()
+    rate = controller.optimizer.param_groups[0]["lr"]
+    assert (rate > 1.2) if up else (rate < 0.8)
+    assert 1 / learned.FARTHEST <= rate <= learned.FARTHEST
+
+
+def test_the_learned_rule_stays_where_no_kl_tells_what_it_does():
+    controller = Controller(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0),
+                            lr_rule="learned")  # fmt: skip
+    for step in range(20):
+        controller.observe(loss=float(step % 3), reward=float(step), alignment=0.5)
+        controller.tick()
+    assert controller.optimizer.param_groups[0]["lr"] == 1.0
+    controller.observe(kl=0.04)
+    controller.tick()
+    assert controller.optimizer.param_groups[0]["lr"] != 1.0
+
+
+def test_the_learned_rule_goes_on_from_its_state():
+    def run(controller: Controller, steps: range) -> list[float]:
+        rates = []
+        for step in steps:
+            controller.observe(loss=math.sin(step), kl=0.01 * (1 + step % 3), alignment=0.1)
+            controller.tick()
+            rates.append(controller.optimizer.param_groups[0]["lr"])
+        return rates
+
+    def make() -> Controller:
+        return Controller(
+            torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0), lr_rule="learned"
+        )
+
+    whole = run(make(), range(20))
+    part, again = make(), make()
+    run(part, range(8))
+    file = io.BytesIO()
+    torch.save(part.state_dict(), file)
+    file.seek(0)
+    again.optimizer.param_groups[0]["lr"] = part.optimizer.param_groups[0]["lr"]
+    again.load_state_dict(torch.load(file, weights_only=True))
+    assert run(again, range(8, 20)) == whole[8:]
+
+
+def test_weights_came_with_it():
+    for name, features in (("tensors", online.FEATURES), ("rate", learned.FEATURES)):
+        weights, like = recurrent.trained(name), recurrent.fresh(features)
+        assert {k: w.shape for k, w in weights.items()} == {k: w.shape for k, w in like.items()}
+    assert recurrent.ASSETS.stat().st_size < 100_000
+    assert Learned().weights.keys() == recurrent.trained("rate").keys()
+
+
+# In the program
+
+
+@pytest.mark.parametrize("optim", ["online_sgd", "online_rmsprop", "online_adamw"])
+def test_a_run_resumes_exactly_and_tells_its_dynamics(settings, main, capsys, optim):
+    out = Path(settings["OUTPUT_DIR"])
+    keys = settings | {"OPTIM": optim, "STEPS": 6, "DYNAMICS_EVERY": 2, "SAVE_EVERY": 3}
+    assert main(keys) == 0
+    said = capsys.readouterr().out
+    name = {"online_sgd": "SGD", "online_rmsprop": "RMSProp", "online_adamw": "AdamW"}[optim]
+    assert f"[Online{name}] Step 2 dynamics:\n  Tensor 0 | grad_signal=" in said
+    shutil.copytree(out, f"{out}-whole")
+    for later in ("final", "step-000006"):
+        shutil.rmtree(out / later)
+    assert main(keys, "RESUME=auto") == 0
+    for file in ("metrics.jsonl", "dynamics.jsonl"):
+        rows = read_jsonl(out / file)
+        assert without_clock(rows) == without_clock(read_jsonl(Path(f"{out}-whole") / file))
+    assert {row["step"] for row in rows} == {2, 4, 6}
+    assert {row["name"] for row in rows} >= {"lm.transformer.wte.weight"}
+
+
+def test_a_run_by_the_learned_rule(settings, main):
+    keys = settings | {"LR_RULE": "learned", "STEPS": 4, "SAVE_EVERY": 2}
+    assert main(keys) == 0
+    out = Path(settings["OUTPUT_DIR"])
+    moved = {row["rule"] for row in read_jsonl(out / "controller.jsonl")}
+    assert moved == {"learned"}
+    rows = read_jsonl(out / "metrics.jsonl")
+    assert all(row["kl_step"] is not None for row in rows)
