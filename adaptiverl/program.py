@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from adaptiverl import saving, setup
 from adaptiverl.optim.base import ONLINE, momentum_of
+from adaptiverl.optim.dynamics import dynamics
 from adaptiverl.optim.trust_region import LastUpdate, TrustRegion, alignment
 from adaptiverl.rl.data import indices_at
 from adaptiverl.rl.diversity import distinct, repetition
@@ -282,7 +283,7 @@ class Run:
             step = {"step": self.state.step}
             inner, every, rows = self.optimizer.optimizer, self.config.DYNAMICS_EVERY, []
             if isinstance(inner, ONLINE) and every and self.state.step % every == 0:
-                rows = [step | row for row in inner.dynamics()]
+                rows = [step | row for row in dynamics(inner)]
                 log.say(dynamics_lines(type(inner).__name__, self.state.step, rows))
             log.step(step | metrics, samples, [entry | step for entry in reasons], rows)
         if self.config.TRACKERS:

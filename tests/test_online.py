@@ -17,6 +17,7 @@ from torch import nn
 from adaptiverl import OnlineAdamW, OnlineRMSProp, OnlineSGD
 from adaptiverl.optim import learned, online, recurrent
 from adaptiverl.optim.controller import Controller
+from adaptiverl.optim.dynamics import dynamics
 from adaptiverl.optim.learned import Learned
 from adaptiverl.optim.trust_region import LastUpdate, alignment
 from adaptiverl.run.tracking import dynamics_lines
@@ -32,6 +33,7 @@ MORE = [
     (OnlineSGD, torch.optim.SGD, {"fused": True}),
     (OnlineRMSProp, torch.optim.RMSprop, {"centered": True, "weight_decay": 0.1}),
     (OnlineAdamW, torch.optim.AdamW, {}),
+    (OnlineAdamW, torch.optim.AdamW, {"fused": True, "amsgrad": True, "weight_decay": 0.1}),
     (OnlineAdamW, torch.optim.AdamW, {"amsgrad": True, "weight_decay": 0.1}),
 ]
 each = pytest.mark.parametrize(("ours", "theirs", "arguments"), PAIRS)
@@ -347,7 +349,7 @@ def test_dynamics_are_told_as_the_seed_shows_them():
     model = net()
     optimizer = OnlineAdamW(model.named_parameters(), weights=None)
     train(model, optimizer, range(2))
-    rows = optimizer.dynamics()
+    rows = dynamics(optimizer)
     assert [row["name"] for row in rows] == [name for name, _ in model.named_parameters()]
     first = next(model.parameters())
     assert rows[0]["exp_avg_norm"] == pytest.approx(optimizer.state[first]["exp_avg"].norm().item())

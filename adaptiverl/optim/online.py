@@ -7,8 +7,7 @@ the controller's. Leaves out the GRU (recurrent.py) and how its weights were mad
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -153,8 +152,8 @@ class Online(Optimizer):
         x = self._features(gradient, weight, update, gain)
         hidden = self.hidden
         scale, self.hidden = self._answer(x)
-        with self.controller.applied(), self._scaled(scale.exp()):
-            inspect.unwrap(self.torch_class.step)(self)
+        with self.controller.applied():
+            self._take(scale.exp())
         self.controller.tick()
         self.last |= {"x": x, "hidden": hidden, "scale": scale, "weight": weight}
         self.steps += 1
@@ -185,9 +184,8 @@ class Online(Optimizer):
         ]
         return torch.cat([torch.stack(own, 1), self._fixed, self._run.expand(len(size), -1)], 1)
 
-    @contextmanager
-    def _scaled(self, scale: Tensor) -> Iterator[None]:
-        """Groups of one tensor each, at the group's rate times the tensor's scale.
+    def _take(self, scale: Tensor) -> None:
+        """torch's step with a group for each tensor, at the group's rate times the tensor's scale.
 
         As tensors: nothing is fetched from the device. In double precision where the rate is a
         number, so that a scale of 1 changes no bit.
@@ -199,14 +197,20 @@ class Online(Optimizer):
             p: scale * group["lr"]
             for p, scale, group in zip(self.tensors, scales, whole, strict=True)
         }
+        if all(group.get("fused") for group in groups) and self._fused():
+            return
         self.param_groups = [
             {**group, "params": [p], "param_names": [""], "lr": rate}
             for (p, rate), group in zip(self.rates.items(), whole, strict=True)
         ]
         try:
-            yield
+            inspect.unwrap(self.torch_class.step)(self)
         finally:
             self.param_groups = groups
+
+    def _fused(self) -> bool:
+        """The same by torch's kernel alone, where that is known; whether it was."""
+        return False
 
     # What is kept and told
 
@@ -254,26 +258,6 @@ class Online(Optimizer):
             self.last = {name: value.to(self.device) for name, value in online["last"].items()}
             self.controller.load_state_dict(online["controller"])
 
-    def dynamics(self) -> list[dict[str, Any]]:
-        """Of each tensor what seed 1's log shows, fetched from the device at once."""
-        told = [self.last["size"], self.hidden.norm(dim=1), self.last["scale"].exp()]
-        names = ["grad_signal", "hidden_norm", "delta_scale"]
-        for key, name, measure in (
-            ("exp_avg", "exp_avg_norm", torch.linalg.vector_norm),
-            ("momentum_buffer", "momentum_norm", torch.linalg.vector_norm),
-            ("exp_avg_sq", "exp_avg_sq_mean", torch.mean),
-            ("square_avg", "square_avg_mean", torch.mean),
-        ):
-            buffers = [self.state.get(p, {}).get(key) for p in self.tensors]
-            if all(isinstance(b, Tensor) for b in buffers):
-                told.append(torch.stack([measure(b.float()) for b in buffers]))
-                names.append(name)
-        rows = torch.stack(told, 1).tolist()
-        return [
-            {"tensor": i, "name": tensor} | dict(zip(names, row, strict=True))
-            for i, (tensor, row) in enumerate(zip(self.names, rows, strict=True))
-        ]
-
 
 def _cosine(one: Tensor, other: Tensor) -> Tensor:
     """Of each row; 0 where one has no length."""
@@ -296,3 +280,20 @@ class OnlineAdamW(Online, torch.optim.AdamW):
     """torch.optim.AdamW with its arguments; see Online. `fused=True` is the fast one."""
 
     torch_class = torch.optim.AdamW
+
+    def _fused(self) -> bool:
+        """A group for each tensor costs more around the kernel than in it: 6 ms for GPT-2's 148."""
+        if any(isinstance(beta, Tensor) for group in self.param_groups for beta in group["betas"]):
+            return False
+        for group in self.param_groups:
+            parts: list[list[Tensor]] = [[] for _ in range(6)]  # weights, …, maxima, steps
+            self._init_group(group, *parts)
+            names = ("weight_decay", "eps", "amsgrad", "maximize")
+            options = {name: group[name] for name in names}
+            options |= dict(zip(("beta1", "beta2"), group["betas"], strict=True))
+            if parts[5]:
+                torch._foreach_add_(parts[5], 1)
+            maxima = [[most] for most in parts[4]] or [[] for _ in parts[0]]
+            for p, g, m, v, most, step in zip(*parts[:4], maxima, parts[5], strict=True):
+                torch._fused_adamw_([p], [g], [m], [v], most, [step], lr=self.rates[p], **options)
+        return True
