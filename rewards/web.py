@@ -23,6 +23,7 @@ from rewards.desk import Desk
 
 PAGE = Path(__file__).with_name("page.html")
 GONE = "nothing to undo: that batch has been trained on"
+EVERYWHERE = {"0.0.0.0", "::"}  # the machine's names are then not known
 LOOPBACK = {"127.0.0.1", "localhost", "[::1]"}
 HEADERS = {
     "Cache-Control": "no-store",
@@ -57,7 +58,7 @@ class Page:
             raise ValueError(f"the page's token is not in the environment variable {token_env}")
         self.desk, self.question, self.agreement = desk, question, agreement
         self.token = os.environ[token_env] if token_env else secrets.token_urlsafe(24)
-        self.hosts = LOOPBACK | {host}
+        self.hosts = None if host in EVERYWHERE else LOOPBACK | {host}
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.socket = socket.socket(family, socket.SOCK_STREAM)
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -68,7 +69,8 @@ class Page:
             self.socket.close()
             raise ValueError(f"nobody can listen on {host}:{port}: {error.strerror}") from error
         port = self.socket.getsockname()[1]
-        self.address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        name = socket.gethostname() if self.hosts is None else f"[{host}]" if ":" in host else host
+        self.address = f"http://{name}:{port}"
         self.cookie = f"labels-{port}"  # cookies do not know ports
         self.server = uvicorn.Server(
             uvicorn.Config(self.app(), log_level="warning", lifespan="off", access_log=False)
@@ -159,7 +161,8 @@ class Page:
     def _refusal(self, request: Request) -> str | None:
         """Why a request gets nowhere."""
         host = request.headers.get("host", "")
-        if urlsplit(f"//{host}").hostname not in {name.strip("[]") for name in self.hosts}:
+        known = self.hosts and {name.strip("[]") for name in self.hosts}
+        if known and urlsplit(f"//{host}").hostname not in known:
             return "this host name is not the page's"
         if request.method != "GET":
             origin = request.headers.get("origin")

@@ -371,6 +371,10 @@ def test_an_unknown_key_of_a_reward_names_the_nearest_of_that_reward(mistake):
             "HELD_OUT.0: WEIGHT is for REWARDS only",
         ),
         (
+            {"REWARDS": [{"TYPE": "human"}], "HELD_OUT": [{"TYPE": "human", "QUESTION": "Funny?"}]},
+            "a terminal asks for one human reward: give the other WHERE web",
+        ),
+        (
             {"REWARDS": [JUDGE | {"LOW": 0, "PAIRWISE": True}]},
             "REWARDS.0: LOW is for scores; PAIRWISE compares",
         ),

@@ -159,7 +159,7 @@ def test_rules_of_the_whole_rate_are_the_controllers():
     assert optimizer.param_groups[0]["lr"] == 1.0
     with pytest.raises(TypeError, match="lr_ruel"):
         OnlineSGD(model.parameters(), lr=1.0, weights=None, lr_ruel="trend")
-    with pytest.raises(ValueError, match="foreach cannot take the rate of each tensor"):
+    with pytest.raises(ValueError, match="foreach cannot take each tensor's rate"):
         OnlineAdamW(model.parameters(), foreach=True)
     with pytest.raises(ValueError, match="give it all of them at once"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})

@@ -8,6 +8,7 @@ import http.client
 import json
 import re
 import shutil
+import socket
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -127,6 +128,22 @@ def test_the_page_may_only_run_what_came_with_it(reward):
     again = client.request("GET", "/")[0].headers["content-security-policy"]
     assert again != policy, "a nonce is used once"
     assert response.headers["x-frame-options"] == "DENY"
+
+
+def test_on_all_addresses_any_name_will_do_with_the_token(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PAGE_TOKEN", "sesame")
+    labels = str(tmp_path / "labels.sqlite")
+    made = HumanReward(where="web", host="0.0.0.0", port=0, token_env="PAGE_TOKEN", labels=labels)
+    made.labeller.start()
+    try:
+        assert f"label at http://{socket.gethostname()}:" in capsys.readouterr().err
+        client = Client(made)
+        client.host = f"127.0.0.1:{urlsplit(made.labeller.address).port}"
+        assert client.request("GET", "/next", Host="studio.local")[0].status == 403
+        client.enter()
+        assert client.request("GET", "/next", Host="studio.local")[0].status == 200
+    finally:
+        made.close()
 
 
 def test_two_cookies_are_two_people(reward):

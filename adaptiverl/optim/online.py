@@ -51,9 +51,7 @@ class Online(Optimizer):
         self._step_supports_amp_scaling = False
         for group in self.param_groups:
             if group.get("foreach") and not group.get("capturable"):
-                raise ValueError(
-                    "foreach cannot take the rate of each tensor: use fused or neither"
-                )
+                raise ValueError("foreach cannot take each tensor's rate: use fused or neither")
             if group["params"][0].is_cuda and not group.get("foreach"):
                 group["fused" if "fused" in group else "capturable"] = True  # no synchronisation
         self.learns, self.learning = learn, {"rate": recurrent.META_LR, "kept": recurrent.HOME}
@@ -63,6 +61,8 @@ class Online(Optimizer):
         self.signals = [0.0] * 4  # of the whole run, for every tensor
         self.tensors = [p for group in self.param_groups for p in group["params"]]
         self.device = self.tensors[0].device
+        if {p.device for p in self.tensors} != {self.device}:
+            raise ValueError("an online optimizer needs all of its tensors on one device")
         self.sample = Sample(self.tensors)
         home = recurrent.trained("tensors") if weights else recurrent.fresh(FEATURES)
         self._place(home, home)

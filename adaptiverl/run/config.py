@@ -157,6 +157,9 @@ class Config(Strict):
             names = [reward.name for reward in rewards]
             if twice := {name for name in names if names.count(name) > 1}:
                 raise ValueError(f"two rewards are named {twice.pop()!r}: give one of them a NAME")
+        people = [r for rs in (self.REWARDS, self.HELD_OUT) for r in rs if r.TYPE == "human"]
+        if sum(reward.WHERE == "terminal" for reward in people) > 1:
+            raise ValueError("a terminal asks for one human reward: give the other WHERE web")
         if self.BATCH_SIZE % self.NUM_GENERATIONS:
             raise ValueError(
                 f"BATCH_SIZE {self.BATCH_SIZE} counts completions and must be a multiple of "

@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 Row = dict[str, Any]
-FILES = ("metrics.jsonl", "samples.jsonl", "controller.jsonl", "dynamics.jsonl")
+FILES = ("metrics.jsonl", "samples.jsonl", "controller.jsonl")
 
 
 class RunLog:
@@ -26,6 +26,8 @@ class RunLog:
     def __init__(self, output_dir: Path, step: int, last_step: int, log_every: int):
         output_dir.mkdir(parents=True, exist_ok=True)
         self.files = []
+        self.dynamics = output_dir / "dynamics.jsonl"  # of runs that have any
+        _keep_until(self.dynamics, step)
         for name in FILES:
             path = output_dir / name
             _keep_until(path, step)
@@ -39,12 +41,17 @@ class RunLog:
         metrics: Row,
         samples: Iterable[Row],
         reasons: Iterable[Row],
-        dynamics: Iterable[Row] = (),
+        dynamics: Sequence[Row] = (),
     ) -> None:
         """Records one step; the files are flushed, so that a kill loses nothing."""
-        for file, rows in zip(self.files, ([metrics], samples, reasons, dynamics), strict=True):
-            file.writelines(json.dumps(_plain(row), ensure_ascii=False) + "\n" for row in rows)
+        for file, rows in zip(self.files, ([metrics], samples, reasons), strict=True):
+            file.writelines(map(_line, rows))
             file.flush()
+        if dynamics:
+            with self.dynamics.open("a", encoding="utf-8") as file:
+                file.writelines(map(_line, dynamics))
+                file.flush()
+                os.fsync(file.fileno())
         self.bar.update()
         if metrics["reward"] is not None:
             self.bar.set_postfix_str(f"reward {metrics['reward']:.3f}", refresh=False)
@@ -110,6 +117,10 @@ def _cell(value: Any, width: int = 60) -> str:
         return "missing"
     text = f"{value:.3f}" if isinstance(value, float) else " ".join(str(value).split())
     return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def _line(row: Row) -> str:
+    return json.dumps(_plain(row), ensure_ascii=False) + "\n"
 
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:
