@@ -72,7 +72,7 @@ APART = """
 import json, math, sys
 sys.path.insert(0, {root!r})
 import torch
-from adaptiverl import AdaptiveOptimizer, AdaptiveScheduler
+from adaptiverl import AdaptiveOptimizer, AdaptiveScheduler, OnlineAdamW
 torch.distributed.init_process_group("gloo")
 rank = torch.distributed.get_rank()
 rates = []
@@ -84,8 +84,12 @@ for face in ("optimizer", "scheduler"):
         one.controller.observe(loss=loss, reward=reward)
         one.controller.tick()
         rates.append(one.lr if face == "optimizer" else one.get_lr()[0])
+online = OnlineAdamW([torch.nn.Parameter(torch.ones(9))])
+for k in (1.0, 2.0):
+    reward = math.nan if rank else k
+    online.observe(loss=k + rank, reward=reward, kl=0.1 * (rank + k), kl_target=0.1)
 with open({folder!r} + f"/apart{{rank}}.json", "w") as f:
-    json.dump(rates, f)
+    json.dump([rates, online.signals], f)
 torch.distributed.barrier()  # gloo aborts a process whose peer has gone
 torch.distributed.destroy_process_group()
 """
@@ -98,8 +102,12 @@ def test_processes_that_see_different_signals_move_alike(start, settings, tmp_pa
     process = start(settings, launcher=TORCHRUN, program=str(script))
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    first, second = (json.loads((tmp_path / f"apart{rank}.json").read_text()) for rank in (0, 1))
-    assert first == second and first[:2] == first[2:]
+    both = [json.loads((tmp_path / f"apart{rank}.json").read_text()) for rank in (0, 1)]
+    assert both[0] == both[1]
+    first, signals = both[0]
+    assert first[:2] == first[2:]
+    # KL 0.25 over 0.1; reward 2 against 1.1, loss 2.5 against 1.6, over their usual 1.05 and 1.55
+    assert signals == pytest.approx([math.log(2.5) / 2, 0.9 / 1.05, 0.9 / 1.55, 0.0])
     kelly = [1 + 0.2 * math.tanh(0.5), 1 + 0.2 * math.tanh(0.9 * 0.5 + 0.1 * 2)]
     assert first[0] == pytest.approx(kelly[0] / 2, rel=1e-6)
     assert first[1] == pytest.approx(kelly[0] * kelly[1] / 4, rel=1e-6)

@@ -161,7 +161,7 @@ def test_rules_of_the_whole_rate_are_the_controllers():
         OnlineSGD(model.parameters(), lr=1.0, weights=None, lr_ruel="trend")
     with pytest.raises(ValueError, match="foreach cannot take each tensor's rate"):
         OnlineAdamW(model.parameters(), foreach=True)
-    with pytest.raises(ValueError, match="give it all of them at once"):
+    with pytest.raises(ValueError, match="all of its tensors at the beginning"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
 
 
@@ -259,14 +259,18 @@ def test_its_gradient_is_the_hypergradient():
     ], "what it learns from is minus that, of a sample"
 
 
+@pytest.mark.parametrize("maximize", [False, True])
 @pytest.mark.parametrize(("rate", "cosine"), [(0.1, 1.0), (0.9, -1.0)])
-def test_it_sees_whether_its_updates_lead_downhill(rate, cosine):
-    """x²: a step of 0.1 · 2x goes down, and down again; one of 0.9 · 2x across, and back again."""
+def test_it_sees_whether_its_updates_lead_downhill(rate, cosine, maximize):
+    """x²: a step of 0.1 · 2x goes down, and down again; one of 0.9 · 2x across, and back again.
+
+    With maximize it is −x² and uphill.
+    """
     weight = nn.Parameter(torch.ones(64))
-    optimizer = OnlineSGD([weight], lr=rate, weights=None, learn=False)
+    optimizer = OnlineSGD([weight], lr=rate, maximize=maximize, weights=None, learn=False)
     for expected in (0.0, cosine):
         optimizer.zero_grad()
-        weight.square().sum().backward()
+        (weight.square().sum() * (-1 if maximize else 1)).backward()
         optimizer.step()
         seen = optimizer.last["cosine"].item() / (1 - online.BETA)
         assert seen == pytest.approx(expected, abs=1e-5)

@@ -174,8 +174,11 @@ class Controller:
         grad_norm: float | None = None,
         kl: float | None = None,
         alignment: float | None = None,
-    ) -> None:
-        """Lets the rules answer what was seen; NaN and infinity are ignored and counted."""
+    ) -> dict[str, float]:
+        """Lets the rules answer what was seen; NaN and infinity are ignored and counted.
+
+        What is returned is what they answered: finite, and the mean over processes.
+        """
         given = {"loss": loss, "grad_norm": grad_norm, "reward": reward}
         given |= {"kl": kl, "alignment": alignment}
         numbers: dict[str, float] = {}
@@ -185,7 +188,8 @@ class Controller:
                     numbers[signal] = float(value)
                 else:
                     self.ignored[signal] += 1
-        for signal, x in self._mean_over_processes(numbers, list(given)).items():
+        numbers = self._mean_over_processes(numbers, list(given))
+        for signal, x in numbers.items():
             if signal == "kl":
                 self._steer(x)
             elif signal == "alignment":
@@ -195,6 +199,7 @@ class Controller:
                 self.seen[signal], reading = self.signals[signal].read(self.seen[signal], x)
                 self._answer(signal, reading)
         self.write()
+        return numbers
 
     def _steer(self, kl: float) -> None:
         if "kl_target" in self.lr_rules:

@@ -22,8 +22,8 @@ class Learned:
     """Its features are clipped and free of units: KL over its target, loss, reward and gradient
     against what is usual for them, agreement of gradient and last update, now and smoothed."""
 
-    def __init__(self, weights: str | None = "trained"):
-        self.home = recurrent.trained("rate") if weights else recurrent.fresh(FEATURES)
+    def __init__(self) -> None:
+        self.home = recurrent.trained("rate")
         self.weights = dict(self.home)
         self.hidden = torch.zeros(1, recurrent.HIDDEN)
         self.last: dict[str, torch.Tensor] | None = None  # x and hidden of the last answer

@@ -76,6 +76,8 @@ class Online(Optimizer):
             "weight": torch.zeros(len(self.tensors), self.sample.size, device=self.device),
         }
         self._fixed = self._what_never_changes()
+        signs = [-1.0 if g.get("maximize") else 1.0 for g in self.param_groups for _ in g["params"]]
+        self._downhill = torch.tensor(signs, device=self.device)
         self._run = torch.zeros(5, device=self.device)
         self._told = self._run.unbind()
 
@@ -101,10 +103,7 @@ class Online(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if hasattr(self, "tensors"):
-            raise ValueError(
-                "an online optimizer has a hidden state for each tensor that it began with: give "
-                "it all of them at once"
-            )
+            raise ValueError("an online optimizer needs all of its tensors at the beginning")
         super().add_param_group(param_group)
 
     # What it does
@@ -121,12 +120,12 @@ class Online(Optimizer):
         """Lets the controller answer, and the GRU see: KL over its target, reward and loss against
         what is usual for them, and the share of the run that is done."""
         given = {"loss": loss, "reward": reward, "kl": kl}
-        values = {name: number(x) for name, x in given.items() if x is not None}
-        self.controller.observe(**values)
+        own = {name: number(x) for name, x in given.items() if x is not None}
+        values = self.controller.observe(**own)  # of all processes: their scales must not differ
         if kl_target and values.get("kl", 0) > 0:
             self.signals[0] = min(max(math.log(values["kl"] / kl_target) / 2, -2.0), 2.0)
         for place, name in ((1, "reward"), (2, "loss")):
-            if math.isfinite(values.get(name, math.nan)):
+            if name in values:
                 ema, usual = (self.controller.seen[name][k] for k in ("ema", "usual"))
                 self.signals[place] = min(max((values[name] - ema) / (usual + 1e-8), -2.0), 2.0)
         if done is not None:
@@ -143,7 +142,7 @@ class Online(Optimizer):
         weight = self.sample(self.tensors)
         # Read here and not after the step: whoever shrank the update (a trust region) has done so.
         update = self.last["weight"] - weight if self.steps else torch.zeros_like(weight)
-        gain = _cosine(gradient, update).nan_to_num(0.0)
+        gain = (_cosine(gradient, update) * self._downhill).nan_to_num(0.0)
         if self.learns and self.steps:
             self.weights = recurrent.learn(
                 self.weights, self.home, self.last["x"], self.last["hidden"],
