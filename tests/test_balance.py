@@ -180,21 +180,28 @@ def test_async_rewards_run_while_something_else_is_computed():
     assert rest() == {"sync": [2.0], "slow": [1.0]}
 
 
-def test_scales_of_one_to_a_thousand_train_on_both(main, settings):
-    """By zscore each has a share; raw, the large one has all of it. Resume is exact."""
+def test_scales_of_one_to_a_thousand_train_on_both(main, settings, tmp_path, monkeypatch):
+    """Scores of 0 or 1 and of 0 or 1000. Raw, the large one has all of the advantages' variance; by
+    zscore both have a share, and the log has the share before beside it. Resume is exact."""
+    (tmp_path / "thousand.py").write_text(
+        "def large(completions, **_):\n"
+        "    return [1000.0 * ('th' in text) for text in completions]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
     out = Path(settings["OUTPUT_DIR"])
     small = {"TYPE": "regex", "PATTERNS": "[aeiou]{2}"}
-    large = {"TYPE": "regex", "NAME": "large", "PATTERNS": "th", "WEIGHT": 1000}
+    large = {"TYPE": "python", "FUNCTION": "thousand:large"}
     keys = settings | {"STEPS": 6, "BATCH_SIZE": 16, "SAVE_EVERY": 3, "REWARDS": [small, large]}
     assert main(keys) == 0
     raw = read_jsonl(out / "metrics.jsonl")
     assert statistics.median(abs(row["rewards/regex/share"]) for row in raw) < 0.01
     assert "rewards/regex/share_raw" not in raw[0]
 
-    large["WEIGHT"] = 1
     scaled = keys | {"REWARDS": [r | {"NORMALIZE": "zscore"} for r in (small, large)]}
     assert main(scaled) == 0
     rows = read_jsonl(out / "metrics.jsonl")
+    assert max(row["rewards/large/mean"] for row in rows) > 100, "it is a thousand times as large"
+    assert statistics.median(abs(row["rewards/regex/share_raw"]) for row in rows) < 0.01
     assert 0.2 < statistics.median(row["rewards/regex/share"] for row in rows) < 0.8
     assert all(row["rewards/regex/share"] + row["rewards/large/share"] == pytest.approx(1)
                for row in rows)  # fmt: skip
