@@ -59,7 +59,7 @@ class Size:
 
 
 def sizes(device: str) -> dict[str, Size]:
-    gpt2 = Size("gpt2", 12, 768, 12, 50257, batch=8, tokens=16, positions=1024)
+    gpt2 = Size("gpt2", 12, 768, 12, 50257, positions=1024)
     if device == "cuda":
         gpt2 = replace(gpt2, batch=64, tokens=64, prompt=64)
     embedded, wide = Size("embedded", 4, 192, 4, 4096), Size("4x128", 4, 128, 4, 50257)
@@ -109,12 +109,13 @@ def floor(size: Size, machine: Machine) -> dict[str, float]:
 def memory_estimate(size: Size) -> int:
     """Bytes over the loaded models: fp32 gradients and AdamW's two moments; activations.
 
-    Activations are what backward reads in each layer, 16 D a token: the inputs of two layer norms
-    and four products (D, D, D, D, D, 4 D), q, k, v (3 D) and GELU's input (4 D). Logits are left
-    out, as they can be formed in pieces; so is the cache, 2 D a token and gone by then.
+    Activations are what backward reads in each layer, 12 D a token: the inputs of two layer norms
+    and three products (5 D), q, k, v (3 D) and GELU's input (4 D), of which its output follows.
+    Logits are left out, as they can be formed in pieces; so is the cache, 2 D a token and gone by
+    then.
     """
     tokens = size.prompts * size.prompt + size.batch * size.tokens
-    return 3 * 4 * size.weights + 16 * size.layers * size.width * tokens * size.precision
+    return 3 * 4 * size.weights + 12 * size.layers * size.width * tokens * size.precision
 
 
 def measure(device: str) -> Machine:

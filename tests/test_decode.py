@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     Gemma2Config,
@@ -20,9 +21,10 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from adaptiverl.rl import decode
+from adaptiverl.rl import decode, gpt2
 from adaptiverl.rl.decode import Decoder
 from adaptiverl.rl.generate import generate
+from adaptiverl.rl.gpt2 import gelu, read_prompts
 from adaptiverl.rl.policy import Policy
 from adaptiverl.rl.rollout import Choice, Rollout, uniforms
 
@@ -226,7 +228,7 @@ def test_gpt2_is_measured_like_its_unpadded_self(adapter):
     if adapter:
         from peft import LoraConfig, get_peft_model
 
-        lora = LoraConfig(target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
+        lora = LoraConfig(target_modules=["c_attn", "c_fc", "c_proj"], fan_in_fan_out=True)
         policy = Policy(get_peft_model(policy.lm, lora))
         with torch.no_grad():
             for name, parameter in policy.named_parameters():
@@ -235,6 +237,31 @@ def test_gpt2_is_measured_like_its_unpadded_self(adapter):
     assert policy.gpt2 and policy.plain_head
     rollout = sampled("decoder", policy.base, choice(), PROMPTS, OF, uniforms(0, 1, len(OF), 20))
     check_against_library(policy, rollout, 1.0)
+
+
+def test_gelu_is_torchs():
+    x = torch.cat([torch.linspace(-12, 12, 10_001), torch.tensor([0.0, 1e-30, 1e4, -1e4, 1e20])])
+    want = torch.nn.functional.gelu(x, approximate="tanh")
+    with torch.no_grad():
+        torch.testing.assert_close(gelu(x), want, rtol=1e-6, atol=1e-6)
+
+
+def test_backward_keeps_gelus_input_and_makes_its_output_again(monkeypatch):
+    lm, kept = small_gpt2(7), []
+
+    def seen(pack, unpack):
+        return saved_tensors_hooks(lambda x: kept.append(pack(x)) or kept[-1], unpack)
+
+    monkeypatch.setattr(gpt2, "saved_tensors_hooks", seen)
+    ids = torch.ones(3, 5, dtype=torch.long)
+    wide = ids.numel() * 4 * lm.config.n_embd
+    with seen(lambda x: x, lambda x: x):
+        states, _ = read_prompts(lm.transformer, ids, torch.ones_like(ids))
+    assert [isinstance(x, Tensor) and x.numel() for x in kept].count(wide) == lm.config.n_layer
+    weight = lm.transformer.h[0].mlp.c_proj.weight
+    (ours,) = torch.autograd.grad((states**2).sum(), weight)
+    (theirs,) = torch.autograd.grad((lm.transformer(ids).last_hidden_state ** 2).sum(), weight)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def check_against_library(policy: Policy, rollout: Rollout, temperature: float) -> None:

@@ -238,17 +238,9 @@ class Online(Optimizer):
                     f"the state is of version {online['version']}, this program reads {VERSION}"
                 )
             if online["names"] != self.names:
-                pairs = zip(online["names"], self.names, strict=False)
-                other = next((pair for pair in pairs if pair[0] != pair[1]), None)
-                raise ValueError(
-                    f"the state is of {len(online['names'])} tensors, the optimizer has "
-                    f"{len(self.names)}"
-                    + (
-                        f"; the first that differs was {other[0]} and is {other[1]}"
-                        if other
-                        else ""
-                    )
-                )
+                pairs = zip([*online["names"], "none"], [*self.names, "none"], strict=False)
+                was, now = next(pair for pair in pairs if pair[0] != pair[1])
+                raise ValueError(f"the state is of other tensors: {was} there, {now} here")
         super().load_state_dict(state)
         if online is not None:
             self.steps, self.signals = online["steps"], list(online["signals"])

@@ -46,14 +46,10 @@ class Projection:
         return logits
 
 
-def exponentials_(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """exp(logits − m) in place of the logits [V, n], then log Z and Z·exp(−m), [n] each.
-
-    m is a column's largest logit; the exponentials are the probabilities times Z·exp(−m).
-    """
+def exponentials_(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(logits − m) in place of the logits [V, n], and m [n], a column's largest logit."""
     largest = _largest(logits)
-    total = logits.sub_(largest).exp_().sum(0)
-    return logits, largest + total.log(), total
+    return logits.sub_(largest).exp_(), largest
 
 
 def _largest(logits: Tensor) -> Tensor:
@@ -73,7 +69,8 @@ def plain_logprobs(
     for states, chosen in zip(hidden.split(CHUNK), tokens.split(CHUNK), strict=True):
         logits = projection.logits(states)
         own = logits.gather(0, chosen[None])[0]
-        parts.append(own - exponentials_(logits)[1])
+        relative, largest = exponentials_(logits)
+        parts.append(own - (largest + relative.sum(0).log()))
     return torch.cat(parts)
 
 
@@ -119,7 +116,9 @@ class _WeightedLogprobs(torch.autograd.Function):
         ):
             logits = project.logits(states)
             own = logits.gather(0, chosen[None])[0]
-            relative, log_z, total = exponentials_(logits)  # the probabilities times total
+            relative, largest = exponentials_(logits)  # the probabilities times total
+            total = relative.sum(0)
+            log_z = largest + total.log()
             logprobs.append(own - log_z)
 
             # ∂ log π(y)/∂h = (W_y − Σ_v π(v) W_v)/τ, and Σ_v π(v) logit(v) is h · Σ_v π(v) W_v / τ

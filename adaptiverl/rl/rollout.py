@@ -82,9 +82,10 @@ def pick_(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     float32 is off by more than a rare word's probability, but not for those over 256.
     """
     words, n = logits.shape
-    weights, _, total = exponentials_(logits)
+    weights, _ = exponentials_(logits)
     even = words // BLOCK * BLOCK
     sums = torch.cat([weights[:even].view(-1, BLOCK, n).sum(1), weights[even:].sum(0)[None]])
+    total = sums.sum(0)
     cumulative = sums.t().double().cumsum(-1)  # [n, blocks]
     threshold = uniform[:, None] * cumulative[:, -1:]
     # right=True: the first entry whose sum exceeds the threshold, so never one of probability 0
@@ -126,7 +127,8 @@ class Choice:
             return pick_(logits, uniform)
         token, _ = pick_(bend(None, logits.t()).t().contiguous(), uniform)
         own = logits.gather(0, token[None])[0]
-        return token, own - exponentials_(logits)[1]
+        relative, largest = exponentials_(logits)
+        return token, own - (largest + relative.sum(0).log())
 
 
 def check_logprobs(
