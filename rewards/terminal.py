@@ -46,8 +46,8 @@ class Terminal:
 
     def _labelling(self) -> None:
         while question := self.desk.wait_next(WHO):
-            self._show(question)
-            with self._single_keys():
+            with self._single_keys():  # before it is shown: a quick key is not echoed either
+                self._show(question)
                 key = self._key_for(question)
             if key == "u":
                 if not self.desk.undo(WHO):
