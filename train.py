@@ -16,11 +16,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from adaptiverl import report, saving
 from adaptiverl.program import Run
 from adaptiverl.rl.reinforce import advantages, kl_per_token, token_weights
 from adaptiverl.rl.rollout import Rollout
-from adaptiverl.run.config import UserError, load_config
+from adaptiverl.run.config import UserError
 from adaptiverl.run.process import Clock, Paused, StopSignal, peak_memory
+from adaptiverl.run.reading import load_config
 from adaptiverl.run.tracking import RunLog, table
 
 
@@ -70,16 +72,16 @@ def train(run: Run, log: RunLog | None, stop: StopSignal) -> None:
         clock.lap("update")
 
         # Let what was seen move the hyperparameters of the next step.
-        metrics |= run.summary(rollout, reward, kl, sums, grad_norm)
+        metrics |= report.summary(run, rollout, reward, kl, sums, grad_norm)
         metrics |= run.scoring.said(scores, held_out)
         metrics |= run.rewards.balance(scores, state.step, c.NUM_GENERATIONS)
         run.adapt(penalised, kl, metrics)
-        metrics |= run.timed(clock, tokens=metrics["completions/mean_length"] * len(reward))
+        metrics |= report.timed(run, clock, metrics["completions/mean_length"])
         if run.eval_prompts and c.EVAL_EVERY and state.step % c.EVAL_EVERY == 0:
-            metrics |= run.evaluate(run.eval_prompts)
-        run.record(metrics, run.samples(batch, rollout, completions, reward, scores), log)
+            metrics |= report.evaluate(run, run.eval_prompts)
+        run.record(metrics, report.samples(run, batch, rollout, completions, reward, scores), log)
         if c.SAVE_EVERY and state.step % c.SAVE_EVERY == 0:
-            run.save(f"step-{state.step:06d}", log)
+            saving.save(run, log)
 
 
 def policy_gradient(
@@ -157,8 +159,8 @@ def main() -> int:
             try:
                 train(run, log, stop)
             except Paused as reason:
-                return run.pause(reason, stop, log)
-            return run.finish(stop, log)
+                return saving.pause(run, reason, stop, log)
+            return saving.finish(run, stop, log)
     except UserError as mistake:
         print(f"error: {mistake}", file=sys.stderr)
         return 2

@@ -1,45 +1,41 @@
-"""A run: what each step of train.py's loop needs and what it leaves.
+"""A run: what each step of train.py's loop needs.
 
 It joins the four parts (optim, rl, run, rewards), which do not know each other. Making the parts
-from the config is setup.py's, rewards are scoring.py's, checkpoints saving.py's; the algorithm is
-train.py's.
+from the config is setup.py's, rewards are scoring.py's, what a step leaves report.py's, checkpoints
+and the run's end saving.py's; the algorithm is train.py's.
 """
 
 import json
-import logging
-import math
-import signal
-import sys
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, gather_object, set_seed
+from accelerate.utils import DistributedType, set_seed
 from datasets import Dataset
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from adaptiverl import saving, setup
-from adaptiverl.optim.base import ONLINE, momentum_of
+from adaptiverl.optim.base import ONLINE
 from adaptiverl.optim.dynamics import dynamics
+from adaptiverl.optim.hyperparams import get
 from adaptiverl.optim.trust_region import LastUpdate, TrustRegion, alignment
+from adaptiverl.report import Metrics
 from adaptiverl.rl.data import indices_at
-from adaptiverl.rl.diversity import distinct, repetition
 from adaptiverl.rl.reinforce import adapt_kl_coef, kl_per_token
 from adaptiverl.rl.rollout import Rollout, uniforms
 from adaptiverl.rl.sampler import Sampler
 from adaptiverl.run import checkpoint
 from adaptiverl.run.config import REWARD_KEYS, Config
-from adaptiverl.run.process import Clock, Paused, StopSignal
+from adaptiverl.run.process import StopSignal
 from adaptiverl.run.tracking import RunLog, dynamics_lines
 from adaptiverl.saving import State
 from adaptiverl.scoring import Batch, Begun, Scoring
 from adaptiverl.setup import blame
 from rewards.composite import Scores
 
-Metrics = dict[str, Any]  # name → number, None where there is none
 PROBE = 8  # an update's KL is measured on one in so many completions
 
 
@@ -110,9 +106,9 @@ class Run:
         count = c.BATCH_SIZE // c.NUM_GENERATIONS
         rows = indices_at(step - 1, count, len(self.prompts), c.SEED)
         rows = [row for row in rows for _ in range(c.NUM_GENERATIONS)][self.own_rows]
-        return self._columns(self.prompts, rows)
+        return self.columns(self.prompts, rows)
 
-    def _columns(self, prompts: Dataset, rows: list[int]) -> Batch:
+    def columns(self, prompts: Dataset, rows: list[int]) -> Batch:
         columns = prompts[rows]
         return columns | {"prompt": columns[self.config.PROMPT_COLUMN]}
 
@@ -120,9 +116,9 @@ class Run:
         """A completion of each prompt; which one follows from the policy, SEED and `step`."""
         c = self.config
         chance = uniforms(c.SEED, step, c.BATCH_SIZE, c.MAX_NEW_TOKENS)[self.own_rows]
-        return self._without_gradient(partial(self.sampler, batch["prompt"], chance))
+        return self.without_gradient(partial(self.sampler, batch["prompt"], chance))
 
-    def _without_gradient(self, work: Callable[[], Any]) -> Any:
+    def without_gradient(self, work: Callable[[], Any]) -> Any:
         """What `work` returns. DDP must not see it, or it would wait for gradients; FSDP must."""
         with torch.no_grad(), self.accelerator.autocast():
             if not self.sharded:
@@ -140,7 +136,7 @@ class Run:
 
     def reference_logprobs(self, rollout: Rollout) -> Tensor:
         pieces = self.config.GRAD_ACCUM
-        return self._without_gradient(partial(self.sampler.reference_logprobs, rollout, pieces))
+        return self.without_gradient(partial(self.sampler.reference_logprobs, rollout, pieces))
 
     def gather(self, values: Tensor) -> Tensor:
         """All processes' `values` [B], joined in order, on the CPU."""
@@ -155,7 +151,8 @@ class Run:
         """The optimizer's step, no further from the policy than KL_STEP_TARGET; what it took."""
         inner = self.optimizer.optimizer
         group = inner.param_groups[0]
-        taken: Metrics = {"lr": float(group["lr"]), "momentum": momentum_of(group)}
+        momentum = get(group, "beta1" if "betas" in group else "momentum") or 0.0
+        taken: Metrics = {"lr": float(group["lr"]), "momentum": momentum}
         if not (self.accelerator.scaler or grad_norm.isfinite()):  # FP16's scaler skips by itself
             return taken
         braked = "kl_target" in self.controller.lr_rules
@@ -168,14 +165,14 @@ class Run:
         target, update = self.controller.kl_target, LastUpdate(inner) if braked else None
         probe = rollout.part(torch.arange(0, len(rollout), PROBE, device=rollout.prompt_of.device))
         measure = partial(self.sampler.policy.logprobs, probe, self.config.TEMPERATURE)
-        before = probe.logprobs if self.exact else self._without_gradient(measure)
+        before = probe.logprobs if self.exact else self.without_gradient(measure)
         self.optimizer.step()
         if self.optimizer.step_was_skipped:
             return taken
 
         def moved() -> float:
             """KL(before ‖ now), nats a token, over the probes of all processes."""
-            kl = kl_per_token(before, self._without_gradient(measure), "k3")
+            kl = kl_per_token(before, self.without_gradient(measure), "k3")
             sums = torch.stack([kl.sum(), probe.completion_mask.sum()])
             total, tokens = self.accelerator.reduce(sums, "sum").tolist()
             return total / tokens
@@ -192,43 +189,6 @@ class Run:
         evidence = round(self.region.evidence, 3)
         taken |= {"kl_step": kl, "kl_step_target": target, "kl_step_evidence": evidence}
         return taken | {"braked": self.state.braked}
-
-    # What a step leaves
-
-    def summary(
-        self, rollout: Rollout, reward: Tensor, kl: Tensor, sums: Tensor, grad_norm: Tensor
-    ) -> Metrics:
-        """The step's metrics; `sums` holds this process's loss and its sum of entropies."""
-        lengths = self.gather(rollout.completion_mask.sum(-1)).float()
-        loss, entropy = self.accelerator.reduce(sums, "mean").tolist()
-        completions = gather_object(rollout.tokens())
-        known = reward[~reward.isnan()]
-        self.state.skipped += not grad_norm.isfinite()
-        result: Metrics = {
-            "reward": known.mean().item() if len(known) else None,
-            "reward_std": known.std().item() if len(known) > 1 else None,
-            "loss": loss,
-            "entropy": entropy * self.accelerator.num_processes / lengths.sum().item(),
-            "grad_norm": grad_norm.item(),
-            "completions/mean_length": lengths.mean().item(),
-            "completions/distinct_1": distinct(completions, 1),
-            "completions/distinct_2": distinct(completions, 2),
-            "completions/repetition": repetition(completions),
-            "skipped": self.state.skipped,
-        }
-        if self.config.KL_COEF:
-            result["kl"] = (kl.sum() / lengths.sum()).item()  # per token, as TRL has it
-            result["kl_per_completion"] = kl.mean().item()
-            result["kl_coef"] = self.state.kl_coef
-        return result
-
-    def timed(self, clock: Clock, tokens: float) -> Metrics:
-        """Seconds of each lap, the mean over processes, and tokens a second of all of them."""
-        laps = torch.tensor(list(clock.laps.values()), device=self.accelerator.device)
-        seconds = self.accelerator.reduce(laps, "mean").tolist()
-        speed = {"tokens_per_second": round(tokens / sum(seconds), 1)}
-        named = zip(clock.laps, seconds, strict=True)
-        return speed | {f"seconds/{name}": round(lap, 4) for name, lap in named}
 
     def adapt(self, penalised: Tensor, kl: Tensor, metrics: Metrics) -> None:
         """Moves hyperparameters, the KL coefficient and the running mean that is a baseline."""
@@ -250,32 +210,6 @@ class Run:
             mean, old = penalised.nanmean().item(), state.reward_ema
             state.reward_ema = mean if old is None else 0.9 * old + 0.1 * mean
 
-    def samples(
-        self, batch: Batch, rollout: Rollout, completions: list[str], reward: Tensor, scores: Scores
-    ) -> list[dict[str, Any]]:
-        """The step's rows of samples.jsonl: what the model wrote and what each reward said."""
-        if not self.config.SAMPLES_EVERY or self.state.step % self.config.SAMPLES_EVERY:
-            return []
-        ids = rollout.tokens()
-        logprobs = rollout.logprobs.tolist()
-        rows = gather_object(
-            [
-                {
-                    "step": self.state.step,
-                    "prompt": batch["prompt"][i],
-                    "completion": completions[i],
-                    "completion_ids": ids[i],
-                    "logprobs": [round(value, 6) for value in logprobs[i][: len(ids[i])]],
-                }
-                | {name: values[i] for name, values in self.rewards.extras.items()}
-                for i in range(len(ids))
-            ]
-        )
-        for i, row in enumerate(rows):
-            row["reward"] = reward[i].item()
-            row |= {f"rewards/{name}": column[i] for name, column in scores.items()}
-        return rows
-
     def record(self, metrics: Metrics, samples: list[dict], log: RunLog | None) -> None:
         """Writes the step to the run's files and the trackers."""
         reasons, self.controller.audit = self.controller.audit, []
@@ -290,34 +224,7 @@ class Run:
             numbers = {name: value for name, value in metrics.items() if value is not None}
             self.accelerator.log(numbers, step=self.state.step)
 
-    def evaluate(self, prompts: Dataset) -> Metrics:
-        """One completion of every held-out prompt, always from the same random numbers."""
-        c = self.config
-        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        # As many rows in each process, because a sharded policy is sampled by all at once.
-        own = range(rank, math.ceil(len(prompts) / processes) * processes, processes)
-        chance = uniforms(c.SEED, 0, len(prompts), c.MAX_NEW_TOKENS)
-        begun: list[Begun] = []
-        size = self.own_rows.stop - self.own_rows.start
-        for start in range(0, len(own), size):
-            rows = [row % len(prompts) for row in own[start : start + size]]
-            real = sum(row < len(prompts) for row in own[start : start + size])
-            batch = self._columns(prompts, rows)
-            sample = partial(self.sampler, batch["prompt"], chance[rows])
-            rollout = self._without_gradient(sample)
-            one = self.begin_scoring(batch, rollout, self.sampler.decode(rollout))
-            begun.append(partial(_first, one, real))
-        try:
-            scores, held_out = self.scoring.scores(begun)
-        except Paused as reason:  # the step is made: pausing here would make it twice
-            if self.is_main:
-                logging.warning("evaluation left out: %s", reason)
-            return {"eval/reward": None}
-        known = [value for value in self.rewards.combine(scores) if value is not None]
-        mean = {"eval/reward": sum(known) / len(known) if known else None}
-        return mean | self.scoring.said(scores, held_out, "eval/")
-
-    # Its beginning, checkpoints and end
+    # Its beginning and end
 
     def check(self) -> None:
         """Stops before the first step if log-probabilities are not the library's own.
@@ -329,9 +236,9 @@ class Run:
         texts = texts[:2] + texts[-2:]
         c = self.config
         chance = uniforms(c.SEED, 0, len(texts), min(8, c.MAX_NEW_TOKENS))
-        rollout = self._without_gradient(partial(self.sampler, texts, chance))
+        rollout = self.without_gradient(partial(self.sampler, texts, chance))
         with blame(f"MODEL {c.MODEL}"):
-            self._without_gradient(partial(self.sampler.check, rollout, self.exact))
+            self.without_gradient(partial(self.sampler.check, rollout, self.exact))
 
     def start(self) -> RunLog | None:
         """Prepares OUTPUT_DIR; the log on the main process, None on others."""
@@ -348,39 +255,6 @@ class Run:
             self.accelerator.init_trackers("adaptiverl", config=_flat(c))
         return log
 
-    def save(self, name: str, log: RunLog | None) -> None:
-        """Writes the checkpoint `name`, from which `restore` continues exactly."""
-        rng = gather_object([checkpoint.rng_state()])
-        inner = self.optimizer.optimizer
-        whole = self.shards.whole_state(self.policy, inner) if self.sharded else None
-        if log:
-            log.sync()
-            checkpoint.save(
-                self.output / name,
-                self.state.step,
-                lambda folder: saving.write(self, folder, rng, whole),
-            )
-            checkpoint.prune(self.output, self.config.KEEP_CHECKPOINTS)
-        self.accelerator.wait_for_everyone()
-
-    def finish(self, stop: StopSignal, log: RunLog | None) -> int:
-        """Saves what was reached and says so; the exit status, 128 + signal if one came."""
-        stopped_by = self.stopped_by(stop)
-        done = self.state.step >= self.last_step
-        name = "final" if done else f"step-{self.state.step:06d}"
-        self.save(name, log)
-        if log:
-            log.close()
-            if done:
-                print(f"finished: {self.state.step} steps, the model is in {self.output / name}")
-            else:
-                print(
-                    f"stopped by {signal.Signals(stopped_by).name} after step {self.state.step}, "
-                    f"saved in {self.output / name}; RESUME=auto continues"
-                )
-        self.accelerator.end_training()
-        return 0 if done else 128 + stopped_by
-
     def interrupt(self) -> None:
         """Ends the waiting for people, so that a signal is heeded at once."""
         for rewards in (self.rewards, self.scoring.held_out):
@@ -390,27 +264,6 @@ class Run:
         """Gives back what rewards hold: a terminal, a port."""
         for rewards in (self.rewards, self.scoring.held_out):
             rewards.close()
-
-    def pause(self, reason: Paused, stop: StopSignal, log: RunLog | None) -> int:
-        """Saves the run as it was before the step that could not be finished; the exit status."""
-        self.state.step -= 1
-        name = f"step-{self.state.step:06d}"
-        self.save(name, log)
-        if log:
-            log.close()
-            print(
-                f"paused before step {self.state.step + 1}: {reason}. Saved in "
-                f"{self.output / name}; RESUME=auto tries again",
-                file=sys.stderr,
-            )
-        self.accelerator.end_training()
-        return 128 + stop.number if stop.number else 3
-
-
-def _first(begun: Begun, count: int) -> tuple[Scores, Scores]:
-    """Without the rows that only fill up a batch."""
-    one, other = ({k: column[:count] for k, column in part.items()} for part in begun())
-    return one, other
 
 
 def _flat(config: Config) -> dict[str, Any]:

@@ -1,18 +1,23 @@
-"""What a checkpoint of a run holds, and how a run goes on from one, exactly.
+"""What a checkpoint of a run holds, how a run goes on from one, exactly, and how it ends with one.
 
 That a checkpoint is whole or not there at all is run/checkpoint.py's.
 """
 
 import json
+import signal
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import gather_object
 
 from adaptiverl.optim.trust_region import TrustRegion
 from adaptiverl.run import checkpoint
 from adaptiverl.run.config import REWARD_KEYS, Config, UserError
+from adaptiverl.run.process import Paused, StopSignal
+from adaptiverl.run.tracking import RunLog
 
 if TYPE_CHECKING:
     from adaptiverl.program import Run
@@ -41,7 +46,21 @@ class State:
     braked: int = 0  # steps whose update was made smaller
 
 
-def write(run: "Run", folder: Path, rng: list, whole: tuple[dict, dict] | None) -> None:
+def save(run: "Run", log: RunLog | None, name: str | None = None) -> Path:
+    """Writes the checkpoint `name` (`step-000012`) and returns where; by all processes at once."""
+    folder = run.output / (name or f"step-{run.state.step:06d}")
+    rng = gather_object([checkpoint.rng_state()])
+    inner = run.optimizer.optimizer
+    whole = run.shards.whole_state(run.policy, inner) if run.sharded else None
+    if log:
+        log.sync()
+        checkpoint.save(folder, run.state.step, lambda where: _write(run, where, rng, whole))
+        checkpoint.prune(run.output, run.config.KEEP_CHECKPOINTS)
+    run.accelerator.wait_for_everyone()
+    return folder
+
+
+def _write(run: "Run", folder: Path, rng: list, whole: tuple[dict, dict] | None) -> None:
     """Fills `folder`; `whole` are weights and optimizer state where each process has a shard."""
     weights, optimizer = whole or (None, run.optimizer.state_dict())
     run.sampler.policy.save(folder, weights)
@@ -94,3 +113,35 @@ def _refuse_changes(before: dict[str, Any], config: Config, folder: Path) -> Non
                 "resumed run goes on as it was. To go on otherwise, start a new run with "
                 f"MODEL={folder} and another OUTPUT_DIR"
             )
+
+
+def finish(run: "Run", stop: StopSignal, log: RunLog | None) -> int:
+    """Saves what was reached and says so; the exit status, 128 + signal if one came."""
+    stopped_by = run.stopped_by(stop)
+    done = run.state.step >= run.last_step
+    folder = save(run, log, "final" if done else None)
+    step = run.state.step
+    said = f"finished: {step} steps, the model is in {folder}"
+    if not done:
+        name = signal.Signals(stopped_by).name
+        said = f"stopped by {name} after step {step}, saved in {folder}; RESUME=auto continues"
+    if log:
+        log.close()
+        print(said)
+    run.accelerator.end_training()
+    return 0 if done else 128 + stopped_by
+
+
+def pause(run: "Run", reason: Paused, stop: StopSignal, log: RunLog | None) -> int:
+    """Saves the run as it was before the step that could not be finished; the exit status."""
+    run.state.step -= 1
+    folder = save(run, log)
+    if log:
+        log.close()
+        print(
+            f"paused before step {run.state.step + 1}: {reason}. Saved in {folder}; "
+            "RESUME=auto tries again",
+            file=sys.stderr,
+        )
+    run.accelerator.end_training()
+    return 128 + stop.number if stop.number else 3

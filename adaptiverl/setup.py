@@ -155,26 +155,18 @@ def optimizer(
     )
 
 
+# Arguments of Controller that are keys
+RULES = (
+    "LR_RULE", "REWARD_RULE", "MOMENTUM_RULE", "BETAS_RULE", "ALPHA_RULE", "WD_RULE", "LOSS_BETA",
+    "REWARD_BETA", "MIN_LR", "MAX_LR", "MIN_MOMENTUM", "MAX_MOMENTUM", "KL_STEP_TARGET",
+)  # fmt: skip
+
+
 def controller(c: Config, optimizer: Optimizer, last_step: int) -> Controller:
     """The rules that move the optimizer's hyperparameters."""
+    given = {key.lower(): getattr(c, key) for key in RULES}
     with blame("LR_RULE, REWARD_RULE, MOMENTUM_RULE, BETAS_RULE, ALPHA_RULE or WD_RULE"):
-        return Controller(
-            optimizer,
-            lr_rule=c.LR_RULE,
-            momentum_rule=c.MOMENTUM_RULE,
-            betas_rule=c.BETAS_RULE,
-            alpha_rule=c.ALPHA_RULE,
-            wd_rule=c.WD_RULE,
-            reward_rule=c.REWARD_RULE,
-            loss_beta=c.LOSS_BETA,
-            reward_beta=c.REWARD_BETA,
-            min_lr=c.MIN_LR,
-            max_lr=c.MAX_LR,
-            min_momentum=c.MIN_MOMENTUM,
-            max_momentum=c.MAX_MOMENTUM,
-            kl_step_target=c.KL_STEP_TARGET,
-            steps=last_step if c.KL_STEP_FALLS else None,
-        )
+        return Controller(optimizer, steps=last_step if c.KL_STEP_FALLS else None, **given)
 
 
 def check_rules(c: Config) -> None:

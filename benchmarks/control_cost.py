@@ -31,8 +31,8 @@ sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 from adaptiverl import AdaptiveOptimizer, OnlineAdamW, program  # noqa: E402
 from adaptiverl.program import Run  # noqa: E402
-from adaptiverl.run.config import load_config  # noqa: E402
 from adaptiverl.run.process import StopSignal  # noqa: E402
+from adaptiverl.run.reading import load_config  # noqa: E402
 
 
 def ratio(one: Callable[[], float], other: Callable[[], float], pairs: int) -> dict[str, float]:

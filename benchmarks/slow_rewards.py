@@ -26,8 +26,8 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import train  # noqa: E402
 from adaptiverl.program import Run  # noqa: E402
-from adaptiverl.run.config import load_config  # noqa: E402
 from adaptiverl.run.process import StopSignal  # noqa: E402
+from adaptiverl.run.reading import load_config  # noqa: E402
 from rewards.judge import JudgeReward  # noqa: E402
 
 LATENCY = 0.5

@@ -83,8 +83,8 @@ def memory(device: str) -> dict[str, int]:
 def ours(size: Size, folder: Path, pace: Pace, scratch: Path) -> None:
     sys.path.insert(0, str(ROOT))
     from adaptiverl.program import Run
-    from adaptiverl.run.config import load_config
     from adaptiverl.run.process import StopSignal
+    from adaptiverl.run.reading import load_config
     from train import train
 
     config = {

@@ -14,7 +14,7 @@ from transformers import (
     AutoTokenizer,
 )
 
-from adaptiverl.run.config import load_config
+from adaptiverl.run.reading import load_config
 
 ASSETS = ROOT / "adaptiverl" / "assets"
 REVIEWS = ROOT.parent / "shared" / "data" / "imdb" / "val.jsonl.gz"

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from adaptiverl.run.config import Config, UserError, load_config, schema, strip_comments
+from adaptiverl.run.config import Config, UserError, schema
+from adaptiverl.run.reading import load_config, strip_comments
 from adaptiverl.run.reward_config import (
     ClassifierReward,
     CosineReward,
@@ -317,8 +318,8 @@ def test_an_unknown_key_of_a_reward_names_the_nearest_of_that_reward(mistake):
             {"LOAD_4BIT": True, "LOAD_8BIT": True, "FULLTUNE": False},
             "LOAD_4BIT and LOAD_8BIT exclude each other",
         ),
-        ({"LOAD_4BIT": True}, "a quantised model cannot be fully tuned: set FULLTUNE to false"),
-        ({"LOAD_8BIT": True}, "a quantised model cannot be fully tuned: set FULLTUNE to false"),
+        ({"LOAD_4BIT": True}, "a quantised model cannot be fully tuned: FULLTUNE false is LoRA"),
+        ({"LOAD_8BIT": True}, "a quantised model cannot be fully tuned: FULLTUNE false is LoRA"),
         ({"LORA_R": 4}, "LORA_R needs FULLTUNE false"),
         (
             {"LORA_TARGETS": ["c_attn"], "LORA_ALPHA": 4},
@@ -353,7 +354,7 @@ def test_an_unknown_key_of_a_reward_names_the_nearest_of_that_reward(mistake):
         ),
         (
             {"BASELINE": "rloo", "BATCH_SIZE": 1, "NUM_GENERATIONS": 1},
-            "BASELINE rloo compares completions: BATCH_SIZE 1 has nothing to compare",
+            "BASELINE rloo compares completions: BATCH_SIZE 1 has only one",
         ),
         ({"KL_COEF": 0, "KL_TARGET": 1}, "KL_TARGET needs a KL_COEF above 0"),
         ({"KL_COEF": 0, "KL_ESTIMATOR": "k3"}, "KL_ESTIMATOR needs a KL_COEF above 0"),
@@ -383,7 +384,7 @@ def test_an_unknown_key_of_a_reward_names_the_nearest_of_that_reward(mistake):
             "judge compares completions of a prompt (PAIRWISE): NUM_GENERATIONS 1 has nothing to "
             "compare",
         ),
-        ({"RESUME": "checkpoints"}, "RESUME is 'auto' or null, not 'checkpoints'"),
+        ({"RESUME": "checkpoints"}, """RESUME is "checkpoints": input should be 'auto'"""),
     ],
 )
 def test_contradictions(mistake, keys, part):
@@ -451,7 +452,7 @@ def test_a_tracker_must_be_installed(load, mistake, monkeypatch, tracker):
         ("EPOCHS", 0, "greater than or equal to 1"),
         ("FP16", "maybe", "valid boolean"),
         ("MODEL", 3, "valid string"),
-        ("RESUME", True, "valid string"),
+        ("RESUME", True, "'auto'"),
         ("OPTIM", "adam", "'sgd', 'rmsprop', 'adamw', 'adamw_8bit', 'online_sgd'"),
         ("BASELINE", "mean", "'none', 'ema', 'batch' or 'rloo'"),
         ("KL_ESTIMATOR", "k2", "'k1' or 'k3'"),

@@ -7,7 +7,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import ROOT
 
-from adaptiverl.run.config import load_config
+from adaptiverl.run.reading import load_config
 
 RECIPES = sorted((ROOT / "configs").glob("*.json"))
 LAUNCHES = sorted((ROOT / "configs/accelerate").glob("*.yaml"))

@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import ENVIRONMENT, ROOT, read_jsonl, without_clock
 
-from adaptiverl.run.config import load_config
+from adaptiverl.run.reading import load_config
 from rewards.judge import JudgeReward, Pace, Refused
 from rewards.local_judge import LocalJudgeReward
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, read_jsonl
 
-from adaptiverl.run.config import Config, load_config
+from adaptiverl.run.config import Config
+from adaptiverl.run.reading import load_config
 from adaptiverl.run.reward_config import REWARD_KINDS, Reward
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -18,7 +18,8 @@ from urllib.parse import urlsplit
 import pytest
 from conftest import read_jsonl
 
-from adaptiverl.run.config import UserError, load_config
+from adaptiverl.run.config import UserError
+from adaptiverl.run.reading import load_config
 from rewards.human import HumanReward
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

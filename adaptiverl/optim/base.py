@@ -38,8 +38,3 @@ def make_optimizer(
 
         return AdamW8bit(named, betas=(momentum, 0.999), **common)
     raise ValueError(f"no optimizer is called {name!r}")
-
-
-def momentum_of(group: dict[str, Any]) -> float:
-    """The momentum of a parameter group, whichever key its optimizer keeps it under."""
-    return float(group["betas"][0] if "betas" in group else group["momentum"])

@@ -45,7 +45,7 @@ def put(group: Group, name: str, value: float) -> None:
         group[name] = _written(group[name], value)
 
 
-def scaled(group: Group, ratio: float, bounds: tuple[float, float]) -> Callable[[], None]:
+def scaled(group: Group, ratio: float, bounds: tuple[float, float]) -> Callable[[], object]:
     """Multiplies the rate, within `bounds` (0 stays 0); what is returned puts it back.
 
     A tensor is not read, so the device is not waited for.
@@ -56,11 +56,7 @@ def scaled(group: Group, ratio: float, bounds: tuple[float, float]) -> Callable[
         return lambda: group.update(lr=old)
     saved = old.clone()
     old.copy_((saved * ratio).clamp(*bounds).where(saved > 0, saved))
-    return partial(_restore, old, saved)
-
-
-def _restore(tensor: Tensor, saved: Tensor) -> None:
-    tensor.copy_(saved)
+    return partial(old.copy_, saved)
 
 
 def _written(old: Any, value: float) -> Any:

@@ -105,9 +105,8 @@ class AdaptiveScheduler(LRScheduler):
         signals, self._pending = self._pending, {}
         self.controller.observe(**signals)
         self.controller.tick()
-        rates = self.get_lr()
-        self._last_lr = rates
-        return rates
+        self._last_lr = self.get_lr()
+        return self._last_lr
 
     def get_lr(self) -> list[Any]:
         """The rate of each group."""

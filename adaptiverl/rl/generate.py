@@ -62,8 +62,8 @@ def generate(
     finally:
         lm.generation_config = usual
     tokens, logprobs = torch.stack(chooser.tokens, 1), torch.stack(chooser.logprobs, 1)
-    ended = torch.isin(tokens, choice.eos_ids).cumsum(-1)
-    live = (ended == 0) | ((ended == 1) & torch.isin(tokens, choice.eos_ids))  # its EOS counts
+    ends = torch.isin(tokens, choice.eos_ids).long()
+    live = ends.cumsum(-1) == ends  # its first EOS counts
     return Rollout(
         prompt_ids,
         prompt_mask,

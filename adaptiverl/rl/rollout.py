@@ -85,9 +85,9 @@ def pick_(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     weights, _ = exponentials_(logits)
     even = words // BLOCK * BLOCK
     sums = torch.cat([weights[:even].view(-1, BLOCK, n).sum(1), weights[even:].sum(0)[None]])
-    total = sums.sum(0)
     cumulative = sums.t().double().cumsum(-1)  # [n, blocks]
-    threshold = uniform[:, None] * cumulative[:, -1:]
+    total = cumulative[:, -1:]
+    threshold = uniform[:, None] * total
     # right=True: the first entry whose sum exceeds the threshold, so never one of probability 0
     block = torch.searchsorted(cumulative, threshold, right=True).clamp(max=len(sums) - 1)
     end = cumulative.gather(1, block)
@@ -100,7 +100,7 @@ def pick_(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     within = own.double().cumsum(-1)
     word = torch.searchsorted(within, fraction * within[:, -1:], right=True)
     token = (block * BLOCK + word.clamp(max=BLOCK - 1))[:, 0]
-    return token, (weights[token, column] / total).log()
+    return token, (weights[token, column] / total[:, 0].float()).log()
 
 
 @dataclass(frozen=True)

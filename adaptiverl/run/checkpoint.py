@@ -33,9 +33,7 @@ def save(folder: Path, step: int, write: Callable[[Path], None]) -> None:
     for path in [*_files(temporary), temporary]:
         _sync(path)
     replaced = folder.with_name(f".old-{folder.name}")
-    if (
-        folder.exists()
-    ):  # a longer run's final/; a kill between the renames leaves .old-, found below
+    if folder.exists():  # a longer run's final/; a kill between the renames leaves .old-, found
         folder.rename(replaced)
     temporary.rename(folder)
     _sync(folder.parent)

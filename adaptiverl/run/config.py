@@ -1,21 +1,17 @@
-"""The configuration: JSON with comments and KEY=VALUE overrides → one validated, frozen object.
+"""The configuration: what keys there are, and which of them contradict each other.
 
-The only place that knows what keys exist and which of them contradict each other. What needs a
-model or a device to be known (its positions, FP16 on a CPU) is checked by train.py.
+How a file becomes one is reading.py's. What needs a model or a device to be known (its positions,
+FP16 on a CPU) is checked by setup.py.
 `python -m adaptiverl.run.config > config.schema.json` writes the schema for editors.
 """
 
-import difflib
 import importlib.util
 import json
-import re
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from adaptiverl.run.reward_config import REWARD_KINDS, AnyReward, ClassifierReward, Strict
+from adaptiverl.run.reward_config import AnyReward, ClassifierReward, Strict
 
 
 class UserError(Exception):
@@ -114,17 +110,13 @@ class Config(Strict):
     SEED: int = Field(0, ge=0, lt=2**32, description="Of everything random")
 
     OUTPUT_DIR: str = Field("checkpoints", description="Where a run is written")
-    RESUME: str | None = Field(
+    RESUME: Literal["auto"] | None = Field(
         None, description='"auto" continues the run in OUTPUT_DIR; null starts anew'
     )
     SAVE_EVERY: int = Field(50, ge=0, description="Steps between checkpoints; 0: only the last")
     KEEP_CHECKPOINTS: int = Field(2, ge=0, description="How many step checkpoints stay; 0: all")
     LOG_EVERY: int = Field(10, ge=0, description="Steps between lines on the console")
-    DYNAMICS_EVERY: int = Field(
-        100,
-        ge=0,
-        description="Steps between what an online optimizer tells of each tensor; 0: never",
-    )
+    DYNAMICS_EVERY: int = Field(100, ge=0, description="online_: steps between reports; 0: never")
     EVAL_EVERY: int = Field(50, ge=0, description="Steps between evaluations on EVAL_FILE")
     SAMPLES_EVERY: int = Field(1, ge=0, description="Steps between entries in samples.jsonl")
     TRACKERS: list[Literal["tensorboard", "wandb"]] = Field([], description="Where else to log")
@@ -137,9 +129,7 @@ class Config(Strict):
         if self.LOAD_4BIT and self.LOAD_8BIT:
             raise ValueError("LOAD_4BIT and LOAD_8BIT exclude each other")
         if self.FULLTUNE and (self.LOAD_4BIT or self.LOAD_8BIT):
-            raise ValueError(
-                "a quantised model cannot be fully tuned: set FULLTUNE to false (LoRA)"
-            )
+            raise ValueError("a quantised model cannot be fully tuned: FULLTUNE false is LoRA")
         if self.VLLM_SERVER and not self.FULLTUNE:
             raise ValueError("VLLM_SERVER needs FULLTUNE: adapters are not sent to the server")
         if not self.REWARDS:
@@ -175,9 +165,7 @@ class Config(Strict):
                 f"{self.MAX_NEW_TOKENS}"
             )
         if self.BASELINE == "rloo" and self.BATCH_SIZE == 1:
-            raise ValueError(
-                "BASELINE rloo compares completions: BATCH_SIZE 1 has nothing to compare"
-            )
+            raise ValueError("BASELINE rloo compares completions: BATCH_SIZE 1 has only one")
         by_kl = "kl_target" in self.LR_RULE.split("+")
         if not by_kl and self.LRATE == "auto":
             raise ValueError('LRATE "auto" needs LR_RULE kl_target, which finds the rate')
@@ -193,8 +181,6 @@ class Config(Strict):
         for keys, read, needs in self._readers(by_kl):
             if not read and (unread := given & set(keys)):
                 raise ValueError(f"{', '.join(sorted(unread))} needs {needs}")
-        if self.RESUME not in (None, "auto"):
-            raise ValueError(f"RESUME is 'auto' or null, not {self.RESUME!r}")
         for tracker in self.TRACKERS:
             if importlib.util.find_spec(tracker) is None:
                 raise ValueError(f"TRACKERS: {tracker} is not installed: pip install {tracker}")
@@ -226,87 +212,6 @@ class Config(Strict):
             (("REWARD_BETA",), rewarded, "a REWARD_RULE"),
             (("DYNAMICS_EVERY",), self.OPTIM.startswith("online_"), "an online_ OPTIM"),
         ]
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The config at `path` with KEY=VALUE `overrides`; a VALUE that is no JSON is a string."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"cannot read the config {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from error
-    try:
-        values = json.loads(strip_comments(text))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: {error.msg}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} must hold one JSON object, {{ ... }}")
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals:
-            raise UserError(f"{override!r} is not KEY=VALUE")
-        try:
-            values[key] = json.loads(value)
-        except json.JSONDecodeError:
-            values[key] = value
-    try:
-        return Config.model_validate(values)
-    except ValidationError as error:
-        errors = [each for each in error.errors() if not _is_of_another_kind(each)]
-        raise UserError(f"{path}: " + "; ".join(map(_explain, errors))) from error
-
-
-def strip_comments(text: str) -> str:
-    """JSON without // and /* */ comments and trailing commas; line numbers stay."""
-    string = r'"(?:\\.|[^"\\])*"'
-
-    def blank(match: re.Match) -> str:
-        found = match.group()
-        return found if found.startswith('"') else "\n" * found.count("\n")
-
-    text = re.sub(rf"{string}|//[^\n]*|/\*.*?\*/", blank, text, flags=re.DOTALL)
-    return re.sub(
-        rf"{string}|,(?=\s*[}}\]])", lambda m: "" if m.group() == "," else m.group(), text
-    )
-
-
-# What pydantic adds to a place for each kind that a value may be of: LRATE, WEIGHT
-KINDS = ("literal['auto']", "constrained-float", "float", "list[tuple[int, float]]")
-
-
-def _is_of_another_kind(error: Any) -> bool:
-    """Whether it says only that a value is not "auto", or no list, or no number but a list."""
-    kind = error["loc"][-1] if error["loc"] else None
-    is_list = isinstance(error["input"], list)
-    return kind == KINDS[0] or (kind == KINDS[3] and not is_list) or (kind == KINDS[2] and is_list)
-
-
-def _explain(error: Any) -> str:
-    """One of pydantic's errors in the words of the config file."""
-    where = [str(part) for part in error["loc"] if part not in KINDS]
-    kinds = {get_args(kind.model_fields["TYPE"].annotation)[0]: kind for kind in REWARD_KINDS}
-    kind = kinds.get(where[2]) if len(where) > 2 and where[0] in REWARD_KEYS else None
-    if kind:
-        del where[2]
-    name = ".".join(where)
-    if error["type"] == "extra_forbidden":
-        fields = (kind or Config).model_fields
-        keys = {(field.alias or key).upper(): field.alias or key for key, field in fields.items()}
-        near = difflib.get_close_matches(where[-1].upper(), keys, n=1, cutoff=0)
-        return f"unknown key {name}; the nearest is {keys[near[0]]}"
-    if error["type"] == "union_tag_invalid":
-        return f"{name}: TYPE is one of {', '.join(kinds)}, not {error['ctx']['tag']!r}"
-    if error["type"] == "union_tag_not_found":
-        return f"{name}: a reward needs a TYPE, one of {', '.join(kinds)}"
-    if error["type"] == "missing":
-        return f"{name} is missing"
-    message = error["msg"].removeprefix("Value error, ")
-    if not name:
-        return message
-    if error["type"] == "value_error":
-        return f"{name}: {message}"
-    return f"{name} is {json.dumps(error['input'])}: {message[0].lower()}{message[1:]}"
 
 
 def schema() -> str:

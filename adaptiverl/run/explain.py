@@ -128,8 +128,7 @@ def _plot(metrics: list[Row], reasons: list[Row], path: Path) -> None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
     steps = [row["step"] for row in metrics]
-    nan = float("nan")
-    above.plot(steps, [nan if row["reward"] is None else row["reward"] for row in metrics])
+    above.plot(steps, [math.nan if row["reward"] is None else row["reward"] for row in metrics])
     above.set_ylabel("reward")
     below.plot(steps, [row["lr"] for row in metrics], color="C1")
     below.set(yscale="log", ylabel="learning rate", xlabel="step")

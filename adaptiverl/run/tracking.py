@@ -120,15 +120,9 @@ def _cell(value: Any, width: int = 60) -> str:
 
 
 def _line(row: Row) -> str:
-    return json.dumps(_plain(row), ensure_ascii=False) + "\n"
-
-
-def _plain(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with NaN and infinity, which JSON does not have, as null."""
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in row.items()
-    }
+    """JSON, with NaN and infinity, which it does not have, as null."""
+    odd = [name for name, x in row.items() if isinstance(x, float) and not math.isfinite(x)]
+    return json.dumps(row | dict.fromkeys(odd), ensure_ascii=False) + "\n"
 
 
 def _keep_until(path: Path, step: int) -> None:
