@@ -44,9 +44,9 @@ def train(run: Run, log: RunLog | None, stop: StopSignal) -> None:
         clock.lap("reward")
         reference = run.reference_logprobs(rollout) if c.KL_COEF else rollout.logprobs
         clock.lap("reference")
-        scores, held_out = run.scores(scoring)  # of all processes; NaN where one is missing
+        scores, held_out = run.scoring.scores(scoring)  # of all processes
         total = run.rewards.combine(scores, state.step)
-        reward = torch.tensor([math.nan if r is None else r for r in total])
+        reward = torch.tensor([math.nan if r is None else r for r in total])  # NaN: missing
         clock.lap("reward")
 
         # Penalise the distance to the reference, R − β KL(π ‖ π₀).
@@ -77,9 +77,10 @@ def train(run: Run, log: RunLog | None, stop: StopSignal) -> None:
         metrics |= run.rewards.balance(scores, state.step, c.NUM_GENERATIONS)
         run.adapt(penalised, kl, metrics)
         metrics |= report.timed(run, clock, metrics["completions/mean_length"])
+        samples = report.samples(run, batch, rollout, completions, reward, scores)
         if run.eval_prompts and c.EVAL_EVERY and state.step % c.EVAL_EVERY == 0:
             metrics |= report.evaluate(run, run.eval_prompts)
-        run.record(metrics, report.samples(run, batch, rollout, completions, reward, scores), log)
+        run.record(metrics, samples, log)
         if c.SAVE_EVERY and state.step % c.SAVE_EVERY == 0:
             saving.save(run, log)
 
@@ -121,7 +122,7 @@ def dry_run(run: Run) -> int:
     rollout = run.sample(batch, 1)
     completions = run.sampler.decode(rollout)
     clock.lap("rollout")
-    scores, _ = run.scores(run.begin_scoring(batch, rollout, completions))
+    scores, _ = run.scoring.scores(run.begin_scoring(batch, rollout, completions))
     clock.lap("reward")
     reference = run.reference_logprobs(rollout) if run.config.KL_COEF else rollout.logprobs
     clock.lap("reference")

@@ -7,6 +7,7 @@ and the run's end saving.py's; the algorithm is train.py's.
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -21,7 +22,7 @@ from adaptiverl import saving, setup
 from adaptiverl.optim.base import ONLINE
 from adaptiverl.optim.dynamics import dynamics
 from adaptiverl.optim.hyperparams import get
-from adaptiverl.optim.trust_region import LastUpdate, TrustRegion, alignment
+from adaptiverl.optim.trust_region import LastUpdate, TrustRegion, alignment, tells
 from adaptiverl.report import Metrics
 from adaptiverl.rl.data import indices_at
 from adaptiverl.rl.reinforce import adapt_kl_coef, kl_per_token
@@ -34,7 +35,6 @@ from adaptiverl.run.tracking import RunLog, dynamics_lines
 from adaptiverl.saving import State
 from adaptiverl.scoring import Batch, Begun, Scoring
 from adaptiverl.setup import blame
-from rewards.composite import Scores
 
 PROBE = 8  # an update's KL is measured on one in so many completions
 
@@ -97,6 +97,11 @@ class Run:
         return not (c.BF16 or c.FP16 or c.LOAD_4BIT or c.LOAD_8BIT or c.VLLM_SERVER)
 
     @property
+    def coarse(self) -> bool:
+        """Whether log-probabilities are rounded outside of autocast, too."""
+        return not self.exact and (self.sharded or not self.config.FULLTUNE)
+
+    @property
     def is_main(self) -> bool:
         return self.accelerator.is_main_process
 
@@ -118,9 +123,9 @@ class Run:
         chance = uniforms(c.SEED, step, c.BATCH_SIZE, c.MAX_NEW_TOKENS)[self.own_rows]
         return self.without_gradient(partial(self.sampler, batch["prompt"], chance))
 
-    def without_gradient(self, work: Callable[[], Any]) -> Any:
+    def without_gradient(self, work: Callable[[], Any], autocast: bool = True) -> Any:
         """What `work` returns. DDP must not see it, or it would wait for gradients; FSDP must."""
-        with torch.no_grad(), self.accelerator.autocast():
+        with torch.no_grad(), self.accelerator.autocast() if autocast else nullcontext():
             if not self.sharded:
                 return work()
             with self.shards.kept_whole(self.policy):
@@ -129,10 +134,6 @@ class Run:
     def begin_scoring(self, batch: Batch, rollout: Rollout, completions: list[str]) -> Begun:
         """Starts to score this process's completions; `scores` waits for what was started."""
         return self.scoring.begin(batch, rollout, completions, self.state.step, self.last_step)
-
-    def scores(self, begun: Begun) -> tuple[Scores, Scores]:
-        """What each reward says of the completions of all processes; and those held out."""
-        return self.scoring.scores([begun])
 
     def reference_logprobs(self, rollout: Rollout) -> Tensor:
         pieces = self.config.GRAD_ACCUM
@@ -153,35 +154,42 @@ class Run:
         group = inner.param_groups[0]
         momentum = get(group, "beta1" if "betas" in group else "momentum") or 0.0
         taken: Metrics = {"lr": float(group["lr"]), "momentum": momentum}
-        if not (self.accelerator.scaler or grad_norm.isfinite()):  # FP16's scaler skips by itself
+        if not grad_norm.isfinite():
+            if self.accelerator.scaler:  # scales less from here on
+                self.optimizer.step()
             return taken
         braked = "kl_target" in self.controller.lr_rules
-        if not (braked or "learned" in self.controller.lr_rules) or not taken["lr"]:
+        watched = (braked or "learned" in self.controller.lr_rules) and taken["lr"]
+        if not watched or not (grad_norm or self.region.settled):  # no gradient yet: no search
             self.optimizer.step()
             return taken
         aligned = alignment(inner)
-        if braked:
+        if braked and tells(inner):
             self.controller.confidence = self.region.confidence(aligned)
-        target, update = self.controller.kl_target, LastUpdate(inner) if braked else None
         probe = rollout.part(torch.arange(0, len(rollout), PROBE, device=rollout.prompt_of.device))
-        measure = partial(self.sampler.policy.logprobs, probe, self.config.TEMPERATURE)
-        before = probe.logprobs if self.exact else self.without_gradient(measure)
-        self.optimizer.step()
-        if self.optimizer.step_was_skipped:
-            return taken
 
-        def moved() -> float:
-            """KL(before ‖ now), nats a token, over the probes of all processes."""
-            kl = kl_per_token(before, self.without_gradient(measure), "k3")
+        def measure() -> Tensor:
+            """In full precision where there is one: rounding errors exceed small updates."""
+            logprobs = partial(self.sampler.policy.logprobs, probe, self.config.TEMPERATURE)
+            return self.without_gradient(logprobs, autocast=self.coarse)
+
+        def nats(old: Tensor, new: Tensor) -> float:
+            """KL(old ‖ new), nats a token, over the probes of all processes."""
+            kl = kl_per_token(old, new, "k3")
             sums = torch.stack([kl.sum(), probe.completion_mask.sum()])
             total, tokens = self.accelerator.reduce(sums, "sum").tolist()
             return total / tokens
 
+        before = probe.logprobs if self.exact else measure()
+        self.controller.kl_floor = 2 * nats(probe.logprobs, before) if self.coarse else 0.0
+        target, update = self.controller.kl_target, LastUpdate(inner) if braked else None
+        self.optimizer.step()
         if update is None:
-            kl = moved()
+            kl = nats(before, measure())
             self.controller.observe(kl=kl, alignment=aligned)
             return taken | {"kl_step": kl}
-        factor, kl = self.region.fit(moved, update.rescale, target)
+        most = self.controller.bounds["lr"][1] / taken["lr"]
+        factor, kl = self.region.fit(lambda: nats(before, measure()), update.rescale, target, most)
         self.state.braked += factor < 1
         self.controller.scale("brake" if factor < 1 else "search", factor, kl)
         self.controller.observe(kl=kl, alignment=aligned)
@@ -247,7 +255,8 @@ class Run:
         if self.is_main:
             if c.RESUME is None:
                 checkpoint.set_aside(self.output)
-            log = RunLog(self.output, self.state.step, self.last_step, c.LOG_EVERY)
+            step, online = self.state.step, isinstance(self.optimizer.optimizer, ONLINE)
+            log = RunLog(self.output, step, self.last_step, c.LOG_EVERY, dynamics=online)
             resolved = c.model_dump_json(by_alias=True, indent=2)
             (self.output / "config.json").write_text(resolved + "\n")
         self.accelerator.wait_for_everyone()

@@ -112,7 +112,7 @@ def evaluate(run: "Run", prompts: Dataset) -> Metrics:
         one = run.begin_scoring(batch, rollout, run.sampler.decode(rollout))
         begun.append(partial(_first, one, real))
     try:
-        scores, held_out = run.scoring.scores(begun)
+        scores, held_out = run.scoring.scores(*begun)
     except Paused as reason:  # the step is made: pausing here would make it twice
         if run.is_main:
             logging.warning("evaluation left out: %s", reason)

@@ -111,7 +111,8 @@ def _refuse_changes(before: dict[str, Any], config: Config, folder: Path) -> Non
             raise UserError(
                 f"RESUME: {key} was {before.get(key)} in {folder} and is {now[key]} now; a "
                 "resumed run goes on as it was. To go on otherwise, start a new run with "
-                f"MODEL={folder} and another OUTPUT_DIR"
+                + (f"MODEL={folder} and " if config.FULLTUNE else "")
+                + "another OUTPUT_DIR"
             )
 
 

@@ -49,7 +49,7 @@ class Scoring:
             return partial(_raise, error)  # where all processes hear of it
         return lambda: (begun[0](), begun[1]())
 
-    def scores(self, begun: list[Begun]) -> tuple[Scores, Scores]:
+    def scores(self, *begun: Begun) -> tuple[Scores, Scores]:
         """What each reward says of the completions of all processes; and those held out.
 
         Of several that were begun, one after the other. Raises Paused in all processes.

@@ -5,6 +5,7 @@ Each function raises UserError. What can be wrong without a model is looked at b
 
 import math
 import os
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,13 +14,14 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from torch.optim import Optimizer
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from adaptiverl.optim.base import make_optimizer
 from adaptiverl.optim.controller import Controller
 from adaptiverl.rl.data import load_prompts
-from adaptiverl.rl.policy import Policy, load_policy, load_tokenizer, positions_of
+from adaptiverl.rl.policy import Policy, load_policy, load_tokenizer
 from adaptiverl.rl.vllm import Server
+from adaptiverl.run import checkpoint
 from adaptiverl.run.config import Config, UserError
 from adaptiverl.run.reward_config import CosineReward
 from rewards import CompositeReward, make_reward
@@ -37,7 +39,7 @@ def blame(key: str) -> Iterator[None]:
     """Turns what a library says of the value of `key` into the user's mistake."""
     try:
         yield
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, sqlite3.Error) as error:
         raise UserError(f"{key}: {error}") from error
 
 
@@ -49,7 +51,7 @@ def accelerator(c: Config) -> Accelerator:
         cpu=not torch.cuda.is_available(),  # said, or CPU processes do not find each other
         mixed_precision="bf16" if c.BF16 else "fp16" if c.FP16 else "no",
         log_with=c.TRACKERS or None,
-        project_dir=c.OUTPUT_DIR,
+        project_dir=Path(c.OUTPUT_DIR, "tensorboard"),
     )
 
 
@@ -86,7 +88,8 @@ def last_step(c: Config, prompts: int) -> int:
 def max_prompt(c: Config) -> int | None:
     """How many tokens of a prompt fit before MAX_NEW_TOKENS; None if the model sets no limit."""
     with blame(f"MODEL {c.MODEL}"):
-        positions = positions_of(c.MODEL)
+        limits = AutoConfig.from_pretrained(c.MODEL)
+    positions = getattr(limits, "max_position_embeddings", None)
     if positions and c.MAXSEQ and positions < c.MAXSEQ:
         raise UserError(f"MAXSEQ {c.MAXSEQ} is beyond the {positions} positions of {c.MODEL}")
     longest = c.MAXSEQ or positions
@@ -106,6 +109,8 @@ def output(c: Config) -> Path:
         raise UserError(f"OUTPUT_DIR: {nearest} is not a folder")
     if not os.access(nearest, os.W_OK):
         raise UserError(f"OUTPUT_DIR: {nearest} cannot be written to")
+    if (path / "config.json").exists() and not checkpoint.holds_run(path):
+        raise UserError(f"OUTPUT_DIR: {path} has a config.json of its own: name another folder")
     return path
 
 
@@ -188,7 +193,5 @@ def policy(
             compute_dtype=torch.bfloat16 if c.BF16 else torch.float32,
             reference=c.KL_COEF > 0,
             device=device,
-            lora_r=c.LORA_R,
-            lora_alpha=c.LORA_ALPHA,
-            lora_targets=c.LORA_TARGETS,
+            lora={"r": c.LORA_R, "lora_alpha": c.LORA_ALPHA, "target_modules": c.LORA_TARGETS},
         )

@@ -61,7 +61,7 @@ class CompositeReward:
         """
         self.metrics, self.extras = {}, {}
         # TRL's trainer passes its own two; without one, they are kept here
-        columns.setdefault("log_metric", self.metrics.__setitem__)
+        columns.setdefault("log_metric", lambda name, x: self.metrics.update({name: float(x)}))
         columns.setdefault("log_extra", self.extras.__setitem__)
         waits = [name for name, reward in self.rewards.items() if _waits(reward)]
         order = sorted(self.rewards.items(), key=lambda item: not _is_async(item[1]))

@@ -29,6 +29,7 @@ ASK = (
     "nothing else: {form}"
 )
 SCORE, BETTER = '{{"score": <number from {low:g} to {high:g}>}}', '{"better": "A" or "B" or "tie"}'
+ANSWER = 10  # tokens of one, about
 AGAIN = (408, 409, 429)  # and 500 and above: worth another try
 
 
@@ -84,6 +85,7 @@ class JudgeReward:
         self.max_calls, self.max_cost, self.prices = max_calls, max_cost, prices
         self.cache = Path(cache)
         self.announced = False
+        self.pledged: list[float] = []  # what answers that are awaited will cost, about
         self.chance = random.Random()  # its own: a run's must not depend on a network's moods
 
     async def __call__(
@@ -145,12 +147,14 @@ class JudgeReward:
         import openai
 
         request = self._request(case)
+        cost = (_tokens(request) * self.prices[0] + ANSWER * self.prices[1]) / 1e6
         for attempt in range(self.retries + 1):
             if self._spent(ledger):
                 return
-            await self.pace.turn(request)
+            self.pledged.append(cost)
             wait = 0.0
             try:
+                await self.pace.turn(request)
                 reply = await client.chat.completions.create(**request)
                 tokens = reply.usage or ZERO
                 answer = self.parse(reply.choices[0].message.content if reply.choices else None)
@@ -167,6 +171,8 @@ class JudgeReward:
                 log.debug("judge: %s", error)
             except json.JSONDecodeError as error:  # a body that was cut off
                 log.debug("judge: %s", error)
+            finally:
+                self.pledged.remove(cost)
             if attempt < self.retries:
                 backoff = min(0.5 * 2**attempt, 30.0) * self.chance.uniform(0.5, 1.0)
                 await asyncio.sleep(max(wait, backoff))
@@ -217,10 +223,11 @@ class JudgeReward:
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
     def _spent(self, ledger: Ledger) -> bool:
+        """Whether answers had, and those that are awaited, use up the budget."""
         calls, tokens_in, tokens_out = ledger.spent
         cost = (tokens_in * self.prices[0] + tokens_out * self.prices[1]) / 1e6
-        limits = [(calls, self.max_calls), (cost, self.max_cost)]
-        over = any(limit is not None and used >= limit for used, limit in limits)
+        over = self.max_calls is not None and calls + len(self.pledged) >= self.max_calls
+        over |= self.max_cost is not None and cost + sum(self.pledged) >= self.max_cost
         if over and not self.announced:
             self.announced = True
             log.warning(
@@ -249,11 +256,10 @@ class Pace:
         self.free = 0.0  # when the next request may start
 
     async def turn(self, request: dict[str, Any]) -> None:
-        """Waits for a place; tokens are taken as four characters each."""
-        size = sum(len(message["content"]) for message in request["messages"]) / 4
+        """Waits for a place."""
         seconds = max(
             60 / self.requests if self.requests else 0.0,
-            60 * size / self.tokens if self.tokens else 0.0,
+            60 * _tokens(request) / self.tokens if self.tokens else 0.0,
         )
         now = time.monotonic()
         start = max(now, self.free)
@@ -266,6 +272,11 @@ class _Zero:
 
 
 ZERO = _Zero()
+
+
+def _tokens(request: dict[str, Any]) -> float:
+    """About: four characters each."""
+    return sum(len(message["content"]) for message in request["messages"]) / 4
 
 
 def _framed(case: dict[str, str], mark: str) -> str:

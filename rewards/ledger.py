@@ -17,10 +17,14 @@ class Ledger:
         self.base.execute(
             "CREATE TABLE IF NOT EXISTS calls (time REAL, tokens_in INTEGER, tokens_out INTEGER)"
         )
+
+    @property
+    def spent(self) -> tuple[int, int, int]:
+        """Answers paid for, their tokens in and out: of all processes that share the file."""
         row = self.base.execute(
             "SELECT count(*), coalesce(sum(tokens_in), 0), coalesce(sum(tokens_out), 0) FROM calls"
         ).fetchone()
-        self.spent: tuple[int, int, int] = tuple(row)
+        return tuple(row)
 
     def get(self, key: str) -> float | None:
         row = self.base.execute("SELECT score FROM judgements WHERE key = ?", (key,)).fetchone()
@@ -35,8 +39,6 @@ class Ledger:
             )
             if score is not None:
                 self.base.execute("INSERT OR REPLACE INTO judgements VALUES (?, ?)", (key, score))
-        calls, before, after = self.spent
-        self.spent = calls + 1, before + tokens_in, after + tokens_out
 
     def close(self) -> None:
         self.base.close()

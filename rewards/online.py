@@ -29,28 +29,30 @@ class OnlineHead:
         if len(texts) < LEAST:
             raise ValueError(f"{len(texts)} labels are fewer than {LEAST}")
         y = np.array(labels, dtype=np.float64)
-        self.x, self.mean = _features(texts), y.mean()
+        n, x = len(y), _features(texts)
+        self.mean, self.centre = y.mean(), x.mean(0)
+        self.x = x - self.centre  # so that leaving one out leaves it out of the means, too
         values, vectors = np.linalg.eigh(self.x @ self.x.T)
         along = vectors.T @ (y - self.mean)
         fits = {}
         for penalty in LAMBDAS:
             kept = values.clip(0) / (values.clip(0) + penalty)  # of each direction
-            hat = (vectors**2) @ kept
+            hat = 1 / n + (vectors**2) @ kept
             left = (y - self.mean - vectors @ (kept * along)) / (1 - hat).clip(1e-6)
             fits[penalty] = y - left  # what is said of each from the others
         self.penalty = min(fits, key=lambda penalty: ((y - fits[penalty]) ** 2).sum())
         said = fits[self.penalty]
         self.error = float(np.sqrt(((y - said) ** 2).mean()))
-        n = len(y)
         self.error_of_mean = float(y.std() * n / (n - 1))  # each from the mean of the others
         spread = said - said.mean()
         variance = (spread**2).sum()
-        self.slope = float((spread * (y - self.mean)).sum() / variance) if variance > 0 else 0.0
+        told = variance > 1e-9 * n  # or what it says is always the same
+        self.slope = float((spread * (y - self.mean)).sum() / variance) if told else 0.0
         self.weights = vectors @ (along / (values.clip(0) + self.penalty))
 
     def __call__(self, texts: Sequence[str]) -> list[float]:
         """What it takes the labels of `texts` to be, −1 to 1."""
-        said = self.mean + _features(texts) @ self.x.T @ self.weights
+        said = self.mean + (_features(texts) - self.centre) @ self.x.T @ self.weights
         return said.clip(-1, 1).tolist()
 
 

@@ -162,11 +162,11 @@ class Page:
         """Why a request gets nowhere."""
         host = request.headers.get("host", "")
         known = self.hosts and {name.strip("[]") for name in self.hosts}
-        if known and urlsplit(f"//{host}").hostname not in known:
+        if known and _part("hostname", f"//{host}") not in known:
             return "this host name is not the page's"
         if request.method != "GET":
             origin = request.headers.get("origin")
-            if origin is None or urlsplit(origin).netloc != host:
+            if origin is None or _part("netloc", origin) != host:
                 return "this request comes from another site"
         given = request.query_params.get("token", "")
         if request.url.path == "/" and given:
@@ -178,9 +178,17 @@ class Page:
     def _who(self, request: Request) -> str | None:
         """The labeller that the cookie names; None if the token in it is wrong."""
         token, _, who = request.cookies.get(self.cookie, "").rpartition(".")
-        return who if secrets.compare_digest(token.encode(), self.token.encode()) else None
+        right = secrets.compare_digest(token.encode(), self.token.encode())
+        return who if who and right else None
 
     def _labeller(self, request: Request) -> str:
         who = self._who(request)
         assert who, "the middleware lets nobody else in"
         return who
+
+
+def _part(name: str, url: str) -> str | None:
+    try:
+        return getattr(urlsplit(url), name)
+    except ValueError:  # no address at all
+        return None

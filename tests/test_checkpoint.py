@@ -95,6 +95,15 @@ def test_prune_keeps_the_newest_and_final(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["final", "step-000002", "step-000003"]
 
 
+@pytest.mark.parametrize("keep", [1, 2, 4])
+def test_as_many_stay_as_were_asked_for(tmp_path, keep):
+    for step in (8, 9, 10, 999_999, 1_000_000):
+        checkpoint.save(tmp_path / f"step-{step:06d}", step, write(str(step)))
+        checkpoint.prune(tmp_path, keep)
+    left = [f"step-{step:06d}" for step in (8, 9, 10, 999_999, 1_000_000)[-keep:]]
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(left)
+
+
 def test_random_state_continues_every_generator_and_loads_without_pickle(tmp_path):
     torch.save(checkpoint.rng_state(), tmp_path / "rng.pt")
 

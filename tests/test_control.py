@@ -37,6 +37,43 @@ def test_no_update_goes_further_than_twice_the_target_whatever_the_rate(
         assert first["new"] == pytest.approx(metrics[0]["lr"])
 
 
+@pytest.mark.parametrize("optim", ["sgd", "rmsprop"])
+def test_where_there_can_be_no_evidence_the_target_is_the_one_given(main, settings, optim):
+    assert main(settings | {"OPTIM": optim, "MOMENTUM": 0, "LRATE": "auto"}) == 0
+    targets = [row["kl_step_target"] for row in run_of(settings)[0]]
+    assert targets == pytest.approx([0.004, 0.004 * 2 / 3, 0.004 / 3])
+
+
+def test_no_gradient_moves_no_rate(main, settings):
+    """Every completion gets the same reward."""
+    keys = {"REWARDS": [{"TYPE": "regex", "PATTERNS": "^$", "NEGATE": True}], "KL_COEF": 0}
+    assert main(settings | keys) == 0
+    metrics, reasons = run_of(settings)
+    assert [row["lr"] for row in metrics] == [1e-3] * 3 and not reasons
+    assert [row["grad_norm"] for row in metrics] == [0] * 3
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_rounding_is_not_taken_for_an_update(main, settings, monkeypatch, full):
+    """In bf16 a policy is some 1e-4 nats a token away from itself: fp32 weights are measured in
+    fp32, and a target below the rounding of frozen bf16 ones is raised to it."""
+    from adaptiverl.optim.trust_region import TrustRegion
+
+    seen = []
+
+    def shrink(region, measure, rescale, target, most):
+        rescale(0.01 if full else 0.1)
+        seen.append((measure(), target))
+        return 1.0, target
+
+    monkeypatch.setattr(TrustRegion, "fit", shrink)
+    keys = {"BF16": True, "FULLTUNE": full, "LRATE": 1e-4, "BATCH_SIZE": 64, "MAX_NEW_TOKENS": 16}
+    assert main(settings | keys | {"KL_STEP_TARGET": 1e-6}) == 0 and len(seen) == 3
+    for kl, target in seen:
+        assert kl < (1e-7 if full else target)
+        assert (target <= 1e-6) is full
+
+
 def test_each_steps_rate_follows_from_the_reasons_given(main, settings):
     keys = {"STEPS": 8, "LRATE": 1e-3, "LR_RULE": "kl_target+cyclical", "REWARD_RULE": "scaling"}
     assert main(settings | keys) == 0
@@ -131,6 +168,9 @@ def test_explain_of_a_run_that_nothing_moved_and_of_no_run(main, settings, tmp_p
     assert "nothing moved the rate" in explain(Path(settings["OUTPUT_DIR"]))
     assert adaptiverl(["explain", str(tmp_path / "none")]) == 2
     assert "does not exist: name the folder" in capsys.readouterr().err
+    with (Path(settings["OUTPUT_DIR"]) / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "rew')  # still being written
+    assert "steps 1 to 3" in explain(Path(settings["OUTPUT_DIR"]))
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="has no step yet"):
         explain(tmp_path)

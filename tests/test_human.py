@@ -291,14 +291,21 @@ def test_leave_one_out_is_leaving_one_out():
     """The formula against 25 heads that each miss one label, at the same penalty."""
     texts, truth = spoken(25)
     head = OnlineHead(texts, truth)
-    y = np.array(truth) - np.mean(truth)
-    gram = head.x @ head.x.T
-    left = []
+    x, y, left = head.x, np.array(truth), []
     for i in range(25):
         others = [j for j in range(25) if j != i]
-        inner = gram[np.ix_(others, others)] + head.penalty * np.eye(24)
-        left.append(y[i] - gram[i, others] @ np.linalg.solve(inner, y[others]))
+        own, mean = x[others] - x[others].mean(0), y[others].mean()
+        inner = own @ own.T + head.penalty * np.eye(24)
+        told = (x[i] - x[others].mean(0)) @ own.T @ np.linalg.solve(inner, y[others] - mean)
+        left.append(y[i] - mean - told)
     assert head.error == pytest.approx(float(np.sqrt(np.mean(np.square(left)))))
+
+
+def test_a_head_that_knows_nothing_is_no_better_than_the_mean():
+    """Texts that share no word tell nothing of each other."""
+    head = OnlineHead([f"a{i} b{i}" for i in range(20)], [1.0, -1.0, -1.0, 1.0] * 5)
+    assert head.error == pytest.approx(head.error_of_mean, rel=1e-6)
+    assert head.slope <= 0
 
 
 def test_a_head_of_noise_says_little():

@@ -240,6 +240,14 @@ def test_cost_ends_the_budget_and_is_said_once(server, judge, caplog):
     assert len(said) == 1 and "2 calls, 40.00" in said[0]
 
 
+def test_no_more_answers_are_paid_for_than_allowed(server, judge):
+    """Though sixteen are asked for at a time, and wait."""
+    server.delay = 0.05
+    found = ask(judge(max_calls=5), texts(32))
+    assert len(server.seen) == 5 and found.count(None) == 27
+    assert ask(judge(max_calls=5), texts(32)).count(None) == 27, "in all runs"
+
+
 def test_pairs_are_compared_in_both_orders(server, judge):
     rates = ask(judge(pairwise=True), ["aaa", "a", "aa", "b", "bb"], ["P", "P", "P", "Q", "Q"])
     assert rates == [1.0, 0.0, 0.5, 0.0, 1.0]

@@ -170,9 +170,6 @@ def test_a_part_has_its_rows_and_prompts_and_no_common_padding():
     assert part.prompt_ids.tolist() == [[0, 1], [5, 6]]
     assert part.prompt_of.tolist() == [1, 0]
     assert part.logprobs.tolist() == [[9, 10, 11], [0, 1, 2]]
-    ids, mask = part.whole()
-    assert ids.tolist() == [[5, 6, 4, 0, 0], [0, 1, 5, 6, 7]]
-    assert mask.tolist() == [[1, 1, 1, 0, 0], [0, 1, 1, 1, 1]]
     assert rollout.part(torch.tensor([1, 3])).completion_ids.tolist() == [[8], [4]]
 
 

@@ -176,6 +176,59 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(main, settings, mo
     assert all(parameter.isfinite().all() for parameter in final.parameters())
 
 
+@pytest.mark.parametrize("step", [1, 3])
+def test_a_gradient_that_fp16_overflows_changes_nothing(main, settings, monkeypatch, step):
+    """torch's fused AdamW is called by the scaler all the same, and skips by itself."""
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    from adaptiverl.program import Run
+
+    start, take, seen = Run.start, Run.step, []
+
+    def scaled(run):
+        run.accelerator.scaler = scaler = torch.amp.GradScaler("cpu")
+        run.optimizer = AcceleratedOptimizer(run.optimizer.optimizer, False, scaler)
+        return start(run)
+
+    def overflow(run, rollout, grad_norm):
+        if run.state.step == step:
+            weights = [p.detach().clone() for p in run.policy.parameters()]
+            run.optimizer.optimizer.param_groups[0]["params"][0].grad[0] = torch.inf
+            run.accelerator.scaler.unscale_(run.optimizer.optimizer)
+            rate, scale = run.controller.ratio, run.accelerator.scaler.get_scale()
+            taken = take(run, rollout, torch.tensor(torch.inf))
+            assert all(map(torch.equal, weights, run.policy.parameters()))
+            assert run.controller.ratio == rate and "kl_step" not in taken
+            assert run.accelerator.scaler.get_scale() == scale / 2
+            seen.append(step)
+            return taken
+        return take(run, rollout, grad_norm)
+
+    monkeypatch.setattr(Run, "start", scaled)
+    monkeypatch.setattr(Run, "step", overflow)
+    assert main(settings | {"STEPS": 4}) == 0 and seen == [step]
+    final = AutoModelForCausalLM.from_pretrained(Path(settings["OUTPUT_DIR"]) / "final")
+    assert all(parameter.isfinite().all() for parameter in final.parameters())
+
+
+def test_an_evaluation_leaves_the_steps_samples_alone(main, settings, tmp_path, monkeypatch):
+    (tmp_path / "noting.py").write_text(
+        "def noting(completions, log_extra, log_metric, **_):\n"
+        "    import numpy\n"
+        "    log_extra('note', list(completions))\n"
+        "    log_metric('size', numpy.float32(len(completions)))\n"
+        "    return [0.0] * len(completions)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    held_out = tmp_path / "held_out.json"
+    held_out.write_text(json.dumps([{"prompt": "One"}, {"prompt": "Two"}, {"prompt": "Three"}]))
+    keys = {"REWARDS": [{"TYPE": "python", "FUNCTION": "noting:noting"}]}
+    assert main(settings | keys | {"EVAL_FILE": str(held_out), "EVAL_EVERY": 2}) == 0
+    rows = read_jsonl(Path(settings["OUTPUT_DIR"]) / "samples.jsonl")
+    assert len(rows) == 24 and all(row["note"] == row["completion"] for row in rows)
+    assert read_jsonl(Path(settings["OUTPUT_DIR"]) / "metrics.jsonl")[0]["size"] == 8
+
+
 def test_training_raises_the_reward(main, settings):
     """The likeliest tokens of a random model become vowels within forty steps."""
     keys = {"STEPS": 40, "BATCH_SIZE": 16, "KL_COEF": 0, "SAMPLES_EVERY": 0}
@@ -196,6 +249,32 @@ def test_an_earlier_run_is_set_aside_not_overwritten(main, settings, capfd):
     assert len(read_jsonl(out / "metrics.jsonl")) == 1
     assert main(settings | {"STEPS": 1}) == 0
     assert sorted(p.name for p in out.glob("earlier-*")) == ["earlier-001", "earlier-002"]
+
+
+def test_only_what_a_run_wrote_is_set_aside(main, settings):
+    out = Path(settings["OUTPUT_DIR"])
+    other = out / "other"
+    assert main(settings | {"OUTPUT_DIR": str(other)}) == 0
+    (out / "labels.sqlite").touch()
+    (out / "notes.jsonl").touch()
+    for _ in range(2):
+        assert main(settings) == 0
+    assert {p.name for p in out.iterdir()} == {
+        "config.json", "metrics.jsonl", "samples.jsonl", "controller.jsonl", "final", "earlier-001",
+        "other", "labels.sqlite", "notes.jsonl",
+    }  # fmt: skip
+    (out / "earlier-001").rename(out / "earlier-007")
+    assert main(settings) == 0
+    assert (out / "earlier-008" / "final").is_dir(), "a number that was never used"
+    assert main(settings | {"OUTPUT_DIR": str(other), "RESUME": "auto", "STEPS": 4}) == 0
+
+
+def test_a_config_that_no_run_wrote_is_not_written_over(main, settings, tmp_path, capsys):
+    """The user's own, in the folder that is to hold the run."""
+    (tmp_path / "config.json").write_text("mine")
+    assert main(settings | {"OUTPUT_DIR": str(tmp_path)}) == 2
+    assert "has a config.json of its own: name another folder" in capsys.readouterr().err
+    assert (tmp_path / "config.json").read_text() == "mine"
 
 
 def test_dry_run_shows_a_batch_and_trains_and_writes_nothing(main, settings, capsys):
@@ -220,7 +299,7 @@ def test_tensorboard_gets_the_metrics(main, settings):
         "tensorboard.backend.event_processing.event_accumulator"
     )
     assert main(settings | {"TRACKERS": ["tensorboard"]}) == 0
-    folder = Path(settings["OUTPUT_DIR"]) / "adaptiverl"
+    folder = Path(settings["OUTPUT_DIR"]) / "tensorboard" / "adaptiverl"
     events = event_accumulator.EventAccumulator(str(folder))
     events.Reload()
     logged = [event.value for event in events.Scalars("reward")]

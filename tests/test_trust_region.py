@@ -2,12 +2,13 @@
 
 import copy
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
-from adaptiverl.optim.trust_region import LEAST, MEMORY, LastUpdate, TrustRegion, alignment
+from adaptiverl.optim.trust_region import LEAST, MEMORY, LastUpdate, TrustRegion, alignment, tells
 
 KINDS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
@@ -117,6 +118,12 @@ def test_an_undefined_kl_is_too_far(broken):
     assert kl == measured() <= 0.02
 
 
+def test_an_update_is_made_no_larger_than_it_may_be():
+    world = Quadratic(1e-12)
+    factor, kl = TrustRegion().fit(world.measure, world.rescale, 0.01, most=500.0)
+    assert factor == pytest.approx(500) == world.scale and kl == world.measure()
+
+
 def test_an_update_that_cannot_be_made_small_enough_is_taken_back():
     world = Quadratic(1.0)
     factor, kl = TrustRegion().fit(lambda: 1.0, world.rescale, 0.01)
@@ -161,6 +168,26 @@ def test_alignment_is_the_cosine_between_gradient_and_last_update(kind):
     gradient = torch.cat([p.grad.flatten() for p in weights])
     expected = torch.cosine_similarity(down, gradient, 0).item()
     assert alignment(optimizer) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "known"),
+    [
+        (partial(torch.optim.AdamW, lr=1e-3), True),
+        (partial(torch.optim.SGD, lr=1e-3, momentum=0.9), True),
+        (partial(torch.optim.SGD, lr=1e-3), False),
+        (partial(torch.optim.RMSprop, lr=1e-3), False),
+        (partial(torch.optim.Adagrad, lr=1e-3), False),
+    ],
+)
+def test_whether_an_optimizer_tells_its_alignment(optimizer, known):
+    p = torch.nn.Parameter(torch.ones(3))
+    made = optimizer([p])
+    assert tells(made) is known
+    for _ in range(2):
+        p.grad = torch.ones(3)
+        made.step()
+    assert (alignment(made) is not None) is known
 
 
 def test_alignment_is_unknown_before_the_first_step_and_of_unknown_optimizers():

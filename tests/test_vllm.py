@@ -17,17 +17,22 @@ class StandIn:
     def __init__(self, base_url: str, connection_timeout: float):
         assert base_url == "http://127.0.0.1:8000"
         self.lm, self.updates, self.off_by = None, 0, 0.0
+        self.stale = True
         type(self).last = self
 
     def init_communicator(self, device: torch.device) -> None:
         assert device == torch.device("cpu")
 
     def update_model_params(self, lm: torch.nn.Module) -> None:
-        self.lm, self.updates = lm, self.updates + 1
+        self.lm, self.updates, self.stale = lm, self.updates + 1, True
+
+    def reset_prefix_cache(self) -> None:
+        self.stale = False
 
     @torch.no_grad()
     def generate(self, prompts, *, temperature, top_k, top_p, max_tokens, generation_kwargs):
         assert (temperature, top_k, top_p) == (0.9, 0, 1.0)
+        assert not self.stale, "its cache holds keys and values of the weights before"
         ends = generation_kwargs["stop_token_ids"]
         completions, logprobs = [], []
         for prompt in prompts:

@@ -89,7 +89,8 @@ def test_without_the_token_nothing_is_told_or_taken(reward):
         response, text = client.request("GET", path)
         assert response.status == 403 and "Say" not in text
     port = urlsplit(reward.labeller.address).port
-    for client.cookie in ("", f"labels-{port}=wrong.x", f"labels-{port}=.x", "labels-1=sesame.x"):
+    cookies = ("wrong.x", ".x", "sesame.", "sesame")
+    for client.cookie in ("", "labels-1=sesame.x", *(f"labels-{port}={c}" for c in cookies)):
         assert client.post("/label", answer) == 403 and client.post("/undo", {}) == 403
     assert len(reward.desk.open) == 2
     client.enter()
@@ -104,11 +105,11 @@ def test_other_sites_and_names_get_nowhere(reward):
     cookie = client.enter()
     assert "HttpOnly" in cookie and "SameSite=strict" in cookie
     answer = {"key": reward.desk.next("x").key, "value": "+"}
-    for origin in ("http://evil.example", "null", f"http://{client.host}.evil.example"):
+    for origin in ("http://evil.example", "null", f"http://{client.host}.evil.example", "http://["):
         assert client.post("/label", answer, Origin=origin) == 403
     response, _ = client.request("POST", "/label", answer)
     assert response.status == 403, "no origin at all"
-    for host in ("evil.example", f"evil.example:{urlsplit(reward.labeller.address).port}", ""):
+    for host in ("[", "evil.example", f"evil.example:{urlsplit(reward.labeller.address).port}", ""):
         assert client.request("GET", "/next", Host=host)[0].status == 403, "a rebound name"
     form = client.request("POST", "/label", None, Origin=f"http://{client.host}")
     assert form[0].status == 422, "not what the page sends"

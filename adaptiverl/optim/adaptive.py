@@ -18,40 +18,17 @@ from adaptiverl.optim.hyperparams import get, number
 class AdaptiveOptimizer(Optimizer):
     """`base`, whose rate is the scheduled one times what the rules make of it.
 
-    Rules are names of docs/rules.md joined by "+"; "none" everywhere is `base` itself. Further
-    arguments are Controller's. Use it wherever `base` was used: after wrapping, `base` itself
+    `arguments` are Controller's and rules.Options': `momentum_rule`, `betas_rule`, `alpha_rule`,
+    `wd_rule`, `reward_rule`, constants. Rules are names of docs/rules.md joined by "+"; "none"
+    everywhere is `base` itself. Use it wherever `base` was used: after wrapping, `base` itself
     should not be stepped, scheduled or unscaled.
     """
 
-    def __init__(
-        self,
-        base: Optimizer,
-        lr_rule: str = "none",
-        momentum_rule: str = "none",
-        betas_rule: str | tuple[str, ...] = "none",
-        alpha_rule: str = "none",
-        wd_rule: str = "none",
-        reward_rule: str = "none",
-        cycle_length: int = 200,
-        cycle_mult: float = 2.0,
-        **arguments: Any,
-    ):
+    def __init__(self, base: Optimizer, lr_rule: str = "none", **arguments: Any):
         super().__init__(base.param_groups, base.defaults)
         self.base = base
         self._share()
-        self.controller = Controller(
-            base,
-            lr_rule=lr_rule,
-            momentum_rule=momentum_rule,
-            betas_rule=betas_rule,
-            alpha_rule=alpha_rule,
-            wd_rule=wd_rule,
-            reward_rule=reward_rule,
-            cycle_length=cycle_length,
-            cycle_mult=cycle_mult,
-            owns_lr=False,
-            **arguments,
-        )
+        self.controller = Controller(base, lr_rule=lr_rule, owns_lr=False, **arguments)
 
     def _share(self) -> None:
         self.param_groups, self.state = self.base.param_groups, self.base.state

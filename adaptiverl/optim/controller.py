@@ -115,6 +115,7 @@ class Controller:
             "reward": replace(read, beta=reward_beta),
         }
         self.kl_step_target, self.steps, self.confidence = kl_step_target, steps, 1.0
+        self.kl_floor = 0.0
 
         self.base: dict[str, list[float | None]] = {name: [] for name in BOUNDS}
         self.values: dict[str, list[float | None]] = {name: [] for name in FROM_LOSS}
@@ -162,9 +163,10 @@ class Controller:
         """Nats a token for the next step: falls linearly where the length of the run is known.
 
         `confidence` is for who has evidence (trust_region.py): the share of it that is to be used.
+        Never below `kl_floor`, which is for who measures KL with rounding errors.
         """
         left = 1.0 if not self.steps else max(self.steps - self.step, 1) / self.steps
-        return self.kl_step_target * left * self.confidence
+        return max(self.kl_step_target * left * self.confidence, self.kl_floor)
 
     def observe(
         self,

@@ -60,21 +60,25 @@ class TrustRegion:
         return self.mean / math.sqrt(variance)
 
     def fit(
-        self, measure: Callable[[], float], rescale: Callable[[float], None], target: float
+        self,
+        measure: Callable[[], float],
+        rescale: Callable[[float], None],
+        target: float,
+        most: float = math.inf,
     ) -> tuple[float, float]:
-        """The factor that the update was scaled by, and its KL then.
+        """The factor that the update was scaled by, at `most` this, and its KL then.
 
         `measure()` is the KL of the update as it is now, `rescale(s)` multiplies the update by s.
         """
         factor, kl = 1.0, measure()
         for _ in range(TRIES):
             far = not kl <= FAR * target  # NaN is far
-            short = not self.settled and kl < target / FAR
+            short = not self.settled and kl < target / FAR and factor < most
             if not far and not short:
                 break
             # Of an infinite or undefined KL it is known only that the step was too large.
             ratio = 0.0 if math.isnan(kl) else target / kl if kl > 0 else math.inf
-            change = min(max(math.sqrt(ratio), 1 / STRIDE), STRIDE)
+            change = min(max(math.sqrt(ratio), 1 / STRIDE), STRIDE, most / factor)
             rescale(change)
             factor, kl = factor * change, measure()
         if not kl <= FAR * target:
@@ -137,7 +141,7 @@ def alignment(optimizer: Optimizer) -> float | None:
 
     products, shards = [], False
     for group in optimizer.param_groups:
-        if _is_known(optimizer, group) and (group.get("betas") or group["momentum"] > 0):
+        if _tells(optimizer, group):
             for p in group["params"]:
                 if p.grad is not None and optimizer.state.get(p):
                     d, g = _direction(optimizer, group, p)[0], p.grad
@@ -152,6 +156,15 @@ def alignment(optimizer: Optimizer) -> float | None:
         torch.distributed.all_reduce(total)
     both, one, other = total.tolist()
     return both / math.sqrt(one * other) if one * other > 0 else None
+
+
+def tells(optimizer: Optimizer) -> bool:
+    """Whether `alignment` will be known after a step."""
+    return any(_tells(optimizer, group) for group in optimizer.param_groups)
+
+
+def _tells(optimizer: Optimizer, group: dict) -> bool:
+    return _is_known(optimizer, group) and bool(group.get("betas") or group["momentum"] > 0)
 
 
 def _is_known(optimizer: Optimizer, group: dict) -> bool:

@@ -59,7 +59,7 @@ class Decoder:
         static: bool = False,
     ):
         device = head.weight.device
-        self.choice, self.static = choice, static
+        self.choice, self.static, self.width = choice, static, width
         self.projection = Projection(head, choice.temperature)
         self.dtype = self.projection.weight.dtype
         self.transformer = transformer
@@ -91,8 +91,10 @@ class Decoder:
             for _ in transformer.h
         ]
         self.moving = [self.row, self.live, self.token, self.position, self.uniform, self.attend]
+        self.sizes = [max(1, rows >> k) for k in range(4)]  # how many slots a graph may have
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        if device.type == "cuda":
+        # bitsandbytes' int8 product waits for the device, which a graph cannot
+        if device.type == "cuda" and all(p.dtype != torch.int8 for p in transformer.parameters()):
             self._capture()
 
     def __call__(
@@ -172,17 +174,13 @@ class Decoder:
         self.time += 1
         self._pick(states[:, 0])
 
-    def _sizes(self) -> list[int]:
-        """How many slots a graph may have: all, half, a quarter, an eighth."""
-        return [max(1, len(self.row) >> k) for k in range(4)]
-
     def _close_gaps(self, n: int) -> int:
         """Moves the last live of `n` slots into the gaps; how many slots to go on with."""
         live = self.live[:n]
         alive = int(live.sum())
         rest = min(n, -(-alive // ROUND) * ROUND)
         if self.static and alive:
-            rest = min(size for size in self._sizes() if size >= alive)
+            rest = min(size for size in self.sizes if size >= alive)
         gaps, moving = (~live[:rest]).nonzero()[:, 0], rest + live[rest:].nonzero()[:, 0]
         if len(moving):
             gaps = gaps[: len(moving)]
@@ -210,10 +208,12 @@ class Decoder:
             side = torch.cuda.Stream(device)
             side.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(side):
-                for n in self._sizes():  # the libraries' workspaces, the largest logits buffer
+                for n in self.sizes:  # the libraries' workspaces, the largest logits buffer
+                    self.time.zero_()  # there may be but one place to write to
+                    self.column.zero_()
                     self._step(n)
             torch.cuda.current_stream(device).wait_stream(side)
-            for n in self._sizes():
+            for n in self.sizes:
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph):
                     self._step(n)

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -30,14 +29,11 @@ from adaptiverl.rl.rollout import Rollout
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """The model's tokenizer, padding and truncating on the left as prompts need."""
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left", truncation_side="left")
+    if tokenizer.eos_token is None:
+        raise ValueError("its tokenizer has no end-of-text token (eos_token)")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def positions_of(model: str) -> int | None:
-    """How many positions the model has, None if its config sets no limit; loads no weights."""
-    return getattr(AutoConfig.from_pretrained(model), "max_position_embeddings", None)
 
 
 class Policy(nn.Module):
@@ -147,7 +143,9 @@ def _inputs(base: Any, rollout: Rollout) -> dict[str, Any]:
 
     Absolute positions are counted over the mask, so a padded prompt is read like an unpadded one.
     """
-    ids, mask = rollout.whole()
+    prompts = rollout.prompt_ids[rollout.prompt_of], rollout.prompt_mask[rollout.prompt_of]
+    ids = torch.cat([prompts[0], rollout.completion_ids], 1)
+    mask = torch.cat([prompts[1], rollout.completion_mask], 1)
     inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
     if "position_ids" in inspect.signature(base.forward).parameters:
         inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -175,13 +173,12 @@ def load_policy(
     compute_dtype: torch.dtype = torch.float32,
     reference: bool = True,
     device: torch.device | str = "cpu",
-    lora_r: int = 8,
-    lora_alpha: int = 16,
-    lora_targets: list[str] | None = None,
+    lora: dict[str, Any] | None = None,
 ) -> Policy:
     """The policy `model` (a hub id or a folder), its weights from `checkpoint` if there is one.
 
-    `quantize` is None, "4bit" (NF4) or "8bit"; both freeze the model under a LoRA adapter.
+    `quantize` is None, "4bit" (NF4) or "8bit"; both freeze the model under a LoRA adapter. `lora`
+    are peft's: r, lora_alpha, target_modules.
     """
     if quantize and full_tune:
         raise ValueError("quantised weights cannot be trained: use LoRA")
@@ -213,11 +210,6 @@ def load_policy(
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     if checkpoint:
         return Policy(PeftModel.from_pretrained(lm, checkpoint, is_trainable=True))
-    lora = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=lora_r,
-        lora_alpha=lora_alpha,
-        target_modules=lora_targets,
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in lm.modules()),  # GPT-2's
-    )
-    return Policy(get_peft_model(lm, lora))
+    turned = any(isinstance(module, Conv1D) for module in lm.modules())  # GPT-2's
+    kind = LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=turned, **(lora or {}))
+    return Policy(get_peft_model(lm, kind))

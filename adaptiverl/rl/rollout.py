@@ -53,12 +53,6 @@ class Rollout:
             return [torch.arange(len(self), device=self.prompt_of.device)]
         return list(self.completion_mask.sum(-1).argsort(stable=True).chunk(count))
 
-    def whole(self) -> tuple[Tensor, Tensor]:
-        """Ids and mask [B, P + T] of each prompt with its completion."""
-        prompts = self.prompt_ids[self.prompt_of], self.prompt_mask[self.prompt_of]
-        ids = torch.cat([prompts[0], self.completion_ids], 1)
-        return ids, torch.cat([prompts[1], self.completion_mask], 1)
-
     def tokens(self) -> list[list[int]]:
         """Each completion's ids, its EOS included, padding left out."""
         lengths = self.completion_mask.sum(-1).tolist()

@@ -57,9 +57,10 @@ class Sampler:
         static = self.device.type == "cuda"
         if static:
             width = -(-width // 64) * 64  # few widths, so few captures
-        key = (rows, length, width)
-        if key in self.kept:
+        key = (rows, length)
+        if key in self.kept and self.kept[key].width >= width:
             return self.kept[key]
+        self.kept.clear()  # one at a time: its cache, graphs and copies fill memory
         decoder = Decoder(
             lm.transformer,
             lm.get_output_embeddings(),

@@ -35,6 +35,7 @@ class Server:
         """As Decoder; of `uniform` [B, T] only the shape counts."""
         rows, length = uniform.shape
         self.client.update_model_params(self.policy.base)
+        self.client.reset_prefix_cache()  # keys and values of the old weights
         answer = self.client.generate(
             [prompt_ids[i][prompt_mask[i].bool()].tolist() for i in prompt_of],
             temperature=choice.temperature,

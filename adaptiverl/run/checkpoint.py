@@ -19,6 +19,10 @@ import torch
 
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
+FILES = ("metrics.jsonl", "samples.jsonl", "controller.jsonl", "dynamics.jsonl")
+WRITTEN = (  # all that a run leaves in its folder
+    *FILES, "config.json", "lr_vs_reward.png", "tensorboard", "step-*", "final", ".old-*", ".new-*",
+)  # fmt: skip
 
 
 def save(folder: Path, step: int, write: Callable[[Path], None]) -> None:
@@ -43,27 +47,37 @@ def save(folder: Path, step: int, write: Callable[[Path], None]) -> None:
 def newest(output_dir: Path) -> tuple[Path, int] | None:
     """The undamaged checkpoint of the highest step and that step; damaged ones are warned of."""
     found = []
-    for manifest in output_dir.glob(f"*/{MANIFEST}"):
-        if not manifest.parent.name.startswith(".new-"):
-            step = _step_of(manifest.parent)
-            if step is not None:
-                found.append((step, manifest.parent.name == "final", manifest.parent))
-    for step, _, folder in sorted(found, reverse=True):
-        damage = _damage(folder)
+    for path in output_dir.glob(f"*/{MANIFEST}"):
+        folder = path.parent
+        if not folder.name.startswith(".new-"):
+            try:
+                manifest = json.loads(path.read_text())
+                found.append((int(manifest["step"]), folder.name == "final", folder, manifest))
+            except (ValueError, KeyError) as error:
+                log.warning("%s is damaged (%s: %s): not used", folder, MANIFEST, error)
+    for step, _, folder, manifest in sorted(found, key=lambda each: each[:3], reverse=True):
+        damage = _damage(folder, manifest["files"])
         if damage is None:
             return folder, step
         log.warning("%s is damaged (%s): using the one before it", folder, damage)
     return None
 
 
+def holds_run(output_dir: Path) -> bool:
+    """Whether a run was written there."""
+    return (output_dir / FILES[0]).exists() or any(output_dir.glob(f"*/{MANIFEST}"))
+
+
 def set_aside(output_dir: Path) -> None:
-    """Moves what an earlier run left in `output_dir` into earlier-001, -002, …: nothing is lost."""
-    kept = (".gitkeep", ".gitignore")
-    old = [p for p in output_dir.glob("*") if p.name not in kept and p.name[:8] != "earlier-"]
-    if old:
-        place = output_dir / f"earlier-{len(list(output_dir.glob('earlier-*'))) + 1:03d}"
+    """Moves what an earlier run wrote in `output_dir` into earlier-001, -002, …: nothing is lost.
+
+    And nothing else is moved: labels, judgements and other runs' folders may be beside it.
+    """
+    if holds_run(output_dir):
+        taken = [int(path.name[8:]) for path in output_dir.glob("earlier-[0-9][0-9][0-9]")]
+        place = output_dir / f"earlier-{max(taken, default=0) + 1:03d}"
         place.mkdir()
-        for path in old:
+        for path in [path for name in WRITTEN for path in output_dir.glob(name)]:
             path.rename(place / path.name)
         log.warning("%s held an earlier run: it is now in %s", output_dir, place)
 
@@ -72,21 +86,12 @@ def prune(output_dir: Path, keep: int) -> None:
     """Removes all but the newest `keep` step checkpoints, 0 keeps all, and unfinished ones."""
     for leftover in output_dir.glob(".new-*"):
         shutil.rmtree(leftover)
-    steps = sorted(output_dir.glob("step-*"))
-    for folder in steps[: len(steps) - keep] if keep else []:
+    steps = sorted(output_dir.glob("step-*"), key=lambda path: (len(path.name), path.name))
+    for folder in steps[:-keep] if keep else []:
         shutil.rmtree(folder)
 
 
-def _step_of(folder: Path) -> int | None:
-    try:
-        return int(json.loads((folder / MANIFEST).read_text())["step"])
-    except (ValueError, KeyError) as error:
-        log.warning("%s is damaged (%s: %s): not used", folder, MANIFEST, error)
-        return None
-
-
-def _damage(folder: Path) -> str | None:
-    files = json.loads((folder / MANIFEST).read_text())["files"]
+def _damage(folder: Path, files: dict[str, str]) -> str | None:
     for name, digest in files.items():
         if not (folder / name).is_file():
             return f"{name} is missing"

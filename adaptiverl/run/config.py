@@ -7,6 +7,7 @@ FP16 on a CPU) is checked by setup.py.
 
 import importlib.util
 import json
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -166,6 +167,9 @@ class Config(Strict):
             )
         if self.BASELINE == "rloo" and self.BATCH_SIZE == 1:
             raise ValueError("BASELINE rloo compares completions: BATCH_SIZE 1 has only one")
+        for low, high in (("MIN_LR", "MAX_LR"), ("MIN_MOMENTUM", "MAX_MOMENTUM")):
+            if (getattr(self, low) or 0) > (getattr(self, high) or math.inf):
+                raise ValueError(f"{low} is above {high}")
         by_kl = "kl_target" in self.LR_RULE.split("+")
         if not by_kl and self.LRATE == "auto":
             raise ValueError('LRATE "auto" needs LR_RULE kl_target, which finds the rate')
@@ -199,7 +203,7 @@ class Config(Strict):
             (("MIN_LR", "MAX_LR"), self.LR_RULE != "none" or rewarded, "a rule of the rate"),
             (
                 ("MIN_MOMENTUM", "MAX_MOMENTUM"),
-                momentum or "trend" in self.REWARD_RULE.split("+"),
+                momentum or ("trend" in self.REWARD_RULE.split("+") and "adamw" not in self.OPTIM),
                 "a MOMENTUM_RULE, or REWARD_RULE trend",
             ),
             (

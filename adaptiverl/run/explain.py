@@ -57,7 +57,8 @@ def explain(folder: Path) -> str:
 def _rows(path: Path) -> list[Row]:
     if not path.exists():
         raise UserError(f"{path} does not exist: name the folder that a run was written to")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]  # the last is empty, or still being written
 
 
 def _ends(name: str, metrics: list[Row], form: str) -> list[str]:

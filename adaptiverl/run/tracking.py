@@ -13,8 +13,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from adaptiverl.run.checkpoint import FILES
+
 Row = dict[str, Any]
-FILES = ("metrics.jsonl", "samples.jsonl", "controller.jsonl")
 
 
 class RunLog:
@@ -23,12 +24,12 @@ class RunLog:
     So a run that was killed past its last checkpoint and resumed has each step once.
     """
 
-    def __init__(self, output_dir: Path, step: int, last_step: int, log_every: int):
+    def __init__(
+        self, output_dir: Path, step: int, last_step: int, log_every: int, dynamics: bool = False
+    ):
         output_dir.mkdir(parents=True, exist_ok=True)
         self.files = []
-        self.dynamics = output_dir / "dynamics.jsonl"  # of runs that have any
-        _keep_until(self.dynamics, step)
-        for name in FILES:
+        for name in FILES if dynamics else FILES[:-1]:
             path = output_dir / name
             _keep_until(path, step)
             self.files.append(path.open("a", encoding="utf-8"))
@@ -44,14 +45,9 @@ class RunLog:
         dynamics: Sequence[Row] = (),
     ) -> None:
         """Records one step; the files are flushed, so that a kill loses nothing."""
-        for file, rows in zip(self.files, ([metrics], samples, reasons), strict=True):
+        for file, rows in zip(self.files, ([metrics], samples, reasons, dynamics), strict=False):
             file.writelines(map(_line, rows))
             file.flush()
-        if dynamics:
-            with self.dynamics.open("a", encoding="utf-8") as file:
-                file.writelines(map(_line, dynamics))
-                file.flush()
-                os.fsync(file.fileno())
         self.bar.update()
         if metrics["reward"] is not None:
             self.bar.set_postfix_str(f"reward {metrics['reward']:.3f}", refresh=False)
