@@ -140,7 +140,7 @@ def dry_run(run: Run) -> int:
     print(f"peak memory           {peak_memory() / 2**30:.2f} GiB")
     laps = ", ".join(f"{name} {lap:.2f}" for name, lap in clock.laps.items())
     print(f"seconds a step        {sum(clock.laps.values()):.2f} ({laps})")
-    print("dry run: nothing was trained or written")
+    print("dry run: nothing was trained")
     return 0
 
 

@@ -6,6 +6,8 @@ and the run's end saving.py's; the algorithm is train.py's.
 """
 
 import json
+import logging
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -19,9 +21,9 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from adaptiverl import saving, setup
-from adaptiverl.optim.base import ONLINE
 from adaptiverl.optim.dynamics import dynamics
 from adaptiverl.optim.hyperparams import get
+from adaptiverl.optim.online import Online
 from adaptiverl.optim.trust_region import LastUpdate, TrustRegion, alignment, tells
 from adaptiverl.report import Metrics
 from adaptiverl.rl.data import indices_at
@@ -62,8 +64,11 @@ class Run:
         self.scoring = Scoring(c, self.rewards, held_out)
         setup.check_rules(c)
 
-        found = checkpoint.newest(self.output) if c.RESUME == "auto" else None
-        folder = found[0] if found else None
+        self.lock: int | None = None
+        found = checkpoint.newest(self.output) if c.RESUME else None
+        self.resumed = folder = found[0] if found else None
+        if folder:
+            saving.refuse_changes(folder, c)
         self.tokenizer, policy = setup.policy(c, folder, self.accelerator.device)
         self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
         self.sampler = Sampler(
@@ -87,8 +92,6 @@ class Run:
         if folder:
             saving.restore(self, folder)
         self.check()
-
-    # What a step needs
 
     @property
     def exact(self) -> bool:
@@ -203,7 +206,7 @@ class Run:
         state = self.state
         signals = {name: metrics[name] for name in ("loss", "reward", "grad_norm")}
         self.controller.observe(**signals)
-        if isinstance(inner := self.optimizer.optimizer, ONLINE):
+        if isinstance(inner := self.optimizer.optimizer, Online):
             inner.observe(
                 loss=metrics["loss"],
                 reward=metrics["reward"],
@@ -224,7 +227,7 @@ class Run:
         if log:
             step = {"step": self.state.step}
             inner, every, rows = self.optimizer.optimizer, self.config.DYNAMICS_EVERY, []
-            if isinstance(inner, ONLINE) and every and self.state.step % every == 0:
+            if isinstance(inner, Online) and every and self.state.step % every == 0:
                 rows = [step | row for row in dynamics(inner)]
                 log.say(dynamics_lines(type(inner).__name__, self.state.step, rows))
             log.step(step | metrics, samples, [entry | step for entry in reasons], rows)
@@ -232,17 +235,18 @@ class Run:
             numbers = {name: value for name, value in metrics.items() if value is not None}
             self.accelerator.log(numbers, step=self.state.step)
 
-    # Its beginning and end
-
     def check(self) -> None:
         """Stops before the first step if log-probabilities are not the library's own.
 
         On the two shortest and the two longest of the first prompts, so that there is padding.
         """
         texts = self.prompts[: min(256, len(self.prompts))][self.config.PROMPT_COLUMN]
-        texts = sorted(texts, key=lambda text: len(self.tokenizer(text).input_ids))
+        sizes = {text: len(self.tokenizer(text).input_ids) for text in texts}
+        most, c = self.sampler.max_prompt, self.config
+        if self.is_main and most and (cut := sum(size > most for size in sizes.values())):
+            logging.warning("%d of %d prompts lose all but %d tokens", cut, len(sizes), most)
+        texts = sorted(texts, key=lambda text: sizes[text])
         texts = texts[:2] + texts[-2:]
-        c = self.config
         chance = uniforms(c.SEED, 0, len(texts), min(8, c.MAX_NEW_TOKENS))
         rollout = self.without_gradient(partial(self.sampler, texts, chance))
         with blame(f"MODEL {c.MODEL}"):
@@ -253,9 +257,15 @@ class Run:
         c = self.config
         log = None
         if self.is_main:
-            if c.RESUME is None:
+            with blame("OUTPUT_DIR"):
+                self.lock = checkpoint.lock(self.output)
+            if self.resumed:
+                print(f"resumed after step {self.state.step} from {self.resumed}")
+            else:
+                if c.RESUME:
+                    print(f"no checkpoint in {self.output} to resume from: starting anew")
                 checkpoint.set_aside(self.output)
-            step, online = self.state.step, isinstance(self.optimizer.optimizer, ONLINE)
+            step, online = self.state.step, isinstance(self.optimizer.optimizer, Online)
             log = RunLog(self.output, step, self.last_step, c.LOG_EVERY, dynamics=online)
             resolved = c.model_dump_json(by_alias=True, indent=2)
             (self.output / "config.json").write_text(resolved + "\n")
@@ -270,9 +280,11 @@ class Run:
             rewards.interrupt()
 
     def close(self) -> None:
-        """Gives back what rewards hold: a terminal, a port."""
+        """Gives back what rewards hold, a terminal or a port, and OUTPUT_DIR."""
         for rewards in (self.rewards, self.scoring.held_out):
             rewards.close()
+        if self.lock is not None:
+            os.close(self.lock)
 
 
 def _flat(config: Config) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import signal
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import gather_object
@@ -81,8 +81,6 @@ def _write(run: "Run", folder: Path, rng: list, whole: tuple[dict, dict] | None)
 
 def restore(run: "Run", folder: Path) -> None:
     """Continues from the checkpoint in `folder`; the policy was loaded from it already."""
-    before = json.loads((folder / "run_config.json").read_text())
-    _refuse_changes(before, run.config, folder)
     saved = torch.load(folder / "trainer.pt", weights_only=True, map_location="cpu")
     run.state = State(**saved["state"])
     if run.sharded:
@@ -98,7 +96,9 @@ def restore(run: "Run", folder: Path) -> None:
     checkpoint.set_rng_state(saved["rng"][own if own < len(saved["rng"]) else 0])
 
 
-def _refuse_changes(before: dict[str, Any], config: Config, folder: Path) -> None:
+def refuse_changes(folder: Path, config: Config) -> None:
+    """Raises UserError where a run that goes on from `folder` would be another one."""
+    before = json.loads((folder / "run_config.json").read_text())
     now = json.loads(config.model_dump_json(by_alias=True))
     for keys in (before, now):
         for name in REWARD_KEYS:

@@ -19,6 +19,7 @@ from adaptiverl.run.process import Paused
 from adaptiverl.run.reward_config import JudgeReward
 from rewards.composite import CompositeReward, Scores
 from rewards.desk import Interrupted
+from rewards.judge import Refused
 
 Batch = dict[str, list]  # column → one value a completion
 Begun = Callable[[], tuple[Scores, Scores]]
@@ -61,8 +62,9 @@ class Scoring:
         except Interrupted as stopped:
             failure = str(stopped)
         except Exception as error:
-            logging.exception("a reward failed")
-            failure = f"a reward failed ({type(error).__name__}: {error})"
+            name = getattr(error, "__notes__", ["a reward"])[0]
+            logging.error("%s failed", name, exc_info=not isinstance(error, Refused))
+            failure = f"{name} failed ({type(error).__name__}: {error})"
         parts = gather_object([(own, failure)])
         if failures := [failure for _, failure in parts if failure]:
             raise Paused(failures[0])
@@ -73,9 +75,10 @@ class Scoring:
                 column = scores[spec.name]
                 missing = column.count(None) / len(column)
                 if missing > spec.MAX_MISSING:
+                    why = getattr(self.rewards.rewards[spec.name], "trouble", "") or "unknown here"
                     raise Paused(
                         f"{missing:.0%} of the judgements of {spec.name!r} are missing, more than "
-                        f"its MAX_MISSING of {spec.MAX_MISSING:.0%}"
+                        f"its MAX_MISSING of {spec.MAX_MISSING:.0%}; the last: {why}"
                     )
         return scores, held_out
 

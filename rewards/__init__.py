@@ -50,7 +50,10 @@ def make_reward(kind: str, **arguments) -> Callable:
 def python_reward(function: str) -> Callable:
     """The reward function that "my_module:my_reward" names."""
     module, _, name = function.partition(":")
-    found = getattr(importlib.import_module(module), name, None)
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except SyntaxError as error:
+        raise ValueError(f"{error.filename}, line {error.lineno}: {error.msg}") from error
     if not callable(found):
         raise ValueError(f"module {module} has no function {name}")
     return found

@@ -5,8 +5,9 @@ import copy
 import inspect
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 from rewards.balance import Scale, Watch, Weight, shares, weight_at
@@ -73,7 +74,8 @@ class CompositeReward:
                 continue
             if later is None and not _is_async(reward):
                 later = _started(thread, answers)
-            answers[name] = reward(prompts=prompts, completions=completions, **columns)
+            with _blamed(name):
+                answers[name] = reward(prompts=prompts, completions=completions, **columns)
         last = _started(thread, answers)
 
         def everything() -> Scores:
@@ -161,14 +163,17 @@ class CompositeReward:
             if hasattr(reward, "close"):
                 reward.close()
 
-    def _checked(self, name: str, answer: list, completions: list[str]) -> list[float | None]:
+    def _checked(self, name: str, answer: Any, completions: list[str]) -> list[float | None]:
+        if not hasattr(answer, "__len__"):
+            raise ValueError(f"reward {name!r} returned {answer!r}, not one score a completion")
         if len(answer) != len(completions):
             raise ValueError(
                 f"reward {name!r} returned {len(answer)} scores for {len(completions)} completions"
             )
         scores: list[float | None] = []
         for value, completion in zip(answer, completions, strict=True):
-            score = None if value is None else float(value)
+            with _blamed(name):
+                score = None if value is None else float(value)
             if score is not None and not math.isfinite(score):
                 self.quarantined[name] += 1
                 log.warning("reward %r is %s for %r: left out", name, score, completion[:80])
@@ -194,4 +199,18 @@ def _started(thread: ThreadPoolExecutor, answers: dict[str, Any]) -> Future | No
 
 
 async def _gather(waiting: dict[str, Any]) -> dict[str, list]:
-    return dict(zip(waiting, await asyncio.gather(*waiting.values()), strict=True))
+    async def one(name: str) -> Any:
+        with _blamed(name):
+            return await waiting[name]
+
+    return dict(zip(waiting, await asyncio.gather(*map(one, waiting)), strict=True))
+
+
+@contextmanager
+def _blamed(name: str) -> Iterator[None]:
+    """Notes on what a reward raises whose it is."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"reward {name!r}")
+        raise

@@ -31,7 +31,7 @@ class Question:
     key: str
     prompt: str
     completion: str
-    scores: dict[str, float] = field(default_factory=dict)
+    scores: dict[str, float] = field(default_factory=dict)  # others', not shown: they would sway
 
 
 class Desk:

@@ -46,7 +46,8 @@ class JudgeReward:
     tries follow a rate limit, a server's error, a lost connection or an answer that is not exactly
     what was asked for; waiting honours Retry-After. `requests_per_minute` and `tokens_per_minute`
     hold for all tries, `max_calls` and `max_cost` (at `prices`, per million tokens in and out) for
-    all runs that share `cache`: beyond, completions are missing, and that is said once.
+    all runs that share `cache`: beyond, completions are missing, and that is said once. (The last
+    answer may cost more than was left, and other processes do not see what one has under way.)
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class JudgeReward:
         self.max_calls, self.max_cost, self.prices = max_calls, max_cost, prices
         self.cache = Path(cache)
         self.announced = False
+        self.trouble = ""  # what the last request that failed met
         self.pledged: list[float] = []  # what answers that are awaited will cost, about
         self.chance = random.Random()  # its own: a run's must not depend on a network's moods
 
@@ -156,21 +158,26 @@ class JudgeReward:
             try:
                 await self.pace.turn(request)
                 reply = await client.chat.completions.create(**request)
+                if not hasattr(reply, "choices"):
+                    raise Refused(f"no chat completion but {str(reply)[:60]!r}: is BASE_URL right?")
                 tokens = reply.usage or ZERO
-                answer = self.parse(reply.choices[0].message.content if reply.choices else None)
+                said = reply.choices[0].message.content if reply.choices else None
+                answer = self.parse(said)
                 ledger.add(key, answer, tokens.prompt_tokens, tokens.completion_tokens)
                 if answer is not None:
                     return
+                self.trouble = f"its answer was {(said or '')[:60]!r}"
             except openai.APIStatusError as error:
                 if error.status_code not in AGAIN and error.status_code < 500:
                     raise Refused(
                         f"the judge answers {error.status_code}: {error.message}"
                     ) from error
                 wait = _retry_after(error.response.headers)
+                self.trouble = f"it answered {error.status_code}: {error.message}"
             except (openai.APIConnectionError, openai.APIResponseValidationError) as error:
-                log.debug("judge: %s", error)
+                self.trouble = f"{error} ({error.__cause__ or self.base_url})"
             except json.JSONDecodeError as error:  # a body that was cut off
-                log.debug("judge: %s", error)
+                self.trouble = f"its answer was cut off: {error}"
             finally:
                 self.pledged.remove(cost)
             if attempt < self.retries:

@@ -73,14 +73,12 @@ class Terminal:
     def _show(self, question: Question) -> None:
         width = min(shutil.get_terminal_size().columns, 100)
         bold, plain = ("", "") if "NO_COLOR" in os.environ else ("\033[1m", "\033[0m")
-        scores = ", ".join(f"{name} {x:.2f}" for name, x in question.scores.items())
         keys = "  ".join(f"[{k}] {NAMES[k]}" if k in NAMES else f"[{k}]" for k in self.desk.values)
         self._write(
             f"\n{self.question}  ({len(self.desk.open)} left)\n"
             f"{_wrapped(question.prompt, width)}\n"
             f"{bold}{_wrapped(question.completion, width)}{plain}\n"
-            + (f"({scores})\n" if scores else "")
-            + f"{keys}  [s] skip  [u] undo  "
+            f"{keys}  [s] skip  [u] undo  "
         )
 
     def _write(self, text: str) -> None:

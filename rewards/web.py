@@ -145,7 +145,6 @@ class Page:
             "key": question.key,
             "prompt": question.prompt,
             "completion": question.completion,
-            "scores": question.scores,
         }
         return {
             "asked": self.question,

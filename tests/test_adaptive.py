@@ -273,6 +273,31 @@ def test_it_shows_what_it_moves():
     assert optimizer.param_groups[0]["lr"] == 1e-3, "whoever schedules it finds it as it was"
 
 
+def test_the_gradients_norm_is_its_own_to_see():
+    p = nn.Parameter(torch.zeros(4))
+    optimizer = AdaptiveOptimizer(torch.optim.SGD([p], lr=1.0), lr_rule="grad_norm")
+    for size in (1.0, 1.0, 4.0):
+        p.grad = torch.full((4,), size / 2)  # of norm `size`
+        optimizer.step()
+    seen = optimizer.controller.seen["grad_norm"]
+    assert optimizer.lr == pytest.approx(seen["usual"] / 4.0, rel=0.3) and optimizer.lr < 0.5
+
+
+def test_a_rule_that_is_told_no_kl_says_so(caplog):
+    told, blind = (
+        AdaptiveOptimizer(torch.optim.SGD(model().parameters(), lr=0.1), lr_rule="kl_target")
+        for _ in range(2)
+    )
+    for optimizer in (told, blind):
+        for _ in range(25):
+            optimizer.step_loss(1.0)
+            optimizer.step()
+            if optimizer is told:
+                optimizer.step_kl(torch.tensor(0.001))
+    assert told.lr > 0.1 == blind.lr, "below the target: larger"
+    assert [r.getMessage()[:17] for r in caplog.records] == ["no KL was told to"]
+
+
 def test_only_what_the_optimizer_has_is_touched():
     optimizer = AdaptiveOptimizer(
         torch.optim.Adagrad(model().parameters(), lr=0.1),

@@ -230,6 +230,39 @@ def test_a_longer_run_goes_on_from_final(main, settings):
     assert_same_run(whole, out)
 
 
+def test_a_run_whose_checkpoints_are_damaged_is_set_aside(main, settings, capsys):
+    out = Path(settings["OUTPUT_DIR"])
+    assert main(settings) == 0
+    (out / "final" / "trainer.pt").write_bytes(b"torn")
+    assert main(settings | {"RESUME": "auto", "SEED": 7}) == 0
+    assert f"no checkpoint in {out} to resume from: starting anew" in capsys.readouterr().out
+    assert len(read_jsonl(out / "earlier-001" / "metrics.jsonl")) == 3
+
+
+def test_a_resumed_run_says_where_it_goes_on_and_shows_its_last_step(main, settings, capsys):
+    assert main(settings | {"KL_STEP_FALLS": False}) == 0
+    capsys.readouterr()
+    assert main(settings | {"KL_STEP_FALLS": False, "STEPS": 5, "RESUME": "auto"}) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"resumed after step 3 from {Path(settings['OUTPUT_DIR']) / 'final'}"
+    assert said[1].startswith("Step 5 |") and said[2].startswith("finished: 5 steps")
+
+
+def test_two_runs_do_not_write_to_one_folder(main, settings, capsys):
+    held = checkpoint.lock(Path(settings["OUTPUT_DIR"]))
+    assert main(settings) == 2
+    assert f"another run is writing to {settings['OUTPUT_DIR']}" in capsys.readouterr().err
+    os.close(held)
+    assert main(settings) == 0
+    os.close(checkpoint.lock(Path(settings["OUTPUT_DIR"])))
+
+
+def test_resuming_as_another_kind_of_run_is_refused_before_it_loads(main, settings, capsys):
+    assert main(settings) == 0
+    assert main(settings | {"RESUME": "auto", "FULLTUNE": False}) == 2
+    assert "FULLTUNE was True" in capsys.readouterr().err
+
+
 def test_resuming_with_another_setting_is_refused(main, settings, capsys):
     assert main(settings) == 0
     assert main(settings | {"RESUME": "auto", "STEPS": 4, "LRATE": 5e-3}) == 2

@@ -298,6 +298,13 @@ def test_an_unknown_key_names_its_nearest_neighbour(mistake, key, nearest):
     assert mistake({}, f"{key}=3") == want
 
 
+def test_a_key_given_twice_is_refused(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text('{"STEPS": 1, /* or */ "STEPS": 2}')
+    with pytest.raises(UserError, match="the config says STEPS twice"):
+        load_config(path)
+
+
 def test_an_unknown_key_of_a_reward_names_the_nearest_of_that_reward(mistake):
     """Of the reward's own keys: LABEL is no key of a regex, PATTERNS none of a classifier."""
     rewards = [REGEX | {"IGNORECASE": True}, {"TYPE": "classifier", "LABLE": "positive"}]
@@ -322,6 +329,15 @@ def test_an_unknown_key_of_a_reward_names_the_nearest_of_that_reward(mistake):
         ({"LOAD_8BIT": True}, "a quantised model cannot be fully tuned: FULLTUNE false is LoRA"),
         ({"LORA_R": 4}, "LORA_R needs FULLTUNE false"),
         (
+            {"REWARDS": [{"TYPE": "regex", "PATTERNS": "a", "WEIGHT": 0}]},
+            "every WEIGHT is 0: nothing is rewarded",
+        ),
+        ({"MIN_LR": 1, "MAX_LR": 0.1}, "MIN_LR is above MAX_LR"),
+        (
+            {"MAX_MOMENTUM": 0.5, "REWARD_RULE": "trend"},
+            "MAX_MOMENTUM needs a MOMENTUM_RULE, or REWARD_RULE trend",
+        ),
+        (
             {"LORA_TARGETS": ["c_attn"], "LORA_ALPHA": 4},
             "LORA_ALPHA, LORA_TARGETS needs FULLTUNE false",
         ),
@@ -342,15 +358,15 @@ def test_an_unknown_key_of_a_reward_names_the_nearest_of_that_reward(mistake):
         ),
         (
             {"BATCH_SIZE": 6, "NUM_GENERATIONS": 4},
-            "BATCH_SIZE 6 counts completions and must be a multiple of NUM_GENERATIONS 4",
+            "BATCH_SIZE counts completions: a multiple of NUM_GENERATIONS",
         ),
         (
             {"BATCH_SIZE": 8, "GRAD_ACCUM": 3},
-            "BATCH_SIZE 8 must be a multiple of GRAD_ACCUM 3",
+            "BATCH_SIZE must be a multiple of GRAD_ACCUM",
         ),
         (
             {"MAXSEQ": 32, "MAX_NEW_TOKENS": 32},
-            "MAXSEQ 32 leaves no room for a prompt before MAX_NEW_TOKENS 32",
+            "MAXSEQ leaves no room for a prompt before MAX_NEW_TOKENS",
         ),
         (
             {"BASELINE": "rloo", "BATCH_SIZE": 1, "NUM_GENERATIONS": 1},
@@ -381,8 +397,7 @@ def test_an_unknown_key_of_a_reward_names_the_nearest_of_that_reward(mistake):
         ),
         (
             {"REWARDS": [JUDGE | {"PAIRWISE": True}], "NUM_GENERATIONS": 1, "BASELINE": "ema"},
-            "judge compares completions of a prompt (PAIRWISE): NUM_GENERATIONS 1 has nothing to "
-            "compare",
+            "judge is PAIRWISE: NUM_GENERATIONS 1 has only one",
         ),
         ({"RESUME": "checkpoints"}, """RESUME is "checkpoints": input should be 'auto'"""),
     ],

@@ -179,11 +179,20 @@ def test_with_a_third_of_all_requests_failing_none_is_lost_zeroed_or_paid_twice(
     assert len(server.seen) > 600, "there were faults"
 
 
+TROUBLE = {
+    "429": "it answered 429", "500": "it answered 500", "slow": "timed out", "cut": "Connection",
+    "truncated": "", "out of range": '{"score": 11}', "injected": "The text says so",
+    "prose": "8 out of 10", "empty": "its answer was ''",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_that_lasts_is_a_missing_score(server, judge, fault):
+def test_a_fault_that_lasts_is_a_missing_score_and_is_told(server, judge, fault):
     server.share, server.faults = 1.0, (fault,)
-    assert ask(judge(retries=1), ["one two"]) == [None]
+    one = judge(retries=1)
+    assert ask(one, ["one two"]) == [None]
     assert len(server.seen) == 2
+    assert one.trouble and TROUBLE[fault] in one.trouble
     server.share = 0.0
     assert ask(judge(), ["one two"]) == [1 / 9], "and is asked again next time"
 
@@ -222,6 +231,28 @@ def test_pace_spreads_requests_and_tokens(monkeypatch):
     waited.clear()
     asyncio.run(turns(Pace(120, 3000)))
     assert waited == [0, 2.0, 4.0], "a hundred of 3,000 tokens a minute"
+
+
+def test_an_address_that_is_no_judges_is_refused(judge):
+    """A web page, where /v1 was forgotten."""
+
+    class Web(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self.wfile.write(b"<html>hello</html>")
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Web) as web:
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{web.server_address[1]}"
+        with pytest.raises(Refused, match="no chat completion but '<html>hello</html>'"):
+            ask(judge(base_url=url, timeout=5.0), ["a"])
+        web.shutdown()
 
 
 def test_equal_completions_are_judged_once(server, judge):
@@ -465,7 +496,7 @@ def test_a_reward_that_raises_pauses_too(settings, main, capsys, tmp_path, monke
     keys = settings | {"REWARDS": [{"TYPE": "python", "FUNCTION": "broken:broken"}]}
     assert main(keys) == 3
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith("paused before step 2: a reward failed (KeyError: 'no such thing')")
+    assert said.startswith("paused before step 2: reward 'broken' failed (KeyError: 'no such")
     assert (Path(settings["OUTPUT_DIR"]) / "step-000001" / "trainer.pt").exists()
 
 
@@ -482,7 +513,7 @@ def test_an_evaluation_that_fails_is_left_out(settings, main, caplog, tmp_path, 
     keys = settings | {"REWARDS": [{"TYPE": "python", "FUNCTION": "picky:picky"}]}
     keys |= {"EVAL_FILE": str(tmp_path / "eval.json"), "EVAL_EVERY": 2}
     assert main(keys) == 0
-    assert "evaluation left out: a reward failed (KeyError: 'odd')" in caplog.text
+    assert "evaluation left out: reward 'picky' failed (KeyError: 'odd')" in caplog.text
     rows = read_jsonl(Path(settings["OUTPUT_DIR"]) / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert [row.get("eval/reward", "none") for row in rows] == ["none", None, "none"]
@@ -501,7 +532,7 @@ def test_a_dry_run_says_what_a_reward_raised(settings, main, capsys, tmp_path, m
     capsys.readouterr()
     assert main(keys, "STEPS=5", "RESUME=auto", "--dry-run") == 3
     assert capsys.readouterr().err.endswith(
-        "error: a reward failed (NameError: name 'MOOD' is not defined)\n"
+        "error: reward 'moody' failed (NameError: name 'MOOD' is not defined)\n"
     )
     assert sorted(Path(settings["OUTPUT_DIR"]).rglob("*")) == files
 

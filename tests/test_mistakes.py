@@ -173,6 +173,20 @@ def test_a_reward_that_cannot_be_made(mistake, settings, reward, message):
     assert mistake({"REWARDS": rewards}) == f"REWARDS.1: {message.format(**settings)}"
 
 
+@pytest.mark.parametrize("folder", ["/nowhere/model", "./nowhere", "adaptiverl/assets/polcy"])
+def test_a_folder_that_is_not_there_is_not_asked_of_the_hub(mistake, folder):
+    assert mistake({"MODEL": folder}) == f"MODEL {folder}: there is no folder {folder}"
+    rewards = [{"TYPE": "classifier", "MODEL": folder}]
+    assert mistake({"REWARDS": rewards}) == f"REWARDS.0: there is no folder {folder}"
+
+
+def test_a_python_reward_that_is_no_python(mistake, tmp_path, monkeypatch):
+    (tmp_path / "torn.py").write_text("def torn(completions, **_)\n    return []\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    message = mistake({"REWARDS": [{"TYPE": "python", "FUNCTION": "torn:torn"}]})
+    assert message == f"REWARDS.0: {tmp_path / 'torn.py'}, line 1: expected ':'"
+
+
 def test_a_python_reward_by_a_relative_name(mistake):
     rewards = [{"TYPE": "python", "FUNCTION": ".my_module:score"}]
     assert ".my_module" in mistake({"REWARDS": rewards})

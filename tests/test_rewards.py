@@ -591,6 +591,15 @@ def test_wrong_number_of_scores_is_refused(values):
         composite(["p"] * 2, ["x", "y"])
 
 
+@pytest.mark.parametrize("answer", [None, 0.5, "ab"])
+def test_what_is_no_list_of_scores_is_told_with_the_rewards_name(answer):
+    composite = CompositeReward({"mine": lambda **_: answer})
+    with pytest.raises(ValueError) as caught:
+        composite(["p"] * 2, ["x", "y"])
+    said = [str(caught.value), *getattr(caught.value, "__notes__", [])]
+    assert any("reward 'mine'" in line for line in said)
+
+
 numbers = st.floats(-100, 100)
 weights = st.lists(numbers, min_size=3, max_size=3)
 rows = st.lists(st.tuples(numbers, numbers, numbers), min_size=1, max_size=6)

@@ -229,6 +229,13 @@ def test_an_evaluation_leaves_the_steps_samples_alone(main, settings, tmp_path, 
     assert read_jsonl(Path(settings["OUTPUT_DIR"]) / "metrics.jsonl")[0]["size"] == 8
 
 
+def test_prompts_that_lose_their_beginning_are_counted(main, settings, tmp_path, caplog):
+    long = [{"prompt": "very " * n + "long"} for n in (3, 70, 90)]
+    (tmp_path / "prompts.json").write_text(json.dumps(long))
+    assert main(settings | {"STEPS": 1}) == 0
+    assert "2 of 3 prompts lose all but 56 tokens" in caplog.text
+
+
 def test_training_raises_the_reward(main, settings):
     """The likeliest tokens of a random model become vowels within forty steps."""
     keys = {"STEPS": 40, "BATCH_SIZE": 16, "KL_COEF": 0, "SAMPLES_EVERY": 0}

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from adaptiverl.optim.controller import Controller
@@ -41,9 +42,17 @@ class AdaptiveOptimizer(Optimizer):
         """Adapts to a reward, higher is better."""
         self.controller.observe(reward=number(reward))
 
+    def step_kl(self, kl: float | Tensor) -> None:
+        """Adapts to how far the last update moved a policy, nats a token: kl_target, learned."""
+        self.controller.observe(kl=number(kl))
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         if self.controller.inert:
             return self.base.step(closure)
+        if "grad_norm" in self.controller.lr_rules:
+            grads = [p.grad for group in self.param_groups for p in group["params"]]
+            norm = get_total_norm([grad for grad in grads if grad is not None])
+            self.controller.observe(grad_norm=float(norm))
         with self.controller.applied():
             loss = self.base.step(closure)
         self.controller.tick()

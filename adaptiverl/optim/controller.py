@@ -7,6 +7,7 @@ Leaves out when to observe and who owns the rate: adaptive.py, schedulers.py.
 """
 
 import copy
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,6 +39,7 @@ LR_RULES = (
     "kl_target", "learned",
 )  # fmt: skip
 REWARD_RULES = (*rules.REWARD_DRIVES, *rules.REWARD_FACTORS)
+log = logging.getLogger(__name__)
 LASTING = ("patience", "kl_target")  # these test what they do: no leaning back, no max_drift
 TINY = 0.01  # Adam's bias correction takes beta as constant while beta^t is above this
 
@@ -115,7 +117,7 @@ class Controller:
             "reward": replace(read, beta=reward_beta),
         }
         self.kl_step_target, self.steps, self.confidence = kl_step_target, steps, 1.0
-        self.kl_floor = 0.0
+        self.kl_floor, self.steered = 0.0, False
 
         self.base: dict[str, list[float | None]] = {name: [] for name in BOUNDS}
         self.values: dict[str, list[float | None]] = {name: [] for name in FROM_LOSS}
@@ -204,6 +206,7 @@ class Controller:
         return numbers
 
     def _steer(self, kl: float) -> None:
+        self.steered = True
         if "kl_target" in self.lr_rules:
             old = self.ratios.get("kl_target", 1.0)
             new = rules.kl_target(old, kl, self.kl_target)
@@ -221,6 +224,8 @@ class Controller:
     def tick(self) -> None:
         """A step of the optimizer has passed: what depends on time alone."""
         self.step += 1
+        if self.step == 20 and {"kl_target", "learned"} & {*self.lr_rules} and not self.steered:
+            log.warning("no KL was told to kl_target or learned in 20 steps: they move nothing")
         for name in self.lr_rules:
             if name in rules.LR_CLOCKS:
                 factor = rules.LR_CLOCKS[name](self.step, self.options)

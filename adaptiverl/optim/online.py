@@ -81,8 +81,6 @@ class Online(Optimizer):
         self._run = torch.zeros(5, device=self.device)
         self._told = self._run.unbind()
 
-    # What there is to look at
-
     @property
     def names(self) -> list[str]:
         """Of named_parameters, where the optimizer was given those; else their numbers."""
@@ -105,8 +103,6 @@ class Online(Optimizer):
         if hasattr(self, "tensors"):
             raise ValueError("an online optimizer needs all of its tensors at the beginning")
         super().add_param_group(param_group)
-
-    # What it does
 
     def observe(
         self,
@@ -210,8 +206,6 @@ class Online(Optimizer):
     def _fused(self) -> bool:
         """The same by torch's kernel alone, where that is known; whether it was."""
         return False
-
-    # What is kept and told
 
     def state_dict(self) -> dict[str, Any]:
         """torch's, and under "online" the hidden states by parameter name and the GRU's weights."""

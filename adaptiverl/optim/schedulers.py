@@ -4,7 +4,6 @@ Thin faces: they rename arguments of the seeds and own the rate of the optimizer
 Another scheduler beside them is refused; adaptive.py's wrapper works beside any.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -88,7 +87,8 @@ class AdaptiveScheduler(LRScheduler):
         """As `step_loss`, all of it optional."""
         self.set_metrics(loss, R)
         if model is not None and "grad_norm" in self.controller.lr_rules:
-            self._pending["grad_norm"] = _grad_norm(model.parameters())
+            grads = [p.grad for p in model.parameters() if p.grad is not None]
+            self._pending["grad_norm"] = float(get_total_norm(grads))
         return self.step()
 
     def set_metrics(
@@ -126,7 +126,3 @@ class RewardAdaptiveScheduler(AdaptiveScheduler):
 
     def __init__(self, optimizer: Optimizer, rule: str = "trend", **arguments: Any):
         super().__init__(optimizer, lr_rule="none", reward_rule=rule, **arguments)
-
-
-def _grad_norm(parameters: Iterable[Tensor]) -> float:
-    return float(get_total_norm([p.grad for p in parameters if p.grad is not None]))

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from adaptiverl.rl.policy import Policy
 from adaptiverl.rl.rollout import Choice, Rollout
@@ -33,7 +34,6 @@ class Server:
         uniform: Tensor,
     ) -> Rollout:
         """As Decoder; of `uniform` [B, T] only the shape counts."""
-        rows, length = uniform.shape
         self.client.update_model_params(self.policy.base)
         self.client.reset_prefix_cache()  # keys and values of the old weights
         answer = self.client.generate(
@@ -41,17 +41,12 @@ class Server:
             temperature=choice.temperature,
             top_k=choice.top_k,
             top_p=choice.top_p,
-            max_tokens=length,
+            max_tokens=uniform.shape[1],
             generation_kwargs={"stop_token_ids": choice.eos_ids.tolist()},
         )
-        tokens = torch.full((rows, length), choice.pad_id, device=prompt_ids.device)
-        mask = torch.zeros_like(tokens)
-        logprobs = torch.zeros(rows, length, device=prompt_ids.device)
-        completions = zip(answer["completion_ids"], answer["logprobs"], strict=True)
-        for row, (ids, measured) in enumerate(completions):
-            tokens[row, : len(ids)] = torch.tensor(ids)
-            mask[row, : len(ids)] = 1
-            logprobs[row, : len(ids)] = torch.tensor([each[0] for each in measured])
-        longest = int(mask.sum(-1).max())
-        written = (x[:, :longest] for x in (tokens, mask, logprobs))
+        tokens = [torch.tensor(ids) for ids in answer["completion_ids"]]
+        mask = [torch.ones_like(ids) for ids in tokens]
+        logprobs = [torch.tensor([each[0] for each in row]) for row in answer["logprobs"]]
+        columns = (tokens, choice.pad_id), (mask, 0), (logprobs, 0.0)
+        written = [pad_sequence(rows, True, fill).to(prompt_ids.device) for rows, fill in columns]
         return Rollout(prompt_ids, prompt_mask, prompt_of, *written)

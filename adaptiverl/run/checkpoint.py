@@ -4,6 +4,7 @@ A checkpoint is written beside its place under a hidden name, every file is sync
 their hashes is written last, and the folder is renamed. What it holds is the caller's business.
 """
 
+import fcntl
 import hashlib
 import json
 import logging
@@ -61,6 +62,21 @@ def newest(output_dir: Path) -> tuple[Path, int] | None:
             return folder, step
         log.warning("%s is damaged (%s): using the one before it", folder, damage)
     return None
+
+
+def lock(output_dir: Path) -> int:
+    """Makes `output_dir` and keeps it for this process; raises OSError where another writes to it.
+
+    Closing what is returned, or the end of the process, gives it back.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(output_dir, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise OSError(f"another run is writing to {output_dir}") from error
+    return descriptor
 
 
 def holds_run(output_dir: Path) -> bool:

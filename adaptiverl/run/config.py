@@ -35,9 +35,7 @@ class Config(Strict):
     FULLTUNE: bool = Field(True, description="Train all weights; false trains a LoRA adapter")
     LORA_R: int = Field(8, ge=1, description="Rank of the adapter")
     LORA_ALPHA: int = Field(16, ge=1, description="Scale of the adapter: LORA_ALPHA / LORA_R")
-    LORA_TARGETS: list[str] | None = Field(
-        None, description="Modules that get an adapter; peft's choice for the model if null"
-    )
+    LORA_TARGETS: list[str] | None = Field(None, description="What gets one; null: peft's choice")
     LOAD_4BIT: bool = Field(False, description="Freeze the model in NF4 (needs FULLTUNE false)")
     LOAD_8BIT: bool = Field(False, description="Freeze the model in int8 (needs FULLTUNE false)")
     FP16: bool = Field(False, description="fp16 autocast with a gradient scaler; needs a GPU")
@@ -56,9 +54,7 @@ class Config(Strict):
     BATCH_SIZE: int = Field(32, ge=1, description="Completions a step, over all processes")
     NUM_GENERATIONS: int = Field(2, ge=1, description="Completions of each prompt")
     MAX_NEW_TOKENS: int = Field(32, ge=1, description="Longest completion")
-    MAXSEQ: int | None = Field(
-        None, ge=2, description="Longest prompt + completion; the model's positions if null"
-    )
+    MAXSEQ: int | None = Field(None, ge=2, description="Most tokens of a text; null: all positions")
     TEMPERATURE: float = Field(1.0, gt=0, description="Of sampling and of the log-probabilities")
     TOP_K: int = Field(0, ge=0, description="Sample among the k likeliest; 0 is off")
     TOP_P: float = Field(1.0, gt=0, le=1, description="Sample in the nucleus of mass p; 1 is off")
@@ -73,9 +69,7 @@ class Config(Strict):
     NORMALIZE_ADVANTAGES: bool = Field(True, description="Divide by their standard deviation")
     KL_COEF: float = Field(0.05, ge=0, description="Penalty on KL to the start; 0: no reference")
     KL_ESTIMATOR: Literal["k1", "k3"] = Field("k1", description="Schulman's estimators")
-    KL_TARGET: float | None = Field(
-        None, gt=0, description="Nats per completion that KL_COEF is adapted to; null: constant"
-    )
+    KL_TARGET: float | None = Field(None, gt=0, description="Nats a completion that KL_COEF seeks")
 
     OPTIM: Literal[
         "sgd", "rmsprop", "adamw", "adamw_8bit", "online_sgd", "online_rmsprop", "online_adamw"
@@ -105,9 +99,7 @@ class Config(Strict):
     MAX_GRAD_NORM: float = Field(1.0, ge=0, description="Gradient clipping; 0 is off")
 
     STEPS: int = Field(100, ge=1, description="Stop after so many steps")
-    EPOCHS: int | None = Field(
-        None, ge=1, description="Stop after so many passes over the prompts, if that comes first"
-    )
+    EPOCHS: int | None = Field(None, ge=1, description="Stop after so many passes over the prompts")
     SEED: int = Field(0, ge=0, lt=2**32, description="Of everything random")
 
     OUTPUT_DIR: str = Field("checkpoints", description="Where a run is written")
@@ -135,16 +127,15 @@ class Config(Strict):
             raise ValueError("VLLM_SERVER needs FULLTUNE: adapters are not sent to the server")
         if not self.REWARDS:
             raise ValueError("REWARDS is empty: name at least one reward")
+        if all(reward.WEIGHT == 0 for reward in self.REWARDS):
+            raise ValueError("every WEIGHT is 0: nothing is rewarded")
         for i, reward in enumerate(self.HELD_OUT):
             if trained := reward.changed() & TRAINED:
                 raise ValueError(f"HELD_OUT.{i}: {', '.join(sorted(trained))} is for REWARDS only")
         for rewards in (self.REWARDS, self.HELD_OUT):
             for reward in rewards:
                 if getattr(reward, "PAIRWISE", False) and self.NUM_GENERATIONS == 1:
-                    raise ValueError(
-                        f"{reward.name} compares completions of a prompt (PAIRWISE): "
-                        "NUM_GENERATIONS 1 has nothing to compare"
-                    )
+                    raise ValueError(f"{reward.name} is PAIRWISE: NUM_GENERATIONS 1 has only one")
             names = [reward.name for reward in rewards]
             if twice := {name for name in names if names.count(name) > 1}:
                 raise ValueError(f"two rewards are named {twice.pop()!r}: give one of them a NAME")
@@ -152,19 +143,11 @@ class Config(Strict):
         if sum(reward.WHERE == "terminal" for reward in people) > 1:
             raise ValueError("a terminal asks for one human reward: give the other WHERE web")
         if self.BATCH_SIZE % self.NUM_GENERATIONS:
-            raise ValueError(
-                f"BATCH_SIZE {self.BATCH_SIZE} counts completions and must be a multiple of "
-                f"NUM_GENERATIONS {self.NUM_GENERATIONS}"
-            )
+            raise ValueError("BATCH_SIZE counts completions: a multiple of NUM_GENERATIONS")
         if self.BATCH_SIZE % self.GRAD_ACCUM:
-            raise ValueError(
-                f"BATCH_SIZE {self.BATCH_SIZE} must be a multiple of GRAD_ACCUM {self.GRAD_ACCUM}"
-            )
+            raise ValueError("BATCH_SIZE must be a multiple of GRAD_ACCUM")
         if self.MAXSEQ is not None and self.MAXSEQ <= self.MAX_NEW_TOKENS:
-            raise ValueError(
-                f"MAXSEQ {self.MAXSEQ} leaves no room for a prompt before MAX_NEW_TOKENS "
-                f"{self.MAX_NEW_TOKENS}"
-            )
+            raise ValueError("MAXSEQ leaves no room for a prompt before MAX_NEW_TOKENS")
         if self.BASELINE == "rloo" and self.BATCH_SIZE == 1:
             raise ValueError("BASELINE rloo compares completions: BATCH_SIZE 1 has only one")
         for low, high in (("MIN_LR", "MAX_LR"), ("MIN_MOMENTUM", "MAX_MOMENTUM")):

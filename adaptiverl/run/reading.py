@@ -22,7 +22,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from error
     try:
-        values = json.loads(strip_comments(text))
+        values = json.loads(strip_comments(text), object_pairs_hook=_once)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: {error.msg}") from error
     if not isinstance(values, dict):
@@ -40,6 +40,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except ValidationError as error:
         errors = [each for each in error.errors() if not _is_of_another_kind(each)]
         raise UserError(f"{path}: " + "; ".join(map(_explain, errors))) from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    if twice := {key for key in keys if keys.count(key) > 1}:
+        raise UserError(f"the config says {twice.pop()} twice")
+    return dict(pairs)
 
 
 def strip_comments(text: str) -> str:

@@ -123,9 +123,7 @@ class JudgeReward(Reward):
     MAX_CALLS: int | None = Field(None, ge=0, description="Answers paid for, in all runs of CACHE")
     MAX_COST: float | None = Field(None, ge=0, description="Their cost at PRICES")
     PRICES: tuple[float, float] = Field((0, 0), description="Of 1e6 tokens, in and out")
-    MAX_MISSING: float = Field(
-        0.5, ge=0, le=1, description="The run pauses where a larger share is missing"
-    )
+    MAX_MISSING: float = Field(0.5, ge=0, le=1, description="Beyond this share a run pauses")
 
     @model_validator(mode="after")
     def _scored(self) -> "JudgeReward":
@@ -160,16 +158,12 @@ class HumanReward(Reward):
     WHERE: Literal["terminal", "web"] = Field("terminal", description="How they are asked")
     HOST: str = Field("127.0.0.1", description="Address that the web page is at")
     PORT: int = Field(8765, ge=0, lt=65536, description="Its port; 0: any that is free")
-    TOKEN_ENV: str | None = Field(
-        None, description="Environment variable with the page's token; null: a new one each run"
-    )
+    TOKEN_ENV: str | None = Field(None, description="Variable with its token; null: random")
     LABELS: str = Field("labels.sqlite", description="Where labels are kept")
     TIMEOUT: float | None = Field(
         None, gt=0, description="Seconds to wait for a batch's labels; null: until all are there"
     )
-    ASK: int | None = Field(
-        None, ge=1, description="So many of a batch, where other rewards disagree most; null: all"
-    )
+    ASK: int | None = Field(None, ge=1, description="Of a batch, those most disputed; null: all")
     REWARD_MODEL: Literal["online"] | None = Field(
         None, description='"online": a head that learns from the labels fills in for the missing'
     )

@@ -33,7 +33,7 @@ class RunLog:
             path = output_dir / name
             _keep_until(path, step)
             self.files.append(path.open("a", encoding="utf-8"))
-        self.log_every = log_every
+        self.log_every, self.last_step = log_every, last_step
         # disable=None: a bar on a terminal, nothing in a file or a pipe
         self.bar = tqdm(total=last_step, initial=step, disable=None, unit="step")
 
@@ -51,7 +51,8 @@ class RunLog:
         self.bar.update()
         if metrics["reward"] is not None:
             self.bar.set_postfix_str(f"reward {metrics['reward']:.3f}", refresh=False)
-        if self.log_every and (metrics["step"] == 1 or metrics["step"] % self.log_every == 0):
+        step = metrics["step"]
+        if self.log_every and (step in (1, self.last_step) or step % self.log_every == 0):
             self.say(step_line(metrics))
 
     def say(self, line: str) -> None:
