@@ -107,8 +107,7 @@ def evaluate(run: "Run", prompts: Dataset) -> Metrics:
         rows = [row % len(prompts) for row in own[start : start + size]]
         real = sum(row < len(prompts) for row in own[start : start + size])
         batch = run.columns(prompts, rows)
-        sample = partial(run.sampler, batch["prompt"], chance[rows])
-        rollout = run.without_gradient(sample)
+        rollout = run.without_gradient(partial(run.sampler, batch["prompt"], chance[rows]))
         one = run.begin_scoring(batch, rollout, run.sampler.decode(rollout))
         begun.append(partial(_first, one, real))
     try:

@@ -9,11 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from adaptiverl.optim.controller import Controller
-from adaptiverl.optim.hyperparams import get, number
+from adaptiverl.optim.hyperparams import get, gradient_norm, number
 
 
 class AdaptiveOptimizer(Optimizer):
@@ -50,9 +49,8 @@ class AdaptiveOptimizer(Optimizer):
         if self.controller.inert:
             return self.base.step(closure)
         if "grad_norm" in self.controller.lr_rules:
-            grads = [p.grad for group in self.param_groups for p in group["params"]]
-            norm = get_total_norm([grad for grad in grads if grad is not None])
-            self.controller.observe(grad_norm=float(norm))
+            own = (p for group in self.param_groups for p in group["params"])
+            self.controller.observe(grad_norm=gradient_norm(own))
         with self.controller.applied():
             loss = self.base.step(closure)
         self.controller.tick()

@@ -117,7 +117,7 @@ class Controller:
             "reward": replace(read, beta=reward_beta),
         }
         self.kl_step_target, self.steps, self.confidence = kl_step_target, steps, 1.0
-        self.kl_floor, self.steered = 0.0, False
+        self.kl_floor = 0.0
 
         self.base: dict[str, list[float | None]] = {name: [] for name in BOUNDS}
         self.values: dict[str, list[float | None]] = {name: [] for name in FROM_LOSS}
@@ -206,7 +206,6 @@ class Controller:
         return numbers
 
     def _steer(self, kl: float) -> None:
-        self.steered = True
         if "kl_target" in self.lr_rules:
             old = self.ratios.get("kl_target", 1.0)
             new = rules.kl_target(old, kl, self.kl_target)
@@ -224,7 +223,8 @@ class Controller:
     def tick(self) -> None:
         """A step of the optimizer has passed: what depends on time alone."""
         self.step += 1
-        if self.step == 20 and {"kl_target", "learned"} & {*self.lr_rules} and not self.steered:
+        told = "kl_target" in self.ratios or (self.learned and self.learned.last)
+        if self.step == 20 and {"kl_target", "learned"} & {*self.lr_rules} and not told:
             log.warning("no KL was told to kl_target or learned in 20 steps: they move nothing")
         for name in self.lr_rules:
             if name in rules.LR_CLOCKS:

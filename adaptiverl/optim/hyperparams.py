@@ -3,11 +3,12 @@
 Numbers, tensors (written in place: a captured graph keeps seeing them) and pairs of betas alike.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 Group = dict[str, Any]
 BETAS = {"beta1": 0, "beta2": 1}
@@ -61,6 +62,11 @@ def scaled(group: Group, ratio: float, bounds: tuple[float, float]) -> Callable[
 
 def _written(old: Any, value: float) -> Any:
     return old.fill_(value) if isinstance(old, Tensor) else value
+
+
+def gradient_norm(parameters: Iterable[Tensor]) -> float:
+    """Of all gradients there are, fetched from their device."""
+    return float(get_total_norm([p.grad for p in parameters if p.grad is not None]))
 
 
 def number(x: float | Tensor) -> float:

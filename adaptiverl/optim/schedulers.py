@@ -7,12 +7,11 @@ Another scheduler beside them is refused; adaptive.py's wrapper works beside any
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from adaptiverl.optim.controller import Controller
-from adaptiverl.optim.hyperparams import number
+from adaptiverl.optim.hyperparams import gradient_norm, number
 
 ALIASES = {
     "lr_min": "min_lr",
@@ -87,8 +86,7 @@ class AdaptiveScheduler(LRScheduler):
         """As `step_loss`, all of it optional."""
         self.set_metrics(loss, R)
         if model is not None and "grad_norm" in self.controller.lr_rules:
-            grads = [p.grad for p in model.parameters() if p.grad is not None]
-            self._pending["grad_norm"] = float(get_total_norm(grads))
+            self._pending["grad_norm"] = gradient_norm(model.parameters())
         return self.step()
 
     def set_metrics(
