@@ -6,7 +6,7 @@ train: .venv/run
 	.venv/bin/python train.py config.json
 
 test: .venv/dev
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n 2 --dist worksteal
 
 check: .venv/dev
 	.venv/bin/ruff check .

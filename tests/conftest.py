@@ -131,7 +131,7 @@ def without_clock(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def main(tmp_path, monkeypatch) -> Callable[..., int]:
-    """Runs train.main on a dict of keys in this process; its exit status.
+    """Runs train.main on a dict of keys, or on a config file, in this process; its exit status.
 
     For tests of what a run does rather than of the process: importing takes longer than a run.
     """
@@ -144,9 +144,10 @@ def main(tmp_path, monkeypatch) -> Callable[..., int]:
     monkeypatch.chdir(ROOT)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def run(keys: dict, *arguments: str) -> int:
-        path = tmp_path / "keys.json"
-        path.write_text(json.dumps(keys))
+    def run(config: dict | Path, *arguments: str) -> int:
+        path = config if isinstance(config, Path) else tmp_path / "keys.json"
+        if isinstance(config, dict):
+            path.write_text(json.dumps(config))
         monkeypatch.setattr("sys.argv", ["train.py", str(path), *arguments])
         AcceleratorState._reset_state(reset_partial_state=True)
         try:

@@ -1,6 +1,7 @@
 """The recipes in configs/ are valid: for this program, and for accelerate."""
 
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -40,13 +41,23 @@ def test_accelerate_reads_what_is_meant(path):
             assert prompts % launch.num_processes == 0
 
 
-@pytest.mark.parametrize("name", ["sentiment", "toxicity", "helpfulness"])
-def test_recipes_that_need_no_network_run(name, run, tmp_path):
-    """From the command line, with the embedded models: a dry run and ten steps."""
-    path = ROOT / f"configs/{name}.json"
-    small = ["BATCH_SIZE=8", "MAX_NEW_TOKENS=8", f"OUTPUT_DIR={tmp_path / 'run'}"]
-    dry = run(path, "--dry-run", *small)
+def small(folder: Path) -> list[str]:
+    return ["BATCH_SIZE=8", "MAX_NEW_TOKENS=8", f"OUTPUT_DIR={folder}"]
+
+
+def test_a_recipe_runs_from_the_command_line(run, tmp_path):
+    """With the embedded models: a dry run and ten steps."""
+    path = ROOT / "configs/sentiment.json"
+    dry = run(path, "--dry-run", *small(tmp_path))
     assert dry.returncode == 0, dry.stderr
-    result = run(path, "STEPS=10", *small)
+    result = run(path, "STEPS=10", *small(tmp_path))
     assert result.returncode == 0, result.stderr
     assert "finished: 10 steps" in result.stdout
+
+
+@pytest.mark.parametrize("name", ["toxicity", "helpfulness"])
+def test_recipes_that_need_no_network_run(name, main, tmp_path, capsys):
+    path = ROOT / f"configs/{name}.json"
+    assert main(path, "--dry-run", *small(tmp_path)) == 0
+    assert main(path, "STEPS=10", *small(tmp_path)) == 0
+    assert "finished: 10 steps" in capsys.readouterr().out

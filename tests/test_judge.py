@@ -469,15 +469,14 @@ def test_too_many_missing_pause_the_run_and_it_goes_on_exactly(
         assert path.is_dir() or b"sk-secret" not in path.read_bytes(), "the key stays out of files"
 
 
-def test_the_recipe_runs(server, run, tmp_path):
-    """configs/judge.json from the command line: a dry run and ten steps."""
+def test_the_recipe_runs(server, main, tmp_path):
+    """configs/judge.json: a dry run and ten steps."""
     spec = load_config(ROOT / "configs/judge.json").REWARDS[0].model_dump(exclude_none=True)
     spec |= {"BASE_URL": server.url, "CACHE": str(tmp_path / "recipe.sqlite")}
     small = ["BATCH_SIZE=8", "MAX_NEW_TOKENS=8", f"OUTPUT_DIR={tmp_path / 'run'}"]
     small += [f"REWARDS={json.dumps([spec])}"]
     for more in ("--dry-run", "STEPS=10"):
-        result = run(ROOT / "configs/judge.json", more, *small)
-        assert result.returncode == 0, result.stderr
+        assert main(ROOT / "configs/judge.json", more, *small) == 0
     rows = read_jsonl(tmp_path / "run/metrics.jsonl")
     samples = read_jsonl(tmp_path / "run/samples.jsonl")
     assert len(rows) == 10
