@@ -152,6 +152,18 @@ def _inputs(base: Any, rollout: Rollout) -> dict[str, Any]:
     return inputs
 
 
+def _keep_differentiable(lm: nn.Module) -> None:
+    """Keeps bitsandbytes from repacking 4-bit weights for inference: that has no gradient.
+
+    It does so in eval mode on CPUs with AVX512-BF16, and eval mode is what turns dropout off here.
+    """
+    from bitsandbytes.nn import Linear4bit  # seconds to import
+
+    for module in lm.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
 @torch.no_grad()
 def has_plain_head(base: Any) -> bool:
     """Whether logits are the head's projection of the last states and no more: tried, not read."""
@@ -193,6 +205,8 @@ def load_policy(
     elif quantize == "8bit":
         kwargs["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     lm = AutoModelForCausalLM.from_pretrained(weights, **kwargs)
+    if quantize == "4bit":
+        _keep_differentiable(lm)
     if not quantize:
         # A file's weights are aligned to 8 bytes, tensors to 64, and rounding may depend on that: a
         # resumed run must not differ in the last bit.
