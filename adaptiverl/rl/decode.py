@@ -14,7 +14,7 @@ from transformers import GPT2Model
 from transformers.pytorch_utils import Conv1D
 
 from adaptiverl.rl.gpt2 import Cache, hidden_states, read_prompts
-from adaptiverl.rl.head import Projection
+from adaptiverl.rl.head import Projection, computed_in
 from adaptiverl.rl.rollout import Choice, Rollout
 
 GAP = 16  # tokens between looks at a CUDA device
@@ -61,11 +61,12 @@ class Decoder:
         device = head.weight.device
         self.choice, self.static, self.width = choice, static, width
         self.projection = Projection(head, choice.temperature)
-        self.dtype = self.projection.weight.dtype
+        self.dtype = computed_in(head.weight)
         self.transformer = transformer
         self.copies: list[tuple[Tensor, Tensor]] = []  # what autocast would cast, and from what
-        if self.dtype != head.weight.dtype:
+        if self.projection.weight.dtype != head.weight.dtype:
             self.copies.append((self.projection.weight, head.weight))
+        if self.dtype != head.weight.dtype:
             self.transformer = self._cast(transformer)
 
         # By slot

@@ -22,7 +22,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from adaptiverl.rl.gpt2 import is_gpt2, predicting_states
-from adaptiverl.rl.head import plain_logprobs, weighted_logprobs
+from adaptiverl.rl.head import keep_logits_fp32, plain_logprobs, weighted_logprobs
 from adaptiverl.rl.rollout import Rollout
 
 
@@ -48,6 +48,9 @@ class Policy(nn.Module):
         super().__init__()
         self.lm = lm.eval()  # dropout would make the policy differ from itself
         self._reference = (reference,)  # in a tuple: no submodule, not trained, not saved
+        keep_logits_fp32(self.base)
+        if reference is not None:
+            keep_logits_fp32(reference)
         self.gpt2 = is_gpt2(self.base)  # its layers are called from outside, which FSDP forbids
         self.plain_head = has_plain_head(self.base)
 

@@ -109,7 +109,9 @@ class Sampler:
             prompt = rollout.prompt_of[row]
             ids = rollout.prompt_ids[prompt][rollout.prompt_mask[prompt].bool()]
             tokens = torch.tensor(completion, device=self.device)
-            logits = self.policy.lm(input_ids=torch.cat([ids, tokens])[None]).logits
+            # Not rounded by autocast: this is what rounding is measured against.
+            with torch.autocast(self.device.type, enabled=False):
+                logits = self.policy.lm(input_ids=torch.cat([ids, tokens])[None]).logits
             table = (logits[0, len(ids) - 1 : -1].float() / self.temperature).log_softmax(-1)
             library[row, : len(tokens)] = table.gather(-1, tokens[:, None])[:, 0]
         measured = self.policy.logprobs(rollout, self.temperature)
