@@ -1,6 +1,7 @@
 """Rollouts: positions, masks, temperature, parts, and the distribution that is sampled."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -215,6 +216,18 @@ def test_long_prompts_lose_their_beginning(sampler):
     rollout = cut(TEXTS, uniforms(0, 1, 3, 2))
     whole = sampler.tokenizer(TEXTS[2]).input_ids
     assert rollout.prompt_ids[2].tolist() == whole[-3:]
+
+
+def test_the_smaller_last_part_of_an_evaluation_keeps_the_decoder(sampler, monkeypatch):
+    """As on CUDA, where making one captures graphs."""
+    monkeypatch.setattr(Sampler, "static", True)
+    sampler = replace(sampler, kept=[])
+    rollout = sampler(TEXTS, uniforms(0, 1, 3, 8))
+    (kept,) = sampler.kept
+    fewer = sampler(TEXTS[:2], uniforms(0, 1, 3, 8)[:2])
+    assert sampler.kept == [kept] and fewer.tokens() == rollout.tokens()[:2]
+    sampler(TEXTS * 2, uniforms(0, 1, 6, 8))
+    assert len(sampler.kept) == 1 and sampler.kept != [kept], "there was no room"
 
 
 def test_check_passes_what_is_right(sampler):

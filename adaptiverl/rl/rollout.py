@@ -93,7 +93,9 @@ def pick_(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     own = weights[index.clamp(max=words - 1), column[:, None]] * (index < words)
     within = own.double().cumsum(-1)
     word = torch.searchsorted(within, fraction * within[:, -1:], right=True)
-    token = (block * BLOCK + word.clamp(max=BLOCK - 1))[:, 0]
+    # NaN leads beyond the last word: it shows in the log-probability, which the host can look at,
+    # and must not stop the device.
+    token = (block * BLOCK + word.clamp(max=BLOCK - 1))[:, 0].clamp(max=words - 1)
     return token, (weights[token, column] / total[:, 0].float()).log()
 
 

@@ -28,11 +28,16 @@ class Sampler:
     top_p: float = 1.0
     server: Server | None = None  # that samples instead of this process
     synced: bool = False  # whether other processes take part in each forward pass (FSDP)
-    kept: dict[tuple, Decoder] = field(default_factory=dict)  # CUDA's, with their graphs
+    kept: list[Decoder] = field(default_factory=list)  # CUDA's, with its graphs, if any
 
     @property
     def device(self) -> torch.device:
         return next(self.policy.parameters()).device
+
+    @property
+    def static(self) -> bool:
+        """Whether a decoder is kept from rollout to rollout."""
+        return self.device.type == "cuda"
 
     def __call__(self, prompts: list[str], uniform: Tensor) -> Rollout:
         """A completion of each prompt, from the random numbers `uniform` [B, T]."""
@@ -54,12 +59,11 @@ class Sampler:
 
     def _decoder(self, prompt: int, rows: int, length: int) -> Decoder:
         lm, width = self.policy.base, prompt + length
-        static = self.device.type == "cuda"
-        if static:
+        if self.static:
             width = -(-width // 64) * 64  # few widths, so few captures
-        key = (rows, length)
-        if key in self.kept and self.kept[key].width >= width:
-            return self.kept[key]
+        for kept in self.kept:  # a last part of an evaluation is smaller
+            if kept.rows >= rows and kept.length >= length and kept.width >= width:
+                return kept
         self.kept.clear()  # one at a time: its cache, graphs and copies fill memory
         decoder = Decoder(
             lm.transformer,
@@ -68,10 +72,10 @@ class Sampler:
             rows=rows,
             length=length,
             width=width,
-            static=static,
+            static=self.static,
         )
-        if static:
-            self.kept[key] = decoder
+        if self.static:
+            self.kept.append(decoder)
         return decoder
 
     def _choice(self) -> Choice:
