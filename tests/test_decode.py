@@ -270,8 +270,9 @@ def check_against_library(policy: Policy, rollout: Rollout, temperature: float) 
     """Sampled and measured log-probabilities, entropy and gradient against the obvious way."""
     trained = [p for p in policy.parameters() if p.requires_grad]
     weights = torch.randn(rollout.completion_mask.shape) * rollout.completion_mask
-    score, entropy = policy.weighted_logprobs(rollout, weights, temperature)
+    score, logprobs, entropy = policy.weighted_logprobs(rollout, weights, temperature)
     ours = torch.autograd.grad(score, trained)
+    assert not logprobs.requires_grad
     measured = policy.logprobs(rollout, temperature)
     total = torch.zeros(())
     for row, completion in enumerate(rollout.tokens()):
@@ -280,7 +281,7 @@ def check_against_library(policy: Policy, rollout: Rollout, temperature: float) 
         table = (logits[0, len(prompt) - 1 : -1] / temperature).log_softmax(-1)
         n = len(completion)
         exact = table.gather(-1, torch.tensor(completion)[:, None])[:, 0]
-        for own in (rollout.logprobs, measured):
+        for own in (rollout.logprobs, measured, logprobs):
             torch.testing.assert_close(own[row, :n], exact, rtol=1e-4, atol=1e-4)
             assert not own[row, n:].any()
         spread = -(table.exp() * table).sum(-1)
@@ -375,3 +376,16 @@ def test_logits_that_are_no_numbers_show_in_the_log_probabilities_and_stop_no_de
     rollout = sampled(way, lm, choice(**settings), PROMPTS, OF, uniforms(0, 1, len(OF), 4))
     assert rollout.logprobs[:, 0].isnan().all()
     assert rollout.completion_ids.min() >= 0 and rollout.completion_ids.max() < 300
+
+
+def test_a_special_head_makes_no_logits_of_prompts(monkeypatch):
+    """Gemma2 caps its logits, so its own code makes them."""
+    torch.manual_seed(0)
+    (cls, config), *_ = others()
+    policy, shapes = Policy(cls(config).eval()), []
+    rollout = sampled("generate", policy.lm, choice(), PROMPTS, OF, uniforms(0, 1, len(OF), 6))
+    handle = policy.lm.lm_head.register_forward_hook(lambda *given: shapes.append(given[2].shape))
+    policy.logprobs(rollout)
+    handle.remove()
+    rows, length = rollout.completion_ids.shape
+    assert shapes == [(rows, length + 1, 40)]

@@ -42,7 +42,7 @@ class Slots(Cache):
 
 
 class Decoder:
-    """Buffers for up to `rows` completions of up to `length` tokens within `width` columns of context.
+    """Buffers for up to `rows` completions of up to `length` tokens, within `width` columns.
 
     `static` is how it works on CUDA, where it is kept from rollout to rollout: sizes that a graph
     can have. A graph sees new weights because optimizers write in place.

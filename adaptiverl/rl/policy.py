@@ -72,21 +72,24 @@ class Policy(nn.Module):
 
     def weighted_logprobs(
         self, rollout: Rollout, weights: Tensor, temperature: float = 1.0
-    ) -> tuple[Tensor, Tensor]:
-        """Σ weights · log π over the completions' tokens, and the entropy at each [B, T], detached.
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Σ weights · log π over the completions' tokens; log π and the entropy at each [B, T].
 
-        `weights` is [B, T], the factor of each token in the gradient.
+        Those two are detached, and 0 where masked. `weights` is [B, T], the factor of each token in the gradient.
         """
         mask = rollout.completion_mask.bool()
         tokens, weights = rollout.completion_ids[mask], weights[mask]
         if self.plain_head:
             states, head = self._states(self.base, rollout), self.base.get_output_embeddings()
-            score, _, entropy = weighted_logprobs(states, head, tokens, weights, temperature)
+            score, logprobs, entropy = weighted_logprobs(states, head, tokens, weights, temperature)
         else:
             table = self._log_softmax(self.base, rollout, temperature)
-            score = (weights * table.gather(-1, tokens[:, None])[:, 0]).sum()
+            logprobs = table.gather(-1, tokens[:, None])[:, 0]
+            score = (weights * logprobs).sum()
             entropy = -(table.detach().exp() * table.detach()).sum(-1)
-        return score, entropy.new_zeros(mask.shape).masked_scatter(mask, entropy)
+        none = entropy.new_zeros(mask.shape)
+        logprobs = none.masked_scatter(mask, logprobs.detach())
+        return score, logprobs, none.masked_scatter(mask, entropy)
 
     @torch.no_grad()
     def logprobs(self, rollout: Rollout, temperature: float = 1.0) -> Tensor:
@@ -125,8 +128,10 @@ class Policy(nn.Module):
 
     def _log_softmax(self, base: Any, rollout: Rollout, temperature: float) -> Tensor:
         """[N, V] by the model's own head, for those that do more there than a projection."""
-        start = rollout.prompt_ids.shape[1]
-        logits = base(**_inputs(base, rollout)).logits[:, start - 1 : -1]
+        inputs, length = _inputs(base, rollout), rollout.completion_ids.shape[1]
+        if "logits_to_keep" in inspect.signature(base.forward).parameters:  # else of prompts, too
+            inputs["logits_to_keep"] = length + 1
+        logits = base(**inputs).logits[:, -length - 1 : -1]
         return (logits[rollout.completion_mask.bool()].float() / temperature).log_softmax(-1)
 
     def save(self, folder: Path, state: dict[str, Tensor] | None = None) -> None:

@@ -93,8 +93,8 @@ class Sampler:
         """The completions as text, special tokens left out."""
         return self.tokenizer.batch_decode(rollout.tokens(), skip_special_tokens=True)
 
-    def weighted_logprobs(self, part: Rollout, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Σ weights · log π, to be differentiated, and the entropy at each token [B, T]."""
+    def weighted_logprobs(self, part: Rollout, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Σ weights · log π, to be differentiated; log π and the entropy at each token [B, T]."""
         return self.policy.weighted_logprobs(part, weights, self.temperature)
 
     def reference_logprobs(self, rollout: Rollout, pieces: int = 1) -> Tensor:
