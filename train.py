@@ -73,6 +73,7 @@ def train(run: Run, log: RunLog | None, stop: StopSignal) -> None:
 
         # Let what was seen move the hyperparameters of the next step.
         metrics |= report.summary(run, rollout, reward, kl, sums, grad_norm)
+        report.warn(run, advantage, metrics)
         metrics |= run.scoring.said(scores, held_out)
         metrics |= run.rewards.balance(scores, state.step, c.NUM_GENERATIONS)
         run.adapt(penalised, kl, metrics)
@@ -88,12 +89,13 @@ def train(run: Run, log: RunLog | None, stop: StopSignal) -> None:
 def policy_gradient(
     run: Run, rollout: Rollout, advantage: Tensor, kl_coef: Tensor, reference: Tensor
 ) -> Tensor:
-    """Adds minus the policy gradient to .grad, in GRAD_ACCUM pieces; the loss and sum of entropies.
+    """Adds minus the policy gradient to .grad, in GRAD_ACCUM pieces.
 
-    `advantage` and `kl_coef` are those of all processes' completions, `reference` is [B, T] of this
+    Returns four numbers [4] of this process: the loss, the sum of entropies, and the sum and the
+    largest of |log-probability when sampled − log-probability in the loss|. `advantage` and `kl_coef` are those of all processes' completions, `reference` is [B, T] of this
     process's. The mean over processes is DDP's.
     """
-    c, sums = run.config, torch.zeros(2, device=run.accelerator.device)
+    c, sums = run.config, torch.zeros(4, device=run.accelerator.device)
     advantage, kl_coef = (x[run.own_rows].to(rollout.logprobs) for x in (advantage, kl_coef))
     weights = token_weights(
         rollout.logprobs,
@@ -107,11 +109,15 @@ def policy_gradient(
     for rows in pieces:
         part = rollout.part(rows)
         width = part.completion_ids.shape[1]
-        with nullcontext() if rows is pieces[-1] else run.accelerator.no_sync(run.policy):
+        # FSDP would keep the gradients of the whole model on each GPU until they are reduced.
+        reduce = run.sharded or rows is pieces[-1]
+        with nullcontext() if reduce else run.accelerator.no_sync(run.policy):
             measure = partial(run.sampler.weighted_logprobs, part, weights[rows, :width])
-            gain, entropy = run.policy(measure)
+            gain, logprobs, entropy = run.policy(measure)
             run.accelerator.backward(-gain)
-        sums += torch.stack([-gain.detach(), entropy.sum()])
+        gap = (part.logprobs - logprobs).abs()
+        sums[:3] += torch.stack([-gain.detach(), entropy.sum(), gap.sum()])
+        sums[3] = torch.maximum(sums[3], gap.max())
     return sums
 
 
@@ -157,11 +163,12 @@ def main() -> int:
             if arguments.dry_run:
                 return dry_run(run)
             log, stop = run.start(), StopSignal(run.interrupt)
-            try:
-                train(run, log, stop)
-            except Paused as reason:
-                return saving.pause(run, reason, stop, log)
-            return saving.finish(run, stop, log)
+            with closing(log) if log else nullcontext():
+                try:
+                    train(run, log, stop)
+                except Paused as reason:
+                    return saving.pause(run, reason, stop, log)
+                return saving.finish(run, stop, log)
     except UserError as mistake:
         print(f"error: {mistake}", file=sys.stderr)
         return 2

@@ -31,7 +31,7 @@ from adaptiverl.rl.reinforce import adapt_kl_coef, kl_per_token
 from adaptiverl.rl.rollout import Rollout, uniforms
 from adaptiverl.rl.sampler import Sampler
 from adaptiverl.run import checkpoint
-from adaptiverl.run.config import REWARD_KEYS, Config
+from adaptiverl.run.config import REWARD_KEYS, Config, UserError
 from adaptiverl.run.process import StopSignal
 from adaptiverl.run.tracking import RunLog, dynamics_lines
 from adaptiverl.saving import State
@@ -47,6 +47,7 @@ class Run:
     def __init__(self, config: Config):
         c = self.config = config
         self.state = State(kl_coef=c.KL_COEF)
+        self.warned: set[str] = set()
         self.output = setup.output(c)
         self.accelerator = setup.accelerator(c)
         set_seed(c.SEED)
@@ -124,7 +125,44 @@ class Run:
         """A completion of each prompt; which one follows from the policy, SEED and `step`."""
         c = self.config
         chance = uniforms(c.SEED, step, c.BATCH_SIZE, c.MAX_NEW_TOKENS)[self.own_rows]
-        return self.without_gradient(partial(self.sampler, batch["prompt"], chance))
+        return self.complete(batch["prompt"], chance)
+
+    def complete(self, texts: list[str], chance: Tensor) -> Rollout:
+        """A completion of each of `texts`; raises UserError if the policy gives NaN anywhere."""
+        rollout = self.without_gradient(partial(self.sampler, texts, chance))
+        self.refuse(rollout.logprobs.isnan().any(), "log-probabilities are")
+        return rollout
+
+    def refuse_broken_weights(self) -> None:
+        """Raises UserError if a trained weight is not finite: it must not be saved."""
+        weights = [p for p in self.policy.parameters() if p.requires_grad]
+        if self.sharded:
+            weights = self.shards.local(weights)
+        self.refuse(~torch.stack([p.isfinite().all() for p in weights]).all(), "weights are")
+
+    def refuse(self, broken: Tensor, what: str) -> None:
+        """Ends the run of all processes where the policy of one is broken."""
+        if not self.gather(broken[None]).any():
+            return
+        c, step = self.config, self.state.step
+        if not step:
+            raise UserError(
+                f"MODEL {c.MODEL}: its {what} not finite (NaN). Likely cause: broken weights"
+                + (", or FP16 is too narrow for them: use BF16" if c.FP16 else "")
+            )
+        saved = checkpoint.newest(self.output)
+        raise UserError(
+            f"step {step}: the policy's {what} not finite (NaN), so the run ends here, and nothing "
+            "was saved from this step. Likely cause: an update that was too large"
+            + (", or FP16 is too narrow: use BF16" if c.FP16 else "")
+            + ". Start a new run with a smaller LRATE or LR_RULE kl_target"
+            + (f"; the last checkpoint is {saved[0]}" if saved else "")
+        )
+
+    def warn_once(self, kind: str, message: str) -> None:
+        if self.is_main and kind not in self.warned:
+            logging.warning("step %d: %s", self.state.step, message)
+        self.warned.add(kind)
 
     def without_gradient(self, work: Callable[[], Any], autocast: bool = True) -> Any:
         """What `work` returns. DDP must not see it, or it would wait for gradients; FSDP must."""
@@ -248,7 +286,7 @@ class Run:
         texts = sorted(texts, key=lambda text: sizes[text])
         texts = texts[:2] + texts[-2:]
         chance = uniforms(c.SEED, 0, len(texts), min(8, c.MAX_NEW_TOKENS))
-        rollout = self.without_gradient(partial(self.sampler, texts, chance))
+        rollout = self.complete(texts, chance)
         with blame(f"MODEL {c.MODEL}"):
             self.without_gradient(partial(self.sampler.check, rollout, self.exact))
 

@@ -14,7 +14,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from adaptiverl.rl.diversity import distinct, repetition
-from adaptiverl.rl.rollout import Rollout, uniforms
+from adaptiverl.rl.rollout import Rollout, allowed_gap, uniforms
 from adaptiverl.run.process import Clock, Paused
 from adaptiverl.scoring import Batch, Begun
 from rewards.composite import Scores
@@ -28,9 +28,11 @@ Metrics = dict[str, Any]  # name → number, None where there is none
 def summary(
     run: "Run", rollout: Rollout, reward: Tensor, kl: Tensor, sums: Tensor, grad_norm: Tensor
 ) -> Metrics:
-    """The step's metrics; `sums` holds this process's loss and its sum of entropies."""
+    """The step's metrics; `sums` is what policy_gradient returned in this process."""
     lengths = run.gather(rollout.completion_mask.sum(-1)).float()
-    loss, entropy = run.accelerator.reduce(sums, "mean").tolist()
+    every = run.gather(sums[None])  # [processes, 4]
+    loss, entropy, gap, _ = every.mean(0).tolist()
+    tokens = lengths.sum().item() / run.accelerator.num_processes
     completions = gather_object(rollout.tokens())
     known = reward[~reward.isnan()]
     run.state.skipped += not grad_norm.isfinite()
@@ -38,7 +40,9 @@ def summary(
         "reward": known.mean().item() if len(known) else None,
         "reward_std": known.std().item() if len(known) > 1 else None,
         "loss": loss,
-        "entropy": entropy * run.accelerator.num_processes / lengths.sum().item(),
+        "entropy": entropy / tokens,
+        "sampling/sampling_logp_difference/mean": gap / tokens,
+        "sampling/sampling_logp_difference/max": every[:, 3].max().item(),
         "grad_norm": grad_norm.item(),
         "completions/mean_length": lengths.mean().item(),
         "completions/distinct_1": distinct(completions, 1),
@@ -51,6 +55,28 @@ def summary(
         result["kl_per_completion"] = kl.mean().item()
         result["kl_coef"] = run.state.kl_coef
     return result
+
+
+def warn(run: "Run", advantage: Tensor, metrics: Metrics) -> None:
+    """Warns, once each, of numbers that training cannot build on."""
+    if metrics["grad_norm"] == 0 and advantage.any():
+        run.warn_once(
+            "no gradient",
+            "the gradient is exactly 0 although the rewards differ: nothing is learned. Likely "
+            "cause: layers without a backward pass (quantised ones), LORA_TARGETS that the model "
+            "does not use, or gradients that FP16 rounds to 0",
+        )
+    gap, allowed = metrics["sampling/sampling_logp_difference/mean"], allowed_gap(run.exact)
+    if gap > allowed:
+        cause = "the model computes otherwise with its cache than without (recurrent layers)"
+        if run.config.VLLM_SERVER:
+            cause = "the server has other weights, or less precision"
+        run.warn_once(
+            "gap",
+            f"the log-probabilities of the samples and of the loss differ by {gap:.2g} nats per "
+            f"token on average, more than the {allowed:g} that rounding explains: the gradient is "
+            f"not that of the policy. Likely cause: {cause}",
+        )
 
 
 def timed(run: "Run", clock: Clock, length: float) -> Metrics:
@@ -107,7 +133,7 @@ def evaluate(run: "Run", prompts: Dataset) -> Metrics:
         rows = [row % len(prompts) for row in own[start : start + size]]
         real = sum(row < len(prompts) for row in own[start : start + size])
         batch = run.columns(prompts, rows)
-        rollout = run.without_gradient(partial(run.sampler, batch["prompt"], chance[rows]))
+        rollout = run.complete(batch["prompt"], chance[rows])
         one = run.begin_scoring(batch, rollout, run.sampler.decode(rollout))
         begun.append(partial(_first, one, real))
     try:

@@ -48,6 +48,7 @@ class State:
 
 def save(run: "Run", log: RunLog | None, name: str | None = None) -> Path:
     """Writes the checkpoint `name` (`step-000012`) and returns where; by all processes at once."""
+    run.refuse_broken_weights()
     folder = run.output / (name or f"step-{run.state.step:06d}")
     rng = gather_object([checkpoint.rng_state()])
     inner = run.optimizer.optimizer

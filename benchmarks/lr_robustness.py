@@ -119,7 +119,7 @@ class Bench:
                 reward - KL_COEF * kl, "rloo", group_size=GROUP, normalize=True
             )
             weights = token_weights(rollout.logprobs, rollout.completion_mask, advantage)
-            gain, entropy = sampler.weighted_logprobs(rollout, weights)
+            gain, _, entropy = sampler.weighted_logprobs(rollout, weights)
             (-gain).backward()
             norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
             way.loss = -gain.item()

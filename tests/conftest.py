@@ -157,3 +157,23 @@ def main(tmp_path, monkeypatch) -> Callable[..., int]:
                 signal.signal(number, handler)
 
     return run
+
+
+@pytest.fixture
+def products_of_cuda(monkeypatch) -> Callable[[], None]:
+    """Once called, projections multiply in half precision and give fp32, as CUDA alone can."""
+    from adaptiverl.rl import head
+
+    mm = torch.mm
+
+    def with_fp32_result(a, b, *, out=None, out_dtype=None):
+        assert out_dtype is None or a.dtype == b.dtype != out_dtype == torch.float32
+        assert a.dtype == torch.float32 or out_dtype, "a result would be rounded"
+        a, b = a.to(out_dtype or a.dtype), b.to(out_dtype or b.dtype)
+        return mm(a, b, out=out) if out is not None else mm(a, b)
+
+    def begin() -> None:
+        monkeypatch.setattr(head, "_operands", head.computed_in)
+        monkeypatch.setattr(torch, "mm", with_fp32_result)
+
+    return begin

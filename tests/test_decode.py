@@ -1,8 +1,10 @@
 """Three ways to sample, one distribution: exact probabilities, equal tokens, no wasted work."""
 
 from collections import Counter
+from contextlib import nullcontext
 from itertools import product
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -268,8 +270,9 @@ def check_against_library(policy: Policy, rollout: Rollout, temperature: float) 
     """Sampled and measured log-probabilities, entropy and gradient against the obvious way."""
     trained = [p for p in policy.parameters() if p.requires_grad]
     weights = torch.randn(rollout.completion_mask.shape) * rollout.completion_mask
-    score, entropy = policy.weighted_logprobs(rollout, weights, temperature)
+    score, logprobs, entropy = policy.weighted_logprobs(rollout, weights, temperature)
     ours = torch.autograd.grad(score, trained)
+    assert not logprobs.requires_grad
     measured = policy.logprobs(rollout, temperature)
     total = torch.zeros(())
     for row, completion in enumerate(rollout.tokens()):
@@ -278,7 +281,7 @@ def check_against_library(policy: Policy, rollout: Rollout, temperature: float) 
         table = (logits[0, len(prompt) - 1 : -1] / temperature).log_softmax(-1)
         n = len(completion)
         exact = table.gather(-1, torch.tensor(completion)[:, None])[:, 0]
-        for own in (rollout.logprobs, measured):
+        for own in (rollout.logprobs, measured, logprobs):
             torch.testing.assert_close(own[row, :n], exact, rtol=1e-4, atol=1e-4)
             assert not own[row, n:].any()
         spread = -(table.exp() * table).sum(-1)
@@ -314,3 +317,75 @@ def test_a_kept_decoder_samples_from_the_weights_as_they_are():
         fresh = Decoder(lm.transformer, lm.lm_head, choice(), rows=4, length=8, width=16)
         assert torch.equal(after.logprobs, fresh(*inputs.prompts, uniforms(0, 1, 4, 8)).logprobs)
     assert not torch.equal(before.logprobs, after.logprobs)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_the_warm_up_of_a_graph_stays_within_the_buffers(length):
+    """On CUDA an index beyond them ends the process. The model has no position to spare."""
+    lm = small_gpt2(7, n_positions=1 + length)
+    sizes = {"rows": 8, "length": length, "width": 1 + length, "static": True}
+    decoder = Decoder(lm.transformer, lm.lm_head, choice(), **sizes)
+    prompts = torch.tensor([[1]]), torch.ones(1, 1).long(), torch.zeros(8).long()
+    with torch.no_grad():
+        decoder._warm_up()
+    chance = uniforms(0, 1, 8, length)
+    theirs = sampled("generate", lm, choice(), [[1]], [0] * 8, chance)
+    assert decoder(*prompts, chance).tokens() == theirs.tokens()
+
+
+@pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
+def test_other_threads_may_use_the_device_while_a_graph_is_captured(monkeypatch):
+    """CUDA's calls are recorded here, not made."""
+    lm, modes = small_gpt2(7), []
+    decoder = Decoder(lm.transformer, lm.lm_head, choice(), rows=8, length=8, width=9, static=True)
+    for name in ("Stream", "current_stream", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: MagicMock())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", lambda g, **how: modes.append(how) or nullcontext())
+    decoder._capture()
+    assert modes == [{"capture_error_mode": "thread_local"}] * 4
+    assert sorted(decoder.graphs) == [1, 2, 4, 8]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_a_kept_decoder_completes_fewer_and_shorter_than_there_is_room_for(rows):
+    lm = small_gpt2(7, initializer_range=0.2)
+    decoder = Decoder(
+        lm.transformer, lm.lm_head, choice(), rows=8, length=40, width=60, static=True
+    )
+    full, ids, mask = uniforms(3, 1, 8, 40), torch.tensor([[1, 2]]), torch.ones(1, 2).long()
+    for chance in (full, full[:rows, :30], full):
+        n = len(chance)
+        rollout = decoder(ids, mask, torch.zeros(n).long(), chance)
+        theirs = sampled("decoder", lm, choice(), [[1, 2]], [0] * n, chance)
+        assert rollout.tokens() == theirs.tokens() and len(rollout) == n
+        assert torch.equal(rollout.completion_mask, theirs.completion_mask)
+        torch.testing.assert_close(rollout.logprobs, theirs.logprobs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_k": 3}, {"top_p": 0.6}])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+def test_logits_that_are_no_numbers_show_in_the_log_probabilities_and_stop_no_device(
+    way, settings, broken
+):
+    """300 words: more than a block of words, less than two."""
+    lm = small_gpt2(300)
+    with torch.no_grad():
+        lm.transformer.ln_f.bias.fill_(broken)
+    rollout = sampled(way, lm, choice(**settings), PROMPTS, OF, uniforms(0, 1, len(OF), 4))
+    assert rollout.logprobs[:, 0].isnan().all()
+    assert rollout.completion_ids.min() >= 0 and rollout.completion_ids.max() < 300
+
+
+def test_a_special_head_makes_no_logits_of_prompts(monkeypatch):
+    """Gemma2 caps its logits, so its own code makes them."""
+    torch.manual_seed(0)
+    (cls, config), *_ = others()
+    policy, shapes = Policy(cls(config).eval()), []
+    rollout = sampled("generate", policy.lm, choice(), PROMPTS, OF, uniforms(0, 1, len(OF), 6))
+    handle = policy.lm.lm_head.register_forward_hook(lambda *given: shapes.append(given[2].shape))
+    policy.logprobs(rollout)
+    handle.remove()
+    rows, length = rollout.completion_ids.shape
+    assert shapes == [(rows, length + 1, 40)]

@@ -1,14 +1,17 @@
 """Rollouts: positions, masks, temperature, parts, and the distribution that is sampled."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
 from adaptiverl.rl.policy import load_policy, load_tokenizer
+from adaptiverl.rl.reinforce import kl_per_token
 from adaptiverl.rl.rollout import BLOCK, Rollout, check_logprobs, pick_, uniforms
 from adaptiverl.rl.sampler import Sampler
 
@@ -215,6 +218,18 @@ def test_long_prompts_lose_their_beginning(sampler):
     assert rollout.prompt_ids[2].tolist() == whole[-3:]
 
 
+def test_the_smaller_last_part_of_an_evaluation_keeps_the_decoder(sampler, monkeypatch):
+    """As on CUDA, where making one captures graphs."""
+    monkeypatch.setattr(Sampler, "static", True)
+    sampler = replace(sampler, kept=[])
+    rollout = sampler(TEXTS, uniforms(0, 1, 3, 8))
+    (kept,) = sampler.kept
+    fewer = sampler(TEXTS[:2], uniforms(0, 1, 3, 8)[:2])
+    assert sampler.kept == [kept] and fewer.tokens() == rollout.tokens()[:2]
+    sampler(TEXTS * 2, uniforms(0, 1, 6, 8))
+    assert len(sampler.kept) == 1 and sampler.kept != [kept], "there was no room"
+
+
 def test_check_passes_what_is_right(sampler):
     assert sampler.check(sampler(TEXTS, uniforms(0, 1, 3, 8)), exact=True) < 1e-4
 
@@ -299,3 +314,65 @@ def test_loaded_weights_lie_in_memory_like_any_tensor(tiny, tmp_path):
     again = load_policy(str(tiny), checkpoint=tmp_path)
     for lm in (policy.lm, again.lm, again._reference[0]):
         assert {parameter.data_ptr() % 64 for parameter in lm.parameters()} == {0}
+
+
+@pytest.fixture(scope="module")
+def far_below_zero(tmp_path_factory) -> str:
+    """A folder with the embedded policy, but logits around −105, as the real GPT-2's are.
+
+    Words gain 0.5 in each column and positions lose it, so the first states stay; the last states
+    point away from that.
+    """
+    embedded, folder = ROOT / "adaptiverl/assets/policy", tmp_path_factory.mktemp("below")
+    lm = load_policy(str(embedded), reference=False).lm
+    with torch.no_grad():
+        lm.transformer.wte.weight += 0.5
+        lm.transformer.wpe.weight -= 0.5
+        lm.transformer.ln_f.bias -= 105 / 0.5 / lm.config.n_embd
+        assert -115 < lm(torch.tensor([[1, 2, 3]])).logits.mean() < -100
+    lm.save_pretrained(folder)
+    load_tokenizer(str(embedded)).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft's
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("full", "way"),
+    [
+        (True, "decoder"),
+        (True, "decoder as on CUDA"),
+        (False, "decoder"),
+        (False, "generate as on CUDA"),
+    ],
+)
+def test_half_precision_does_not_round_logits(far_below_zero, products_of_cuda, dtype, full, way):
+    """Numbers of bf16 are 0.5 apart at −105. The KL of the policy to itself stays below 0.001."""
+    if "CUDA" in way:
+        products_of_cuda()
+    frozen = {} if full else {"compute_dtype": dtype}
+    policy = load_policy(far_below_zero, full_tune=full, reference=False, **frozen)
+    policy.gpt2 = way.startswith("decoder")
+    sampler = Sampler(policy, load_tokenizer(far_below_zero))
+    with torch.autocast("cpu", dtype):
+        rollout = sampler(TEXTS[:2] * 8, uniforms(0, 1, 16, 6))
+        sampler.check(rollout, exact=False)
+        measured = policy.logprobs(rollout)
+        _, _, entropy = policy.weighted_logprobs(rollout, rollout.completion_mask.float())
+    count, policy = rollout.completion_mask.sum(), policy.float()
+    for other in (measured, policy.logprobs(rollout)):
+        assert kl_per_token(rollout.logprobs, other, "k3").sum() / count < 3e-4
+    exact = policy.weighted_logprobs(rollout, rollout.completion_mask.float())[2]
+    assert (entropy - exact).abs().sum() / count < 0.02
+
+
+def test_check_holds_half_precision_against_a_pass_without_it(sampler, monkeypatch):
+    forward, seen = sampler.policy.lm.forward, []
+    monkeypatch.setattr(
+        sampler.policy.lm,
+        "forward",
+        lambda **given: seen.append(torch.is_autocast_enabled("cpu")) or forward(**given),
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        sampler.check(sampler(TEXTS, uniforms(0, 1, 3, 2)), exact=False)
+    assert seen == [False] * 3

@@ -41,6 +41,7 @@ def test_a_run_leaves_all_it_says(run, settings):
         "seconds/reference", "seconds/update", "skipped", "braked", "kl_step", "kl_step_target",
         "kl_step_evidence", "completions/distinct_1", "completions/distinct_2",
         "completions/repetition", "rewards/regex/share", "rewards/length/share",
+        "sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max",
     }  # fmt: skip
     evaluated = {"eval/reward", "eval/rewards/regex/mean", "eval/rewards/length/mean"}
     assert [set(row) for row in metrics] == [always, always, always | evaluated, always]
@@ -174,6 +175,89 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(main, settings, mo
     assert rows[1]["grad_norm"] is None, "JSON has no NaN"
     final = AutoModelForCausalLM.from_pretrained(Path(settings["OUTPUT_DIR"]) / "final")
     assert all(parameter.isfinite().all() for parameter in final.parameters())
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_broken_policy_ends_the_run_and_is_not_saved(main, settings, monkeypatch, capsys, saved):
+    """After step 2 its weights are NaN: found when it is saved, or when it samples again."""
+    from adaptiverl.program import Run
+
+    out, record = Path(settings["OUTPUT_DIR"]), Run.record
+
+    def poisoned(run, *arguments):
+        record(run, *arguments)
+        if run.state.step == 2:
+            with torch.no_grad():
+                run.sampler.policy.lm.transformer.ln_f.bias.fill_(float("nan"))
+
+    monkeypatch.setattr(Run, "record", poisoned)
+    assert main(settings | {"SAVE_EVERY": int(saved)}) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    what = ("2", "weights") if saved else ("3", "log-probabilities")
+    assert error.startswith("error: step {}: the policy's {} are not finite (NaN)".format(*what))
+    assert error.endswith(f"last checkpoint is {out}/step-000001" if saved else "LR_RULE kl_target")
+    assert [p.name for p in out.glob("step-*")] == ["step-000001"] * saved
+    assert not (out / "final").exists()
+    assert len(read_jsonl(out / "metrics.jsonl")) == 2
+
+
+def test_a_model_that_is_broken_is_refused(main, settings, tiny, tmp_path, capsys):
+    lm = AutoModelForCausalLM.from_pretrained(tiny)
+    with torch.no_grad():
+        lm.transformer.h[0].ln_1.weight[3] = float("inf")
+    lm.save_pretrained(tmp_path / "broken")
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / "broken")
+    assert main(settings | {"MODEL": str(tmp_path / "broken")}) == 2
+    assert "its log-probabilities are not finite (NaN). Likely" in capsys.readouterr().err
+
+
+def test_no_gradient_from_different_rewards_is_told_once(main, settings, monkeypatch, caplog):
+    """As where layers have no backward pass and no error says so."""
+    from adaptiverl.rl.sampler import Sampler
+
+    real = Sampler.weighted_logprobs
+
+    def severed(*arguments):
+        score, *rest = real(*arguments)
+        return score * 0, *rest
+
+    monkeypatch.setattr(Sampler, "weighted_logprobs", severed)
+    assert main(settings | {"STEPS": 3, "KL_COEF": 0}) == 0
+    rows = read_jsonl(Path(settings["OUTPUT_DIR"]) / "metrics.jsonl")
+    assert [row["grad_norm"] for row in rows] == [0, 0, 0]
+    said = [text for text in caplog.messages if "the gradient is exactly 0" in text]
+    assert len(said) == 1 and "layers without a backward pass" in said[0]
+
+
+def test_equal_rewards_are_no_lost_gradient(main, settings, caplog):
+    keys = {"REWARDS": [{"TYPE": "regex", "PATTERNS": "^$", "NEGATE": True}], "KL_COEF": 0}
+    assert main(settings | keys) == 0
+    assert not any("gradient is exactly 0" in text for text in caplog.messages)
+
+
+def test_sampling_that_drifts_from_the_loss_is_measured_and_told_once(
+    main, settings, monkeypatch, caplog
+):
+    """From step 2 on, one token in each completion is 0.4 nats off."""
+    from adaptiverl.program import Run
+
+    sample = Run.sample
+
+    def drifting(run, batch, step):
+        rollout = sample(run, batch, step)
+        rollout.logprobs[:, 0] += 0.4 * (step > 1)
+        return rollout
+
+    monkeypatch.setattr(Run, "sample", drifting)
+    assert main(settings | {"GRAD_ACCUM": 2}) == 0
+    rows = read_jsonl(Path(settings["OUTPUT_DIR"]) / "metrics.jsonl")
+    mean = [row["sampling/sampling_logp_difference/mean"] for row in rows]
+    largest = [row["sampling/sampling_logp_difference/max"] for row in rows]
+    want = [0.4 / row["completions/mean_length"] * (row["step"] > 1) for row in rows]
+    assert mean == pytest.approx(want, abs=1e-4)
+    assert largest == pytest.approx([0, 0.4, 0.4], abs=1e-4)
+    (said,) = [text for text in caplog.messages if "samples and of the loss differ" in text]
+    assert said.startswith("step 2: ") and "recurrent layers" in said
 
 
 @pytest.mark.parametrize("step", [1, 3])

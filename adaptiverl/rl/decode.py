@@ -10,11 +10,12 @@ import copy
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import GPT2Model
 from transformers.pytorch_utils import Conv1D
 
 from adaptiverl.rl.gpt2 import Cache, hidden_states, read_prompts
-from adaptiverl.rl.head import Projection
+from adaptiverl.rl.head import Projection, computed_in
 from adaptiverl.rl.rollout import Choice, Rollout
 
 GAP = 16  # tokens between looks at a CUDA device
@@ -41,7 +42,7 @@ class Slots(Cache):
 
 
 class Decoder:
-    """Buffers for `rows` completions of up to `length` tokens within `width` columns of context.
+    """Buffers for up to `rows` completions of up to `length` tokens, within `width` columns.
 
     `static` is how it works on CUDA, where it is kept from rollout to rollout: sizes that a graph
     can have. A graph sees new weights because optimizers write in place.
@@ -59,13 +60,15 @@ class Decoder:
         static: bool = False,
     ):
         device = head.weight.device
-        self.choice, self.static, self.width = choice, static, width
+        self.choice, self.static = choice, static
+        self.rows, self.length, self.width = rows, length, width
         self.projection = Projection(head, choice.temperature)
-        self.dtype = self.projection.weight.dtype
+        self.dtype = computed_in(head.weight)
         self.transformer = transformer
         self.copies: list[tuple[Tensor, Tensor]] = []  # what autocast would cast, and from what
-        if self.dtype != head.weight.dtype:
+        if self.projection.weight.dtype != head.weight.dtype:
             self.copies.append((self.projection.weight, head.weight))
+        if self.dtype != head.weight.dtype:
             self.transformer = self._cast(transformer)
 
         # By slot
@@ -91,26 +94,31 @@ class Decoder:
             for _ in transformer.h
         ]
         self.moving = [self.row, self.live, self.token, self.position, self.uniform, self.attend]
-        self.sizes = [max(1, rows >> k) for k in range(4)]  # how many slots a graph may have
+        # How many slots a graph may have; the first token takes no step, and may be the only one
+        self.sizes = [max(1, rows >> k) for k in range(4)] if length > 1 else []
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         # bitsandbytes' int8 product waits for the device, which a graph cannot
-        if device.type == "cuda" and all(p.dtype != torch.int8 for p in transformer.parameters()):
+        waits = any(p.dtype == torch.int8 for p in transformer.parameters())
+        if device.type == "cuda" and self.sizes and not waits:
             self._capture()
 
     def __call__(
         self, prompt_ids: Tensor, prompt_mask: Tensor, prompt_of: Tensor, uniform: Tensor
     ) -> Rollout:
-        """Completes prompt `prompt_of[i]` of left-padded [Q, P] from row i of `uniform` [B, T]."""
+        """Completes prompt `prompt_of[i]` of left-padded [Q, P] from row i of `uniform` [B, T].
+
+        B and T may be less than there is room for.
+        """
         with torch.inference_mode():
             self._fill(prompt_ids, prompt_mask, prompt_of, uniform)
-        width = max(1, int(self.mask.sum(-1).max()))
-        written = [x[:, :width].clone() for x in (self.tokens, self.mask, self.logprobs)]
+        rows, width = len(uniform), max(1, int(self.mask.sum(-1).max()))
+        written = [x[:rows, :width].clone() for x in (self.tokens, self.mask, self.logprobs)]
         return Rollout(prompt_ids, prompt_mask, prompt_of, *written)
 
     def _fill(
         self, prompt_ids: Tensor, prompt_mask: Tensor, prompt_of: Tensor, uniform: Tensor
     ) -> None:
-        live, length = uniform.shape
+        live, length = self.rows, uniform.shape[1]
         self._begin(prompt_ids, prompt_mask, prompt_of, uniform)
         for t in range(1, length):
             if not self.static or t % GAP == 0:
@@ -129,15 +137,16 @@ class Decoder:
         for copied, weight in self.copies:
             copied.copy_(weight)
         states, caches = read_prompts(self.transformer, prompt_ids, prompt_mask)
-        columns = prompt_ids.shape[1]
+        columns, (rows, length) = prompt_ids.shape[1], uniform.shape
+        prompt_of = pad(prompt_of, (0, self.rows - rows))  # those left over end at once
         for slots, cache in zip(self.caches, caches, strict=True):
             slots.held[:, :, :, :columns] = cache.take(prompt_of).held
         self.attend.zero_()
         self.attend[..., :columns] = prompt_mask[prompt_of, None, None].bool()
         self.row.copy_(torch.arange(len(self.row), device=self.row.device))
-        self.live.fill_(True)
+        self.live.copy_(self.row < rows)
         self.position.copy_(prompt_mask.sum(-1)[prompt_of])
-        self.uniform.copy_(uniform)
+        self.uniform[:rows, :length] = uniform
         self.tokens.fill_(self.choice.pad_id)
         self.mask.zero_()
         self.logprobs.zero_()
@@ -208,13 +217,18 @@ class Decoder:
             side = torch.cuda.Stream(device)
             side.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(side):
-                for n in self.sizes:  # the libraries' workspaces, the largest logits buffer
-                    self.time.zero_()  # there may be but one place to write to
-                    self.column.zero_()
-                    self._step(n)
+                self._warm_up()
             torch.cuda.current_stream(device).wait_stream(side)
             for n in self.sizes:
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
+                # Other threads may use the device meanwhile: rewards do.
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                     self._step(n)
                 self.graphs[n] = graph
+
+    def _warm_up(self) -> None:
+        """Makes the libraries' workspaces and the largest logits buffer."""
+        for n in self.sizes:
+            for place in (self.time, self.column, self.position):  # each step goes on by one
+                place.zero_()
+            self._step(n)

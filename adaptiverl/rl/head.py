@@ -3,28 +3,69 @@
 The projection to V words is made for CHUNK tokens at a time, in one buffer that is used again, and
 the gradient of REINFORCE, Σ w log π, is formed while a chunk's probabilities are there. The buffer
 is [V, tokens]: on a CPU that makes the products and the sums along V up to twice as fast.
+
+Logits are fp32 whatever the precision: GPT-2's lie around −100, where bf16 numbers are 0.5 apart.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 CHUNK = 256  # tokens; with fewer the products are slower, more only take memory
 FOLD = 256  # words
 
 
+def computed_in(weight: Tensor) -> torch.dtype:
+    """Autocast's type where that is on, else the weight's own."""
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+
+
+def _operands(weight: Tensor) -> torch.dtype:
+    """The type of what is multiplied: CUDA alone multiplies half precision to fp32 results."""
+    return computed_in(weight) if weight.is_cuda and torch.version.cuda else torch.float32
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a @ b in fp32."""
+    with torch.autocast(a.device.type, enabled=False):
+        if a.dtype == torch.float32:
+            return torch.mm(a, b, out=out)
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
+
+
+def keep_logits_fp32(lm: Any) -> None:
+    """Makes the model's own code project to fp32 logits, too, of the same operands."""
+    for part in lm.get_output_embeddings().modules():  # an adapter's, too
+        if type(part) is torch.nn.Linear:
+            part.forward = partial(_fp32_logits, part)  # type: ignore[method-assign]
+
+
+def _fp32_logits(head: torch.nn.Linear, hidden: Tensor) -> Tensor:
+    """nn.Linear's forward [..., D] → [..., V]."""
+    dtype = _operands(head.weight)
+    with torch.autocast(hidden.device.type, enabled=False):
+        hidden, weight = hidden.to(dtype), head.weight.to(dtype)
+        if dtype == torch.float32 or torch.is_grad_enabled():
+            bias = None if head.bias is None else head.bias.float()
+            return linear(hidden.float(), weight.float(), bias)
+        logits = _product(hidden.flatten(0, -2), weight.t()).unflatten(0, hidden.shape[:-1])
+        return logits if head.bias is None else logits + head.bias
+
+
 class Projection:
     """Logits of a few hidden states at a time, fp32, in one buffer.
 
-    `weight` is [V, D], `bias` [V] or None; both are taken in autocast's type where that is on.
+    `weight` is [V, D], `bias` [V, 1] or None.
     """
 
     def __init__(self, head: torch.nn.Linear, temperature: float = 1.0):
         device = head.weight.device
-        on = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if on else head.weight.dtype
-        self.weight = head.weight.detach().to(dtype)  # itself, where there is nothing to cast
+        # itself, where there is nothing to cast
+        self.weight = head.weight.detach().to(_operands(head.weight))
         self.bias = None if head.bias is None else head.bias.detach().float()[:, None]
         self.temperature = temperature
         self.buffer = torch.empty(0, device=device)
@@ -35,15 +76,14 @@ class Projection:
         if self.buffer.numel() < size:
             self.buffer = self.buffer.new_empty(size)
         logits = self.buffer[:size].view(-1, len(hidden))
-        columns = (hidden.detach() / self.temperature).to(self.weight.dtype).t()
-        with torch.autocast(hidden.device.type, enabled=False):
-            if self.weight.dtype == torch.float32:
-                torch.mm(self.weight, columns, out=logits)
-            else:
-                logits.copy_(torch.mm(self.weight, columns))
+        _product(self.weight, self.states(hidden).t(), out=logits)
         if self.bias is not None:
             logits += self.bias / self.temperature
         return logits
+
+    def states(self, hidden: Tensor) -> Tensor:
+        """What is multiplied: `hidden` over the temperature."""
+        return (hidden.detach() / self.temperature).to(self.weight.dtype)
 
 
 def exponentials_(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,14 +162,15 @@ class _WeightedLogprobs(torch.autograd.Function):
             logprobs.append(own - log_z)
 
             # ∂ log π(y)/∂h = (W_y − Σ_v π(v) W_v)/τ, and Σ_v π(v) logit(v) is h · Σ_v π(v) W_v / τ
-            with torch.autocast(hidden.device.type, enabled=False):
-                as_weight = relative.to(project.weight.dtype)
-                mean = torch.mm(as_weight.t(), project.weight).float() / total[:, None]
+            rounded = relative.to(project.weight.dtype)
+            # Over the sum of what was rounded, or what all words have in common would not cancel.
+            by = total if rounded is relative else rounded.sum(0, dtype=torch.float32)
+            mean = _product(rounded.t(), project.weight) / by[:, None]
+            mean_logit = (project.states(states) * mean).sum(-1)
             states = states.float()
-            mean_logit = (states * mean).sum(-1)
             if project.bias is not None:
-                mean_logit += torch.mv(relative.t(), project.bias[:, 0]) / total
-            entropy.append(log_z - mean_logit / temperature)
+                mean_logit += torch.mv(relative.t(), project.bias[:, 0]) / total / temperature
+            entropy.append(log_z - mean_logit)
             by_hidden.append(scale[:, None] * (project.weight[chosen].float() - mean))
 
             # ∂ log π(y)/∂W_v = (1[v = y] − π(v)) h/τ

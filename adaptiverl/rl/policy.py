@@ -22,7 +22,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from adaptiverl.rl.gpt2 import is_gpt2, predicting_states
-from adaptiverl.rl.head import plain_logprobs, weighted_logprobs
+from adaptiverl.rl.head import keep_logits_fp32, plain_logprobs, weighted_logprobs
 from adaptiverl.rl.rollout import Rollout
 
 
@@ -48,6 +48,9 @@ class Policy(nn.Module):
         super().__init__()
         self.lm = lm.eval()  # dropout would make the policy differ from itself
         self._reference = (reference,)  # in a tuple: no submodule, not trained, not saved
+        keep_logits_fp32(self.base)
+        if reference is not None:
+            keep_logits_fp32(reference)
         self.gpt2 = is_gpt2(self.base)  # its layers are called from outside, which FSDP forbids
         self.plain_head = has_plain_head(self.base)
 
@@ -69,21 +72,24 @@ class Policy(nn.Module):
 
     def weighted_logprobs(
         self, rollout: Rollout, weights: Tensor, temperature: float = 1.0
-    ) -> tuple[Tensor, Tensor]:
-        """Σ weights · log π over the completions' tokens, and the entropy at each [B, T], detached.
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Σ weights · log π over the completions' tokens; log π and the entropy at each [B, T].
 
-        `weights` is [B, T], the factor of each token in the gradient.
+        Those two are detached, and 0 where masked. `weights` is [B, T], the factor of each token in the gradient.
         """
         mask = rollout.completion_mask.bool()
         tokens, weights = rollout.completion_ids[mask], weights[mask]
         if self.plain_head:
             states, head = self._states(self.base, rollout), self.base.get_output_embeddings()
-            score, _, entropy = weighted_logprobs(states, head, tokens, weights, temperature)
+            score, logprobs, entropy = weighted_logprobs(states, head, tokens, weights, temperature)
         else:
             table = self._log_softmax(self.base, rollout, temperature)
-            score = (weights * table.gather(-1, tokens[:, None])[:, 0]).sum()
+            logprobs = table.gather(-1, tokens[:, None])[:, 0]
+            score = (weights * logprobs).sum()
             entropy = -(table.detach().exp() * table.detach()).sum(-1)
-        return score, entropy.new_zeros(mask.shape).masked_scatter(mask, entropy)
+        none = entropy.new_zeros(mask.shape)
+        logprobs = none.masked_scatter(mask, logprobs.detach())
+        return score, logprobs, none.masked_scatter(mask, entropy)
 
     @torch.no_grad()
     def logprobs(self, rollout: Rollout, temperature: float = 1.0) -> Tensor:
@@ -122,8 +128,10 @@ class Policy(nn.Module):
 
     def _log_softmax(self, base: Any, rollout: Rollout, temperature: float) -> Tensor:
         """[N, V] by the model's own head, for those that do more there than a projection."""
-        start = rollout.prompt_ids.shape[1]
-        logits = base(**_inputs(base, rollout)).logits[:, start - 1 : -1]
+        inputs, length = _inputs(base, rollout), rollout.completion_ids.shape[1]
+        if "logits_to_keep" in inspect.signature(base.forward).parameters:  # else of prompts, too
+            inputs["logits_to_keep"] = length + 1
+        logits = base(**inputs).logits[:, -length - 1 : -1]
         return (logits[rollout.completion_mask.bool()].float() / temperature).log_softmax(-1)
 
     def save(self, folder: Path, state: dict[str, Tensor] | None = None) -> None:
@@ -150,6 +158,18 @@ def _inputs(base: Any, rollout: Rollout) -> dict[str, Any]:
     if "position_ids" in inspect.signature(base.forward).parameters:
         inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
     return inputs
+
+
+def _keep_differentiable(lm: nn.Module) -> None:
+    """Keeps bitsandbytes from repacking 4-bit weights for inference: that has no gradient.
+
+    It does so in eval mode on CPUs with AVX512-BF16, and eval mode is what turns dropout off here.
+    """
+    from bitsandbytes.nn import Linear4bit  # seconds to import
+
+    for module in lm.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 @torch.no_grad()
@@ -193,6 +213,8 @@ def load_policy(
     elif quantize == "8bit":
         kwargs["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     lm = AutoModelForCausalLM.from_pretrained(weights, **kwargs)
+    if quantize == "4bit":
+        _keep_differentiable(lm)
     if not quantize:
         # A file's weights are aligned to 8 bytes, tensors to 64, and rounding may depend on that: a
         # resumed run must not differ in the last bit.

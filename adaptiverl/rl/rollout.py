@@ -93,7 +93,9 @@ def pick_(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     own = weights[index.clamp(max=words - 1), column[:, None]] * (index < words)
     within = own.double().cumsum(-1)
     word = torch.searchsorted(within, fraction * within[:, -1:], right=True)
-    token = (block * BLOCK + word.clamp(max=BLOCK - 1))[:, 0]
+    # NaN leads beyond the last word: it shows in the log-probability, which the host can look at,
+    # and must not stop the device.
+    token = (block * BLOCK + word.clamp(max=BLOCK - 1))[:, 0].clamp(max=words - 1)
     return token, (weights[token, column] / total[:, 0].float()).log()
 
 
@@ -125,20 +127,25 @@ class Choice:
         return token, own - (largest + relative.sum(0).log())
 
 
+def allowed_gap(exact: bool) -> float:
+    """Nats per token by which sampling and the loss may differ; `exact`: in fp32 throughout."""
+    return 1e-3 if exact else 0.05
+
+
 def check_logprobs(
     sampled: Tensor, measured: Tensor, library: Tensor, rollout: Rollout, exact: bool
 ) -> float:
     """Stops a run whose log-probabilities are wrong; returns the largest gap.
 
     `sampled` and `measured` (the loss's) are held against `library`, one unpadded pass a completion
-    by the model's own code, all [B, T]. `exact` (fp32 weights and arithmetic) allows 1e-3 at any
-    token. Otherwise rounding moves single tokens, and the mean gap may be 0.05. Raises ValueError
+    by the model's own code, all [B, T]. `exact` (fp32 weights and arithmetic) allows `allowed_gap`
+    at any token. Otherwise rounding moves single tokens, and the mean counts. Raises ValueError
     with the likely cause.
     """
     gap = torch.maximum((sampled - library).abs(), (measured - library).abs())
     mean = (gap.sum() / rollout.completion_mask.sum()).item()
     worst = gap.max().item()
-    if (worst if exact else mean) <= (1e-3 if exact else 0.05):
+    if (worst if exact else mean) <= allowed_gap(exact):
         return worst
     padded = rollout.prompt_mask[rollout.prompt_of].min(-1).values == 0
     by_row = gap.max(-1).values

@@ -28,11 +28,16 @@ class Sampler:
     top_p: float = 1.0
     server: Server | None = None  # that samples instead of this process
     synced: bool = False  # whether other processes take part in each forward pass (FSDP)
-    kept: dict[tuple, Decoder] = field(default_factory=dict)  # CUDA's, with their graphs
+    kept: list[Decoder] = field(default_factory=list)  # CUDA's, with its graphs, if any
 
     @property
     def device(self) -> torch.device:
         return next(self.policy.parameters()).device
+
+    @property
+    def static(self) -> bool:
+        """Whether a decoder is kept from rollout to rollout."""
+        return self.device.type == "cuda"
 
     def __call__(self, prompts: list[str], uniform: Tensor) -> Rollout:
         """A completion of each prompt, from the random numbers `uniform` [B, T]."""
@@ -54,12 +59,11 @@ class Sampler:
 
     def _decoder(self, prompt: int, rows: int, length: int) -> Decoder:
         lm, width = self.policy.base, prompt + length
-        static = self.device.type == "cuda"
-        if static:
+        if self.static:
             width = -(-width // 64) * 64  # few widths, so few captures
-        key = (rows, length)
-        if key in self.kept and self.kept[key].width >= width:
-            return self.kept[key]
+        for kept in self.kept:  # a last part of an evaluation is smaller
+            if kept.rows >= rows and kept.length >= length and kept.width >= width:
+                return kept
         self.kept.clear()  # one at a time: its cache, graphs and copies fill memory
         decoder = Decoder(
             lm.transformer,
@@ -68,10 +72,10 @@ class Sampler:
             rows=rows,
             length=length,
             width=width,
-            static=static,
+            static=self.static,
         )
-        if static:
-            self.kept[key] = decoder
+        if self.static:
+            self.kept.append(decoder)
         return decoder
 
     def _choice(self) -> Choice:
@@ -89,8 +93,8 @@ class Sampler:
         """The completions as text, special tokens left out."""
         return self.tokenizer.batch_decode(rollout.tokens(), skip_special_tokens=True)
 
-    def weighted_logprobs(self, part: Rollout, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Σ weights · log π, to be differentiated, and the entropy at each token [B, T]."""
+    def weighted_logprobs(self, part: Rollout, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Σ weights · log π, to be differentiated; log π and the entropy at each token [B, T]."""
         return self.policy.weighted_logprobs(part, weights, self.temperature)
 
     def reference_logprobs(self, rollout: Rollout, pieces: int = 1) -> Tensor:
@@ -109,7 +113,9 @@ class Sampler:
             prompt = rollout.prompt_of[row]
             ids = rollout.prompt_ids[prompt][rollout.prompt_mask[prompt].bool()]
             tokens = torch.tensor(completion, device=self.device)
-            logits = self.policy.lm(input_ids=torch.cat([ids, tokens])[None]).logits
+            # Not rounded by autocast: this is what rounding is measured against.
+            with torch.autocast(self.device.type, enabled=False):
+                logits = self.policy.lm(input_ids=torch.cat([ids, tokens])[None]).logits
             table = (logits[0, len(ids) - 1 : -1].float() / self.temperature).log_softmax(-1)
             library[row, : len(tokens)] = table.gather(-1, tokens[:, None])[:, 0]
         measured = self.policy.logprobs(rollout, self.temperature)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -33,6 +33,11 @@ def kept_whole(policy: nn.Module) -> Iterator[None]:
         for layer in layers:
             layer.reshard()
             layer.set_reshard_after_forward(True, recurse=False)
+
+
+def local(weights: list[Any]) -> list[Tensor]:
+    """This process's shards of `weights`."""
+    return [weight.to_local() for weight in weights]
 
 
 def whole_state(policy: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:

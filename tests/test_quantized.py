@@ -1,0 +1,65 @@
+"""A 4-bit model under LoRA: the same numbers, and gradients, on every CPU."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from adaptiverl.rl.policy import Policy, load_policy, load_tokenizer
+from adaptiverl.rl.rollout import uniforms
+from adaptiverl.rl.sampler import Sampler
+
+EMBEDDED = ROOT / "adaptiverl/assets/policy"
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random Llama: no bias anywhere, 64 columns, a block of NF4."""
+    folder = tmp_path_factory.mktemp("llama")
+    tokenizer = load_tokenizer(str(EMBEDDED))
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        initializer_range=0.3,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def measured(policy: Policy, folder: Path) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Log-probabilities of two completions, and the gradient of their sum."""
+    sampler = Sampler(policy, load_tokenizer(str(folder)))
+    with torch.no_grad():
+        rollout = sampler(["This", "The acting in this film"], uniforms(0, 1, 2, 4))
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    score = policy.weighted_logprobs(rollout, rollout.completion_mask.float())[0]
+    return rollout.logprobs, list(torch.autograd.grad(score, trained))
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")  # peft corrects it itself
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft's
+@pytest.mark.parametrize("model", ["embedded", "llama"])
+def test_4bit_trains_the_same_with_avx512_bf16_and_without(llama, monkeypatch, tmp_path, model):
+    """With it, bitsandbytes would repack weights for inference, which have no gradient."""
+    folder = EMBEDDED if model == "embedded" else llama
+    found = []
+    for instruction in (False, True):
+        monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda has=instruction: has)
+        torch.manual_seed(0)
+        options = {"full_tune": False, "quantize": "4bit", "reference": False}
+        policy = load_policy(str(folder), **options)
+        found.append(measured(policy, folder))
+        assert any(gradient.any() for gradient in found[-1][1])
+        policy.save(tmp_path)
+        again = load_policy(str(folder), checkpoint=tmp_path, **options)
+        assert torch.equal(measured(again, folder)[0], found[-1][0])
+    assert torch.equal(found[0][0], found[1][0])
+    assert all(map(torch.equal, found[0][1], found[1][1]))
