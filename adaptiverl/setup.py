@@ -172,7 +172,8 @@ def optimizer(
     if sharded and online:
         raise UserError(f"OPTIM {c.OPTIM} looks at whole tensors, and FSDP has them in shards")
     named: list[Any] = parameters if online else [p for _, p in parameters]
-    common: dict[str, Any] = {"lr": AUTO[kind] if c.LRATE == "auto" else c.LRATE}
+    auto = max(c.MIN_LR or 0.0, min(AUTO[kind], c.MAX_LR or math.inf))
+    common: dict[str, Any] = {"lr": auto if c.LRATE == "auto" else c.LRATE}
     common["weight_decay"] = c.WEIGHT_DECAY
     if kind in ("sgd", "rmsprop"):
         return OPTIMIZERS[c.OPTIM](named, momentum=c.MOMENTUM, **common)
@@ -194,8 +195,7 @@ RULES = (
 def controller(c: Config, optimizer: Optimizer, last_step: int) -> Controller:
     """The rules that move the optimizer's hyperparameters."""
     given = {key.lower(): getattr(c, key) for key in RULES}
-    with blame("LRATE, LR_RULE, REWARD_RULE, MOMENTUM_RULE, BETAS_RULE, ALPHA_RULE or WD_RULE"):
-        return Controller(optimizer, steps=last_step if c.KL_STEP_FALLS else None, **given)
+    return Controller(optimizer, steps=last_step if c.KL_STEP_FALLS else None, **given)
 
 
 def check_rules(c: Config) -> None:
