@@ -43,7 +43,9 @@ class Config(Strict):
 
     SCHEMA: str | None = Field(None, alias="$schema", description="For editors; not read")
 
-    MODEL: str = Field("adaptiverl/assets/policy", description="Causal LM: hub id or folder")
+    MODEL: str = Field(
+        "adaptiverl/assets/policy", description="Causal LM or LoRA adapter: hub id or folder"
+    )
     FULLTUNE: bool = Field(True, description="Train all weights; false trains a LoRA adapter")
     LORA_R: int = Field(8, ge=1, description="Rank of the adapter")
     LORA_ALPHA: int = Field(16, ge=1, description="Scale of the adapter: LORA_ALPHA / LORA_R")
