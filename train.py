@@ -6,10 +6,15 @@ The algorithm is here, in order. What it runs on (model, data, rewards, checkpoi
 the config by adaptiverl/program.py.
 """
 
-import argparse
+import sys
+
+from adaptiverl.run.command import Command, read_command
+
+if __name__ == "__main__":  # before the seconds of the imports below: a mistake is told at once
+    COMMAND = read_command()
+
 import logging
 import math
-import sys
 from contextlib import closing, nullcontext
 from functools import partial
 
@@ -22,7 +27,6 @@ from adaptiverl.rl.reinforce import advantages, kl_per_token, token_weights
 from adaptiverl.rl.rollout import Rollout
 from adaptiverl.run.config import UserError
 from adaptiverl.run.process import Clock, Paused, StopSignal, peak_memory
-from adaptiverl.run.reading import load_config
 from adaptiverl.run.tracking import RunLog, table
 
 
@@ -150,17 +154,14 @@ def dry_run(run: Run) -> int:
     return 0
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="REINFORCE fine-tuning of a language model.")
-    parser.add_argument("config", help="a JSON file, comments allowed; its keys are in README.md")
-    parser.add_argument("override", nargs="*", metavar="KEY=VALUE", help="replaces a key's value")
-    parser.add_argument("--dry-run", action="store_true", help="one batch, no training")
-    arguments = parser.parse_intermixed_args()  # KEY=VALUE may stand anywhere
+def main(command: Command | None = None) -> int:
+    """Does what `command` says, or else the command line; the exit status."""
+    config, only_try = command or read_command()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
-        run = Run(load_config(arguments.config, arguments.override))
+        run = Run(config)
         with closing(run):
-            if arguments.dry_run:
+            if only_try:
                 return dry_run(run)
             log, stop = run.start(), StopSignal(run.interrupt)
             with closing(log) if log else nullcontext():
@@ -181,4 +182,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(COMMAND))

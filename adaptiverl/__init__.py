@@ -1,9 +1,16 @@
-"""REINFORCE fine-tuning of language models, with optimizers that adapt as they go."""
+"""REINFORCE fine-tuning of language models, with optimizers that adapt as they go.
 
-from adaptiverl.optim.adaptive import AdaptiveOptimizer
-from adaptiverl.optim.online import OnlineAdamW, OnlineRMSProp, OnlineSGD
-from adaptiverl.optim.schedulers import AdaptiveScheduler, RewardAdaptiveScheduler
-from adaptiverl.optim.trust_region import LastUpdate, TrustRegion, alignment
+The names below load torch when they are first used, not before.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from adaptiverl.optim.adaptive import AdaptiveOptimizer
+    from adaptiverl.optim.online import OnlineAdamW, OnlineRMSProp, OnlineSGD
+    from adaptiverl.optim.schedulers import AdaptiveScheduler, RewardAdaptiveScheduler
+    from adaptiverl.optim.trust_region import LastUpdate, TrustRegion, alignment
 
 __version__ = "0.1.0"
 __all__ = [
@@ -17,3 +24,20 @@ __all__ = [
     "TrustRegion",
     "alignment",
 ]
+_MODULES = {
+    "adaptive": ("AdaptiveOptimizer",),
+    "online": ("OnlineAdamW", "OnlineRMSProp", "OnlineSGD"),
+    "schedulers": ("AdaptiveScheduler", "RewardAdaptiveScheduler"),
+    "trust_region": ("LastUpdate", "TrustRegion", "alignment"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(f"adaptiverl.optim.{module}"), name)
+    raise AttributeError(f"module 'adaptiverl' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -111,9 +111,8 @@ def refuse_changes(folder: Path, config: Config) -> None:
         if before.get(key) != now[key]:
             raise UserError(
                 f"RESUME: {key} was {before.get(key)} in {folder} and is {now[key]} now; a "
-                "resumed run goes on as it was. To go on otherwise, start a new run with "
-                + (f"MODEL={folder} and " if config.FULLTUNE else "")
-                + "another OUTPUT_DIR"
+                f"resumed run goes on as it was. To go on otherwise, start a new run with "
+                f"MODEL={folder} and another OUTPUT_DIR"
             )
 
 

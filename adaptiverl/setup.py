@@ -20,7 +20,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from adaptiverl.optim.controller import Controller
 from adaptiverl.optim.online import OnlineAdamW, OnlineRMSProp, OnlineSGD
 from adaptiverl.rl.data import load_prompts
-from adaptiverl.rl.policy import Policy, load_policy, load_tokenizer
+from adaptiverl.rl.policy import Policy, adapter_config, load_policy, load_tokenizer
 from adaptiverl.rl.vllm import Server
 from adaptiverl.run import checkpoint
 from adaptiverl.run.config import Config, UserError
@@ -98,7 +98,8 @@ def last_step(c: Config, prompts: int) -> int:
 def max_prompt(c: Config) -> int | None:
     """How many tokens of a prompt fit before MAX_NEW_TOKENS; None if the model sets no limit."""
     with blame(f"MODEL {c.MODEL}"):
-        limits = AutoConfig.from_pretrained(found(c.MODEL))
+        adapter = adapter_config(found(c.MODEL))
+        limits = AutoConfig.from_pretrained(_base(c, adapter) if adapter else c.MODEL)
     positions = getattr(limits, "max_position_embeddings", None)
     if positions and c.MAXSEQ and positions < c.MAXSEQ:
         raise UserError(f"MAXSEQ {c.MAXSEQ} is beyond the {positions} positions of {c.MODEL}")
@@ -109,6 +110,23 @@ def max_prompt(c: Config) -> int | None:
             f"positions of {c.MODEL}"
         )
     return longest and longest - c.MAX_NEW_TOKENS
+
+
+def _base(c: Config, adapter: dict[str, Any]) -> str:
+    """The model that `adapter`, which MODEL is, was trained on; its shape is not to be changed."""
+    names = {"LORA_R": "r", "LORA_ALPHA": "lora_alpha", "LORA_TARGETS": "target_modules"}
+    for key in [key for key in names if key in c.changed()]:
+        given, has = getattr(c, key), adapter[names[key]]
+        if given != has and not (key == "LORA_TARGETS" and set(given) == set(has)):
+            raise UserError(
+                f"{key} is {given}, but the adapter in MODEL {c.MODEL} has {has} and goes on as it "
+                f"is: leave {key} out"
+            )
+    base = adapter["base_model_name_or_path"]
+    try:
+        return found(base)
+    except ValueError as error:
+        raise ValueError(f"{error}, on which its adapter was trained") from error
 
 
 def output(c: Config) -> Path:
@@ -172,7 +190,8 @@ def optimizer(
     if sharded and online:
         raise UserError(f"OPTIM {c.OPTIM} looks at whole tensors, and FSDP has them in shards")
     named: list[Any] = parameters if online else [p for _, p in parameters]
-    common: dict[str, Any] = {"lr": AUTO[kind] if c.LRATE == "auto" else c.LRATE}
+    auto = max(c.MIN_LR or 0.0, min(AUTO[kind], c.MAX_LR or math.inf))
+    common: dict[str, Any] = {"lr": auto if c.LRATE == "auto" else c.LRATE}
     common["weight_decay"] = c.WEIGHT_DECAY
     if kind in ("sgd", "rmsprop"):
         return OPTIMIZERS[c.OPTIM](named, momentum=c.MOMENTUM, **common)
@@ -194,8 +213,7 @@ RULES = (
 def controller(c: Config, optimizer: Optimizer, last_step: int) -> Controller:
     """The rules that move the optimizer's hyperparameters."""
     given = {key.lower(): getattr(c, key) for key in RULES}
-    with blame("LRATE, LR_RULE, REWARD_RULE, MOMENTUM_RULE, BETAS_RULE, ALPHA_RULE or WD_RULE"):
-        return Controller(optimizer, steps=last_step if c.KL_STEP_FALLS else None, **given)
+    return Controller(optimizer, steps=last_step if c.KL_STEP_FALLS else None, **given)
 
 
 def check_rules(c: Config) -> None:

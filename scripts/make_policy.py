@@ -3,7 +3,8 @@
     python scripts/make_policy.py FOLDER_OR_imdb [--out adaptiverl/assets/policy]
 
 Muon for the matrices inside the blocks, AdamW for the rest, a rate that stays flat and falls
-over the last 40 %. Trains on train, watches val, reports test; weights are stored in fp16.
+over the last 40 %. Trains on train, watches val, reports test; weights are rounded to fp16
+and stored in fp32, so that whoever loads them can train them.
 Leaves out what a larger model would need: several devices, resuming, dropout.
 """
 
@@ -168,7 +169,7 @@ def main() -> None:
         nats = evaluate(model, streams[split], args.context, 2048)
         print(f"{split}: {nats:.4f} nats a token, perplexity {math.exp(nats):.1f}")
     sample(model, tokenizer)
-    model.half().save_pretrained(args.out)
+    model.half().float().save_pretrained(args.out)  # the weights that were published
 
 
 def sample(model: GPT2LMHeadModel, tokenizer: GPT2TokenizerFast) -> None:

@@ -152,6 +152,9 @@ def main(tmp_path, monkeypatch) -> Callable[..., int]:
         AcceleratorState._reset_state(reset_partial_state=True)
         try:
             return train.main()
+        except SystemExit as end:  # a mistake in the config
+            assert isinstance(end.code, int)
+            return end.code
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)

@@ -38,9 +38,9 @@ def reviews(count: int) -> list[dict]:
     return [row | {"text": clean(row["text"])} for row in rows[:: len(rows) // count]]
 
 
-def test_assets_fit_in_12_mb_and_are_safetensors():
+def test_assets_fit_in_16_mb_and_are_safetensors():
     files = [path for path in ASSETS.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 12e6
+    assert sum(path.stat().st_size for path in files) <= 16e6
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".md"}
 
 
@@ -51,6 +51,14 @@ def test_policy_is_a_gpt2_of_one_to_four_million_weights(policy):
     assert len(tokenizer) == model.config.vocab_size
     text = "Größe & naïve: “quotes” — 3½ stars!\n"
     assert tokenizer.decode(tokenizer(text).input_ids) == text, "byte-level: any text survives"
+
+
+@pytest.mark.parametrize("folder", [ASSETS / "policy", ROOT / "benchmarks" / "policy-small"])
+def test_a_policy_is_loaded_in_fp32_by_default(folder):
+    """Trained in the type of its file, as by HF Trainer, fp16 weights become NaN."""
+    for weight in AutoModelForCausalLM.from_pretrained(folder).parameters():
+        assert weight.dtype == torch.float32
+        assert torch.equal(weight, weight.half().float()), "not the weights that were published"
 
 
 @needs_reviews

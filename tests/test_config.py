@@ -5,12 +5,17 @@ import re
 from collections.abc import Callable
 
 import pytest
+import torch
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from adaptiverl.run.config import Config, UserError, schema
+from adaptiverl import setup
+from adaptiverl.optim import rules
+from adaptiverl.optim.controller import LR_RULES, REWARD_RULES
+from adaptiverl.optim.hyperparams import BOUNDS
+from adaptiverl.run.config import LR_BOUNDS, RULE_NAMES, Config, UserError, schema
 from adaptiverl.run.reading import load_config, strip_comments
 from adaptiverl.run.reward_config import (
     ClassifierReward,
@@ -293,9 +298,99 @@ def test_an_override_without_an_equals_sign(mistake, override):
     ],
 )
 def test_an_unknown_key_names_its_nearest_neighbour(mistake, key, nearest):
-    want = f"config.json: unknown key {key}; the nearest is {nearest}"
-    assert mistake({key: 3}) == want
-    assert mistake({}, f"{key}=3") == want
+    want = f"unknown key {key}; the nearest is {nearest}"
+    assert mistake({key: 3}) == f"config.json: {want}"
+    assert mistake({}, f"{key}=3") == f"the command line: {want}"
+
+
+def test_a_mistake_is_told_where_it_is(mistake):
+    """In the file, on the command line, in both, or between them."""
+    wrong = {"STEPS": "ten", "SEED": -1}
+    said = {
+        "STEPS": 'STEPS is "ten": input should be a valid integer, unable to parse string as an '
+        "integer",
+        "SEED": "SEED is -1: input should be greater than or equal to 0",
+    }
+    assert mistake(wrong) == f"config.json: {said['STEPS']}; {said['SEED']}"
+    both = f"config.json: {said['SEED']}; the command line: {said['STEPS']}"
+    assert mistake({"SEED": -1}, "STEPS=ten") == both
+    assert mistake({"SEED": -1, "STEPS": 3}, "STEPS=ten") == both
+    assert mistake({"FP16": True}, "BF16=true") == (
+        "config.json and the command line: FP16 and BF16 exclude each other; BF16 needs no "
+        "gradient scaler"
+    )
+    assert mistake({}, 'REWARDS=[{"TYPE": "regex"}]') == (
+        "the command line: REWARDS.0.PATTERNS is missing"
+    )
+
+
+RULES = {
+    "LR_RULE": LR_RULES,
+    "REWARD_RULE": REWARD_RULES,
+    "MOMENTUM_RULE": rules.MOMENTUM,
+    "BETAS_RULE": {**rules.BETA1, **rules.BETA2},
+    "ALPHA_RULE": rules.ALPHA,
+    "WD_RULE": rules.WEIGHT_DECAY,
+}
+
+
+def test_the_names_of_rules_are_those_that_the_optimizers_know():
+    assert {key: set(names) for key, names in RULE_NAMES.items()} == {
+        key: set(names) for key, names in RULES.items()
+    }
+    assert BOUNDS["lr"] == LR_BOUNDS
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "unknown", "nearest"),
+    [
+        ("LR_RULE", "cosin", "cosin", "cosine"),
+        ("LR_RULE", "kl_target+cosine_restarts", "cosine_restarts", "cosine_restart"),
+        ("REWARD_RULE", "kely", "kely", "kelly"),
+        ("MOMENTUM_RULE", "Exp", "Exp", "exp"),
+        ("BETAS_RULE", "variances", "variances", "variance"),
+        ("ALPHA_RULE", "", "", "stable"),
+        ("WD_RULE", "trend+", "", "trend"),
+    ],
+)
+def test_an_unknown_rule_names_its_key_and_the_nearest_rule(mistake, key, value, unknown, nearest):
+    told = mistake({key: value})
+    assert told == f"config.json: {key}: there is no rule {unknown!r}; the nearest is {nearest!r}"
+
+
+def test_rules_are_joined_with_or_without_spaces(load):
+    assert load({"LR_RULE": "kl_target + cosine"}).LR_RULE == "kl_target+cosine"
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"LRATE": "1e3"}, "LRATE 1000 is above MAX_LR, which is 10"),
+        ({"LRATE": 1e-12}, "LRATE 1e-12 is below MIN_LR, which is 1e-09"),
+        ({"LRATE": 0.1, "MAX_LR": 0.01}, "LRATE 0.1 is above MAX_LR, which is 0.01"),
+        ({"LRATE": 0.1, "MIN_LR": 0.2}, "LRATE 0.1 is below MIN_LR, which is 0.2"),
+        ({"MIN_LR": 20}, "MIN_LR 20 is above MAX_LR, which is 10"),
+        ({"MAX_LR": 1e-12}, "MIN_LR 1e-09 is above MAX_LR, which is 1e-12"),
+    ],
+)
+def test_a_rate_beyond_its_bounds_is_told_with_the_bound(mistake, keys, message):
+    assert mistake(keys) == f"config.json: {message}"
+
+
+@pytest.mark.parametrize(
+    ("keys", "rate"),
+    [({}, 1e-4), ({"MAX_LR": 1e-5}, 1e-5), ({"MIN_LR": 1e-3}, 1e-3), ({"OPTIM": "sgd"}, 0.1)],
+)
+def test_the_automatic_rate_starts_within_its_bounds(load, keys, rate):
+    config = load(keys)
+    optimizer = setup.optimizer(config, [("weight", torch.nn.Parameter(torch.zeros(1)))])
+    assert optimizer.param_groups[0]["lr"] == rate
+    setup.check_rules(config)  # raises where the rate is outside of its bounds
+
+
+def test_a_rate_that_no_rule_moves_has_no_bounds(load):
+    assert load({"LRATE": 1e3, "LR_RULE": "none"}).LRATE == 1e3
+    assert load({"LRATE": 0}).LRATE == 0
 
 
 def test_a_key_given_twice_is_refused(tmp_path):
@@ -332,7 +427,7 @@ def test_an_unknown_key_of_a_reward_names_the_nearest_of_that_reward(mistake):
             {"REWARDS": [{"TYPE": "regex", "PATTERNS": "a", "WEIGHT": 0}]},
             "every WEIGHT is 0: nothing is rewarded",
         ),
-        ({"MIN_LR": 1, "MAX_LR": 0.1}, "MIN_LR is above MAX_LR"),
+        ({"MIN_LR": 1, "MAX_LR": 0.1}, "MIN_LR 1 is above MAX_LR, which is 0.1"),
         (
             {"MAX_MOMENTUM": 0.5, "REWARD_RULE": "trend"},
             "MAX_MOMENTUM needs a MOMENTUM_RULE, or REWARD_RULE trend",

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 from pathlib import Path
 
 import pyarrow
@@ -180,6 +181,61 @@ def test_a_prompt_that_is_not_text(tmp_path, suffix, prompts, row, value):
     assert str(caught.value).startswith(
         f"{path}: row {row} of column 'prompt' is {value}, not text (to start from nothing, "
     )
+
+
+def test_prompts_are_checked_all_at_once(tmp_path, monkeypatch):
+    """One by one, they would take 50 times as long."""
+    path = write(tmp_path / "a.json", [{"prompt": "This"}, {"prompt": "That"}])
+    monkeypatch.setattr(
+        "datasets.arrow_dataset.Column.__iter__", lambda _: pytest.fail("read one by one")
+    )
+    assert load_prompts(str(path), "prompt").num_rows == 2
+
+
+def test_prompts_of_several_kinds(tmp_path):
+    """`datasets` keeps such a column as JSON."""
+    path = write(tmp_path / "a.json", [{"prompt": "This"}, {"prompt": 3}])
+    with pytest.raises(ValueError, match="row 1 of column 'prompt' is 3, not text"):
+        load_prompts(str(path), "prompt")
+
+
+@pytest.mark.parametrize("suffix", [".json", ".parquet"])
+def test_chat_messages_are_not_supported_yet(tmp_path, suffix):
+    chat = [{"role": "user", "content": "Hello"}]
+    path = write(tmp_path / f"a{suffix}", [{"prompt": chat}])
+    with pytest.raises(ValueError) as caught:
+        load_prompts(str(path), "prompt")
+    assert str(caught.value) == (
+        f"{path}: column 'prompt' holds chat messages, which are not supported yet: write each "
+        "prompt as text, for example that of tokenizer.apply_chat_template(messages, "
+        "tokenize=False, add_generation_prompt=True)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.jsonl", b'{"prompt": "This"}\n{"prompt":'), ("a.csv", b"prompt\nMod\xe8le\n")],
+)
+def test_an_unreadable_file_is_told_once(tmp_path, caplog, capfd, name, content):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"cannot be read as|is not UTF-8"):
+        load_prompts(str(path), "prompt")
+    assert caplog.records == []
+    assert "ailed" not in capfd.readouterr().err
+    assert logging.getLogger("datasets").level == logging.WARNING, "silent ever after"
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.json", "a.jsonl"])
+def test_prompts_that_are_not_utf8(tmp_path, name):
+    path = tmp_path / name
+    text = "prompt\nModèle\n" if name == "a.csv" else '{"prompt": "Modèle"}\n'
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError) as caught:
+        load_prompts(str(path), "prompt")
+    message = str(caught.value)
+    assert message.startswith(f"{path} is not UTF-8 (")
+    assert message.endswith("): save it as UTF-8") and "\n" not in message
 
 
 # Which rows a step takes

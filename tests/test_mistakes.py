@@ -1,11 +1,14 @@
 """What train.py says of a user's mistakes: one line and status 2, before a model loads."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ENVIRONMENT, ROOT
 
 
 def told(status: int, stderr: str, settings: dict) -> str:
@@ -58,7 +61,41 @@ def test_a_label_that_the_classifier_lacks(run, settings):
     assert told(result.returncode, result.stderr, settings)
 
 
+def test_a_mistake_in_the_config_is_told_before_anything_heavy_is_imported():
+    code = (
+        "import runpy, sys\n"
+        "sys.argv = ['train.py', 'config.json', 'STEPS=ten']\n"
+        "try:\n"
+        "    runpy.run_path('train.py', run_name='__main__')\n"
+        "except SystemExit as end:\n"
+        "    print(end.code, sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert result.stdout == "2 []\n"
+    assert result.stderr.startswith('error: the command line: STEPS is "ten": input should be a ')
+
+
 # In this process
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "which config? Type: python train.py config.json"),
+        (["--dry-run"], "which config? Type: python train.py config.json"),
+        (["STEPS=3"], "the config comes first: python train.py config.json STEPS=3"),
+    ],
+)
+def test_a_command_without_a_config(words, message, capsys, monkeypatch):
+    import train
+
+    monkeypatch.setattr("sys.argv", ["train.py", *words])
+    with pytest.raises(SystemExit) as end:
+        train.main()
+    assert end.value.code == 2
+    assert capsys.readouterr().err == f"error: {message}\n"
 
 
 def test_malformed_json(settings, tmp_path, capsys, monkeypatch):
@@ -67,15 +104,16 @@ def test_malformed_json(settings, tmp_path, capsys, monkeypatch):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(settings, indent=1).replace('",\n', '"\n', 1))
     monkeypatch.setattr("sys.argv", ["train.py", str(path)])
-    status = train.main()
+    with pytest.raises(SystemExit) as end:
+        train.main()
     want = f"{path}, line 3: Expecting ',' delimiter"
-    assert told(status, capsys.readouterr().err, settings) == want
+    assert told(end.value.code, capsys.readouterr().err, settings) == want
 
 
 def test_an_unknown_key(mistake, tmp_path):
-    want = f"{tmp_path / 'keys.json'}: unknown key BATCHSIZE; the nearest is BATCH_SIZE"
-    assert mistake({"BATCHSIZE": 8}) == want
-    assert mistake({}, "BATCHSIZE=8") == want
+    want = "unknown key BATCHSIZE; the nearest is BATCH_SIZE"
+    assert mistake({"BATCHSIZE": 8}) == f"{tmp_path / 'keys.json'}: {want}"
+    assert mistake({}, "BATCHSIZE=8") == f"the command line: {want}"
 
 
 def test_an_argument_that_is_not_key_value(mistake):

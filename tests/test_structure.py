@@ -64,3 +64,14 @@ def test_importing_loads_nothing_heavy_and_reads_no_config():
         [sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_every_name_of_the_package_is_there():
+    """They are looked up when they are used, which no import would notice."""
+    import adaptiverl
+
+    for name in adaptiverl.__all__:
+        assert getattr(adaptiverl, name).__name__ == name
+    assert set(adaptiverl.__all__) <= set(dir(adaptiverl))
+    with pytest.raises(AttributeError, match="no attribute 'AdaptiveOptimiser'"):
+        _ = adaptiverl.AdaptiveOptimiser

@@ -1,13 +1,19 @@
 """Prompts: files and hub ids through `datasets`, and which of them each step trains on."""
 
 import glob
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
+import pyarrow
+import pyarrow.compute
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
-from datasets.utils.logging import disable_progress_bar
+from datasets.utils.logging import disable_progress_bar, get_verbosity, set_verbosity
 
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -27,12 +33,16 @@ def load_prompts(source: str, column: str, split: str = "train") -> Dataset:
             raise ValueError(f"{source} is empty")
         name = glob.escape(str(path))
         try:
-            rows = load_dataset(FORMATS[path.suffix], data_files=name, split="train")
+            with _silent():
+                rows = load_dataset(FORMATS[path.suffix], data_files=name, split="train")
+            rows.data.validate(full=True)  # its text is UTF-8
         except (DatasetGenerationError, ValueError) as error:
             reason = str(error.__cause__ or error).splitlines()[0]
             # what `datasets` says of a file that is well-formed and has no rows
             if "corresponds to no data" in reason or "BatchSize must be greater" in reason:
                 raise ValueError(f"{source} has no rows") from error
+            if isinstance(error.__cause__, UnicodeDecodeError) or "Invalid UTF8" in reason:
+                raise ValueError(f"{source} is not UTF-8 ({reason}): save it as UTF-8") from error
             raise ValueError(f"{source} cannot be read as {path.suffix[1:]}: {reason}") from error
     elif path.exists():
         raise ValueError(f"{source} must end in one of {', '.join(FORMATS)}")
@@ -42,13 +52,42 @@ def load_prompts(source: str, column: str, split: str = "train") -> Dataset:
         raise ValueError(f"{source} has no rows")
     if column not in rows.column_names:
         raise ValueError(f"{source} has no column {column!r}, only {', '.join(rows.column_names)}")
-    for i, prompt in enumerate(rows[column]):
-        if not isinstance(prompt, str) or not prompt:
+    if (row := _not_text(rows, column)) is not None:
+        prompt = rows[row][column]
+        if isinstance(prompt, list) and prompt and isinstance(prompt[0], dict):
             raise ValueError(
-                f"{source}: row {i} of column {column!r} is {prompt!r}, not text "
-                "(to start from nothing, write the model's beginning-of-text token)"
+                f"{source}: column {column!r} holds chat messages, which are not supported yet: "
+                "write each prompt as text, for example that of tokenizer.apply_chat_template("
+                "messages, tokenize=False, add_generation_prompt=True)"
             )
+        raise ValueError(
+            f"{source}: row {row} of column {column!r} is {prompt!r}, not text "
+            "(to start from nothing, write the model's beginning-of-text token)"
+        )
     return rows
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """`datasets` does not log what it raises."""
+    level = get_verbosity()
+    set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        set_verbosity(level)
+
+
+def _not_text(rows: Dataset, column: str) -> int | None:
+    """The first row whose `column` is no text or empty."""
+    kind: Any = rows.features[column]
+    if not (isinstance(kind, Value) and kind.dtype in ("string", "large_string")):
+        odd = (i for i, value in enumerate(rows[column]) if not isinstance(value, str) or not value)
+        return next(odd, None)
+    sizes = pyarrow.compute.binary_length(rows.data.column(column))
+    empty = pyarrow.compute.equal(sizes.fill_null(0), 0)
+    first = pyarrow.compute.index(empty, True).as_py()
+    return None if first < 0 else first
 
 
 def indices_at(step: int, count: int, total: int, seed: int) -> list[int]:

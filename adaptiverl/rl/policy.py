@@ -6,8 +6,10 @@ Leaves out devices and processes (accelerate's) and sampling (sampler.py's).
 
 import copy
 import inspect
+import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,29 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import cached_file, find_adapter_config_file
 
 from adaptiverl.rl.gpt2 import is_gpt2, predicting_states
 from adaptiverl.rl.head import keep_logits_fp32, plain_logprobs, weighted_logprobs
 from adaptiverl.rl.rollout import Rollout
 
+TRAINED, REFERENCE = "default", "reference"  # names of adapters; the first is peft's
+
+
+def adapter_config(model: str) -> dict[str, Any] | None:
+    """The adapter_config.json of `model`, a hub id or a folder; None if it is no adapter."""
+    file = find_adapter_config_file(model)
+    return json.loads(Path(file).read_text(encoding="utf-8")) if file else None
+
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, padding and truncating on the left as prompts need."""
+    """The model's tokenizer, padding and truncating on the left as prompts need.
+
+    That of an adapter's base where the adapter has none.
+    """
+    adapter, name = adapter_config(model), "tokenizer_config.json"
+    if adapter and not cached_file(model, name, _raise_exceptions_for_missing_entries=False):
+        model = adapter["base_model_name_or_path"]
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left", truncation_side="left")
     if tokenizer.eos_token is None:
         raise ValueError("its tokenizer has no end-of-text token (eos_token)")
@@ -39,7 +56,8 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
 class Policy(nn.Module):
     """A causal LM that measures rollouts, and its frozen reference.
 
-    The reference is the policy with its adapter off, or a frozen copy, or absent.
+    The reference is the policy with its adapter off, or with the adapter named "reference" instead,
+    or a frozen copy, or absent.
     """
 
     lm: Any  # a PreTrainedModel or peft's PeftModel around one
@@ -104,8 +122,21 @@ class Policy(nn.Module):
             return self._logprobs(reference, rollout, temperature)
         if not self.has_adapter:
             raise RuntimeError("this policy was loaded without a reference")
-        with self.lm.disable_adapter():
+        with self._at_reference():
             return self._logprobs(self.base, rollout, temperature)
+
+    @contextmanager
+    def _at_reference(self) -> Iterator[None]:
+        """The model as its reference adapter makes it, or without an adapter."""
+        if REFERENCE not in self.lm.peft_config:
+            with self.lm.disable_adapter():
+                yield
+            return
+        self.lm.set_adapter(REFERENCE, inference_mode=True)
+        try:
+            yield
+        finally:
+            self.lm.set_adapter(TRAINED)
 
     def _logprobs(self, base: Any, rollout: Rollout, temperature: float) -> Tensor:
         mask = rollout.completion_mask.bool()
@@ -143,7 +174,8 @@ class Policy(nn.Module):
             state = {name.removeprefix("lm."): weight for name, weight in state.items()}
             for tied in self.base.all_tied_weights_keys:  # the same weight under a second name
                 state.pop(tied, None)
-        self.lm.save_pretrained(folder, state_dict=state)
+        only = {"selected_adapters": [TRAINED]} if self.has_adapter else {}
+        self.lm.save_pretrained(folder, state_dict=state, **only)
 
 
 def _inputs(base: Any, rollout: Rollout) -> dict[str, Any]:
@@ -197,22 +229,39 @@ def load_policy(
 ) -> Policy:
     """The policy `model` (a hub id or a folder), its weights from `checkpoint` if there is one.
 
+    Of an adapter, full tuning takes the base with the adapter merged into it, and LoRA goes on with
+    the adapter; the reference is the adapted model either way.
+
     `quantize` is None, "4bit" (NF4) or "8bit"; both freeze the model under a LoRA adapter. `lora`
     are peft's: r, lora_alpha, target_modules.
     """
     if quantize and full_tune:
         raise ValueError("quantised weights cannot be trained: use LoRA")
-    weights = str(checkpoint) if checkpoint and full_tune else model
+    adapter = adapter_config(model)
+    base = adapter["base_model_name_or_path"] if adapter else model
     # What is not trained needs no more precision than it is computed in.
     frozen = compute_dtype if not full_tune else torch.float32
-    kwargs = {"dtype": frozen, "device_map": {"": device}}
+    kwargs: dict[str, Any] = {"dtype": frozen, "device_map": {"": device}}
     if quantize == "4bit":
         kwargs["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype
         )
     elif quantize == "8bit":
         kwargs["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
-    lm = AutoModelForCausalLM.from_pretrained(weights, **kwargs)
+
+    def begun() -> Any:
+        """The model as the first step finds it, but for the adapter that is trained."""
+        lm = AutoModelForCausalLM.from_pretrained(base, **kwargs)
+        if not (adapter and full_tune):
+            return lm
+        from peft import PeftModel  # seconds to import
+
+        return PeftModel.from_pretrained(lm, model).merge_and_unload().requires_grad_()
+
+    if checkpoint and full_tune:
+        lm = AutoModelForCausalLM.from_pretrained(checkpoint, **kwargs)
+    else:
+        lm = begun()
     if quantize == "4bit":
         _keep_differentiable(lm)
     if not quantize:
@@ -223,15 +272,18 @@ def load_policy(
     if full_tune:
         if not reference:
             return Policy(lm)
-        first = AutoModelForCausalLM.from_pretrained(model, **kwargs) if checkpoint else lm
+        first = begun() if checkpoint else lm
         return Policy(lm, copy.deepcopy(first).eval().requires_grad_(False))
 
-    from peft import LoraConfig, PeftModel, get_peft_model  # seconds to import
+    from peft import LoraConfig, PeftModel, get_peft_model
 
     # peft 0.21 asks transformers for an attribute by its old name
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-    if checkpoint:
-        return Policy(PeftModel.from_pretrained(lm, checkpoint, is_trainable=True))
+    if checkpoint or adapter:
+        lm = PeftModel.from_pretrained(lm, checkpoint or model, is_trainable=True)
+        if adapter and reference:
+            lm.load_adapter(model, REFERENCE, torch_device=str(device))
+        return Policy(lm)
     turned = any(isinstance(module, Conv1D) for module in lm.modules())  # GPT-2's
     kind = LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=turned, **(lora or {}))
     return Policy(get_peft_model(lm, kind))

@@ -5,12 +5,12 @@ FP16 on a CPU) is checked by setup.py.
 `python -m adaptiverl.run.config > config.schema.json` writes the schema for editors.
 """
 
+import difflib
 import importlib.util
 import json
-import math
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from adaptiverl.run.reward_config import AnyReward, ClassifierReward, Strict
 
@@ -23,6 +23,18 @@ class UserError(Exception):
 
 
 REWARD_KEYS = ("REWARDS", "HELD_OUT")
+LR_BOUNDS = (1e-9, 10.0)  # where MIN_LR and MAX_LR are null
+RULE_NAMES = {
+    "LR_RULE": (
+        "loss_decay", "trend", "patience", "variance", "grad_norm", "cyclical", "cosine",
+        "cosine_restart", "kl_target", "learned",
+    ),
+    "REWARD_RULE": ("trend", "kelly", "scaling", "variance"),
+    "MOMENTUM_RULE": ("inverse", "exp", "relative", "normalized"),
+    "BETAS_RULE": ("relative", "variance"),
+    "ALPHA_RULE": ("stable",),
+    "WD_RULE": ("trend",),
+}  # fmt: skip
 TRAINED = {"WEIGHT", "NORMALIZE", "CLIP", "MAX_MISSING"}  # of rewards that are trained on
 
 
@@ -31,7 +43,9 @@ class Config(Strict):
 
     SCHEMA: str | None = Field(None, alias="$schema", description="For editors; not read")
 
-    MODEL: str = Field("adaptiverl/assets/policy", description="Causal LM: hub id or folder")
+    MODEL: str = Field(
+        "adaptiverl/assets/policy", description="Causal LM or LoRA adapter: hub id or folder"
+    )
     FULLTUNE: bool = Field(True, description="Train all weights; false trains a LoRA adapter")
     LORA_R: int = Field(8, ge=1, description="Rank of the adapter")
     LORA_ALPHA: int = Field(16, ge=1, description="Scale of the adapter: LORA_ALPHA / LORA_R")
@@ -114,6 +128,17 @@ class Config(Strict):
     SAMPLES_EVERY: int = Field(1, ge=0, description="Steps between entries in samples.jsonl")
     TRACKERS: list[Literal["tensorboard", "wandb"]] = Field([], description="Where else to log")
 
+    @field_validator(*RULE_NAMES)
+    @classmethod
+    def _known_rules(cls, value: str, info: ValidationInfo) -> str:
+        names = [name.strip() for name in value.split("+")]
+        known = RULE_NAMES[info.field_name or ""]
+        for name in names:
+            if name not in (*known, "none"):
+                near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+                raise ValueError(f"there is no rule {name!r}; the nearest is {near!r}")
+        return "+".join(names)
+
     @model_validator(mode="after")
     def _contradictions(self) -> "Config":
         given = self.changed()
@@ -150,9 +175,17 @@ class Config(Strict):
             raise ValueError("MAXSEQ leaves no room for a prompt before MAX_NEW_TOKENS")
         if self.BASELINE == "rloo" and self.BATCH_SIZE == 1:
             raise ValueError("BASELINE rloo compares completions: BATCH_SIZE 1 has only one")
-        for low, high in (("MIN_LR", "MAX_LR"), ("MIN_MOMENTUM", "MAX_MOMENTUM")):
-            if (getattr(self, low) or 0) > (getattr(self, high) or math.inf):
-                raise ValueError(f"{low} is above {high}")
+        if self.MIN_MOMENTUM > self.MAX_MOMENTUM:
+            raise ValueError("MIN_MOMENTUM is above MAX_MOMENTUM")
+        low, high = self.MIN_LR or LR_BOUNDS[0], self.MAX_LR or LR_BOUNDS[1]
+        if low > high:
+            raise ValueError(f"MIN_LR {low:g} is above MAX_LR, which is {high:g}")
+        ruled = self.LR_RULE != "none" or self.REWARD_RULE != "none"
+        rate = self.LRATE or "auto"  # no rule moves a rate of 0
+        if ruled and rate != "auto" and rate > high:
+            raise ValueError(f"LRATE {rate:g} is above MAX_LR, which is {high:g}")
+        if ruled and rate != "auto" and rate < low:
+            raise ValueError(f"LRATE {rate:g} is below MIN_LR, which is {low:g}")
         by_kl = "kl_target" in self.LR_RULE.split("+")
         if not by_kl and self.LRATE == "auto":
             raise ValueError('LRATE "auto" needs LR_RULE kl_target, which finds the rate')

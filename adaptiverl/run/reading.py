@@ -27,19 +27,31 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{path}, line {error.lineno}: {error.msg}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold one JSON object, {{ ... }}")
+    typed: dict[str, Any] = {}
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
             raise UserError(f"{override!r} is not KEY=VALUE")
         try:
-            values[key] = json.loads(value)
+            typed[key] = json.loads(value)
         except json.JSONDecodeError:
-            values[key] = value
+            typed[key] = value
     try:
-        return Config.model_validate(values)
+        return Config.model_validate(values | typed)
     except ValidationError as error:
-        errors = [each for each in error.errors() if not _is_of_another_kind(each)]
-        raise UserError(f"{path}: " + "; ".join(map(_explain, errors))) from error
+        said: dict[str, list[str]] = {str(path): []}  # place → what is wrong there
+        for each in error.errors():
+            if not _is_of_another_kind(each):
+                said.setdefault(_place(each, path, typed), []).append(_explain(each))
+        parts = [f"{place}: " + "; ".join(wrong) for place, wrong in said.items() if wrong]
+        raise UserError("; ".join(parts)) from error
+
+
+def _place(error: Any, path: str | Path, typed: dict[str, Any]) -> str:
+    """Who gave the value that is wrong; keys that contradict each other may be of both."""
+    if not typed or (error["loc"] and error["loc"][0] not in typed):
+        return str(path)
+    return "the command line" if error["loc"] else f"{path} and the command line"
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
