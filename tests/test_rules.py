@@ -238,6 +238,63 @@ def test_pure_noise_moves_no_rate_for_long(rule, seed):
     assert low > 1e-9 / 0.01 and high < 10 / 0.01, "the bounds"
 
 
+def by_patience(loss, seed: int, **arguments) -> list[float]:
+    """The rate over where it began; `loss(step, ratio, chance)` over 2,000 steps."""
+    chance = random.Random(seed)
+    opt = optimizer(lr=0.05)
+    controller = Controller(opt, lr_rule="patience", **arguments)
+    ratios = [1.0]
+    for step in range(2000):
+        controller.observe(loss=loss(step, ratios[-1], chance))
+        controller.tick()
+        ratios.append(opt.param_groups[0]["lr"] / 0.05)
+    return ratios
+
+
+def autocorrelated():
+    """AR(1) of .9: what looks like a trend is none."""
+    last = 0.0
+
+    def loss(step, ratio, chance):
+        nonlocal last
+        last = 0.9 * last + chance.gauss(0, 1)
+        return last
+
+    return loss
+
+
+def floor_of_rate():
+    """A loss that the rate holds up: in some ten steps it follows the rate."""
+    level = 1.0
+
+    def loss(step, ratio, chance):
+        nonlocal level
+        level += 0.1 * (ratio - level)
+        return level * (1 + 0.1 * chance.gauss(0, 1))
+
+    return loss
+
+
+@pytest.mark.parametrize("bounds", [{}, {"min_lr": 1e-9, "max_lr": 1.0}], ids=["free", "bounded"])
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("kind", ["improves", "autocorrelated", "plateau"])
+def test_patience_drops_on_a_plateau_and_not_on_what_looks_like_one(kind, seed, bounds):
+    """A bound of the rate takes max_drift away: it must hold without it, too."""
+    loss = {
+        "improves": lambda step, ratio, chance: chance.gauss(-0.05 * step, 1),
+        "autocorrelated": autocorrelated(),
+        "plateau": floor_of_rate(),
+    }[kind]
+    ratios = by_patience(loss, seed, **bounds)
+    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+    if kind == "plateau":
+        assert 0.3 < mean < 0.7, "found again and again, while it leans back"
+        assert min(ratios) < 0.45, "what helped stays, and a second drop is added"
+    else:
+        assert mean > (0.85 if kind == "improves" else 0.6)
+        assert min(ratios) > 0.2 and max(ratios) == 1.0
+
+
 @pytest.mark.parametrize("rule", [{"lr_rule": "loss_decay"}, {"reward_rule": "kelly"}])
 def test_what_drifts_by_design_stays_within_a_factor_of_three(rule):
     _, low, high, _ = noise(rule, seed=1)

@@ -40,7 +40,6 @@ LR_RULES = (
 )  # fmt: skip
 REWARD_RULES = (*rules.REWARD_DRIVES, *rules.REWARD_FACTORS)
 log = logging.getLogger(__name__)
-LASTING = ("patience", "kl_target")  # these test what they do: no leaning back, no max_drift
 TINY = 0.01  # Adam's bias correction takes beta as constant while beta^t is above this
 
 
@@ -267,8 +266,7 @@ class Controller:
             key = f"reward {name}" if signal == "reward" else name
             if name in drives:
                 new = drives[name](self.ratios.get(key, 1.0), 1.0, reading, self.options)
-                if name not in LASTING:
-                    new = clamp(new ** (1 - 1 / self.memory), (1 / self.max_drift, self.max_drift))
+                new = clamp(new ** (1 - 1 / self.memory), (1 / self.max_drift, self.max_drift))
                 self._set_ratio(key, new, signal, reading.value)
             elif name in factors:
                 factor = max(factors[name](reading, self.options), 0.0)

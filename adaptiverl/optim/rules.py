@@ -55,7 +55,7 @@ def _ratio(sign: int, up: float, down: float) -> float:
 LR_DRIVES: dict[str, Drive] = {
     "loss_decay": lambda old, base, r, o: old / max(1 + o.loss_k * r.ema, 0.5),
     "trend": lambda old, base, r, o: old * _ratio(-r.trend, o.up_factor, o.down_factor),
-    "patience": lambda old, base, r, o: old * o.big_drop**r.plateau,
+    "patience": lambda old, base, r, o: min(old * o.big_drop**r.plateau, 1.0),
 }
 LR_FACTORS: dict[str, Factor] = {
     "variance": lambda r, o: 1 / (o.var_damp_base + o.var_damp_scale * r.excess),
