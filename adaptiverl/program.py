@@ -64,7 +64,7 @@ class Run:
             setup.rewards(c, key, files, self.accelerator) for key in REWARD_KEYS
         )
         self.scoring = Scoring(c, self.rewards, held_out)
-        setup.check_rules(c)
+        setup.check_rules(c, self.last_step)
 
         self.lock: int | None = None
         found = checkpoint.newest(self.output) if c.RESUME else None

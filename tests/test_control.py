@@ -172,6 +172,11 @@ def test_a_kl_of_the_update_is_that_of_the_two_policies(
         ({"LR_RULE": "none", "LRATE": 1, "KL_STEP_TARGET": 0.1}, "KL_STEP_TARGET needs LR_RULE"),
         ({"MOMENTUM_RULE": "inverse"}, "MOMENTUM_RULE moves nothing that OPTIM adamw has"),
         ({"BETAS_RULE": "variance", "OPTIM": "sgd"}, "BETAS_RULE moves nothing that OPTIM sgd"),
+        (
+            {"BETAS_RULE": "variance", "STEPS": 100, "KL_STEP_FALLS": False},
+            "betas_rule variance moves nothing in the first 4,603 steps: Adam's bias correction "
+            "takes beta2 as constant while beta2^t is above 0.01, and the run has 100",
+        ),
         ({"ALPHA_RULE": "stable"}, "ALPHA_RULE moves nothing"),
         ({"WD_RULE": "trend"}, "WD_RULE moves nothing"),
         ({"LRATE": 1e-3, "MAX_LR": 1e-4}, "the rate 0.001 is outside its bounds, 1e-09 … 0.0001"),

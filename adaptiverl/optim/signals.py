@@ -126,7 +126,7 @@ def plateau(
     values = values[-2 * patience :]
     if len(values) < 2 * patience:
         return {"values": values}, 0
-    mean, slope, spread, residuals = _line(values)
+    _, slope, spread, residuals = _line(values)
     if _over(-slope, math.sqrt(_noise(residuals) / spread)) > 1:
         return {"values": values}, 0
     return {"values": [], "before": values}, 1
