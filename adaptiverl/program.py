@@ -38,7 +38,9 @@ from adaptiverl.saving import State
 from adaptiverl.scoring import Batch, Begun, Scoring
 from adaptiverl.setup import blame
 
-PROBE = 8  # an update's KL is measured on one in so many completions
+PROBE = 8  # an update's KL is measured on one in so many completions of a step,
+LEAST_PROBED = 4  # on at least so many, or on all,
+FEW_TOKENS = 64  # and where these have fewer tokens, exactly, over the whole vocabulary
 
 
 class Run:
@@ -63,7 +65,7 @@ class Run:
             setup.rewards(c, key, files, self.accelerator) for key in REWARD_KEYS
         )
         self.scoring = Scoring(c, self.rewards, held_out)
-        setup.check_rules(c)
+        setup.check_rules(c, self.last_step)
 
         self.lock: int | None = None
         found = checkpoint.newest(self.output) if c.RESUME else None
@@ -207,21 +209,33 @@ class Run:
         aligned = alignment(inner)
         if braked and tells(inner):
             self.controller.confidence = self.region.confidence(aligned)
-        probe = rollout.part(torch.arange(0, len(rollout), PROBE, device=rollout.prompt_of.device))
+        # Of the whole batch, so that processes probe what one alone would; each needs a row.
+        c, first, size = self.config, self.own_rows.start, len(rollout)
+        stride = min(PROBE, max(c.BATCH_SIZE // LEAST_PROBED, 1), size)
+        rows = torch.arange(-first % stride, size, stride, device=rollout.prompt_of.device)
+        probe = rollout.part(rows)
+        # One sampled token says little: k3 of 8 of them is off by a factor of three either way. The
+        # tables [tokens, V] of more would fill memory, and k3 of 64 is near enough. Coarse
+        # log-probabilities are compared with those of sampling, which has the sampled words' only.
+        exact = c.BATCH_SIZE // stride * c.MAX_NEW_TOKENS < FEW_TOKENS and not self.coarse
+        policy = self.sampler.policy
+        words = policy.distributions if exact else policy.logprobs
 
         def measure() -> Tensor:
             """In full precision where there is one: rounding errors exceed small updates."""
-            logprobs = partial(self.sampler.policy.logprobs, probe, self.config.TEMPERATURE)
-            return self.without_gradient(logprobs, autocast=self.coarse)
+            work = partial(words, probe, c.TEMPERATURE)
+            return self.without_gradient(work, autocast=self.coarse)
 
         def nats(old: Tensor, new: Tensor) -> float:
-            """KL(old ‖ new), nats a token, over the probes of all processes."""
+            """KL(old ‖ new), nats per token, over the probes of all processes."""
             kl = kl_per_token(old, new, "k3")
+            if exact:  # the expectation of k3; a word that neither can say is no difference
+                kl = torch.where(old == new, 0.0, old.exp() * kl)
             sums = torch.stack([kl.sum(), probe.completion_mask.sum()])
             total, tokens = self.accelerator.reduce(sums, "sum").tolist()
             return total / tokens
 
-        before = probe.logprobs if self.exact else measure()
+        before = probe.logprobs if self.exact and not exact else measure()
         self.controller.kl_floor = 2 * nats(probe.logprobs, before) if self.coarse else 0.0
         target, update = self.controller.kl_target, LastUpdate(inner) if braked else None
         self.optimizer.step()
@@ -233,7 +247,8 @@ class Run:
         factor, kl = self.region.fit(lambda: nats(before, measure()), update.rescale, target, most)
         self.state.braked += factor < 1
         self.controller.scale("brake" if factor < 1 else "search", factor, kl)
-        self.controller.observe(kl=kl, alignment=aligned)
+        # That nothing is left of an update is no sign that the rate was too small.
+        self.controller.observe(kl=kl if update.scale else None, alignment=aligned)
         taken["lr"] *= factor
         evidence = round(self.region.evidence, 3)
         taken |= {"kl_step": kl, "kl_step_target": target, "kl_step_evidence": evidence}

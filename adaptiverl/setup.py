@@ -193,6 +193,8 @@ def optimizer(
     auto = max(c.MIN_LR or 0.0, min(AUTO[kind], c.MAX_LR or math.inf))
     common: dict[str, Any] = {"lr": auto if c.LRATE == "auto" else c.LRATE}
     common["weight_decay"] = c.WEIGHT_DECAY
+    if online:  # its signals are those of all processes, in each
+        common["mean_over_processes"] = False
     if kind in ("sgd", "rmsprop"):
         return OPTIMIZERS[c.OPTIM](named, momentum=c.MOMENTUM, **common)
     common["betas"] = (c.MOMENTUM, 0.999)
@@ -211,15 +213,19 @@ RULES = (
 
 
 def controller(c: Config, optimizer: Optimizer, last_step: int) -> Controller:
-    """The rules that move the optimizer's hyperparameters."""
+    """The rules that move the optimizer's hyperparameters; every process gives them the same."""
     given = {key.lower(): getattr(c, key) for key in RULES}
-    return Controller(optimizer, steps=last_step if c.KL_STEP_FALLS else None, **given)
+    steps = last_step if c.KL_STEP_FALLS else None
+    with blame("BETAS_RULE"):
+        return Controller(optimizer, steps=steps, mean_over_processes=False, **given)
 
 
-def check_rules(c: Config) -> None:
+def check_rules(c: Config, last_step: int) -> None:
     """Tries the rules on a weight of their own, before the model is loaded."""
-    kind = c.model_copy(update={"OPTIM": "adamw"}) if c.OPTIM == "adamw_8bit" else c
-    controller(c, optimizer(kind, [("weight", torch.nn.Parameter(torch.zeros(1)))]), 1)
+    kind = {"OPTIM": "adamw"} if c.OPTIM == "adamw_8bit" else {}
+    kind |= {"KL_STEP_FALLS": True}  # so that the controller is told how long the run is
+    own = optimizer(c.model_copy(update=kind), [("weight", torch.nn.Parameter(torch.zeros(1)))])
+    controller(c.model_copy(update=kind), own, last_step)
 
 
 def policy(

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 import warnings
 
 import pytest
@@ -310,6 +311,140 @@ def test_only_what_the_optimizer_has_is_touched():
     for loss in (3.0, 2.0, 1.0):
         optimizer.step_loss(loss)
     assert {k: v for k, v in optimizer.param_groups[0].items() if k != "params"} == before
+
+
+def shared_rate() -> tuple[list[nn.Parameter], torch.optim.Optimizer]:
+    """Three groups, two of which have one tensor as their learning rate."""
+    weights = [nn.Parameter(torch.ones(3)) for _ in range(3)]
+    rate = torch.tensor(0.1)
+    groups = [{"params": [p], "lr": lr} for p, lr in zip(weights, (rate, rate, 0.2), strict=True)]
+    return weights, torch.optim.SGD(groups)
+
+
+def test_a_rate_that_groups_share_is_scaled_once_and_restored():
+    weights, base = shared_rate()
+    optimizer = AdaptiveOptimizer(base, **RULES)
+    for factor in CYCLE:
+        before = [p.detach().clone() for p in weights]
+        for p in weights:
+            p.grad = torch.ones(3)
+        optimizer.step()
+        for p, old, rate in zip(weights, before, (0.1, 0.1, 0.2), strict=True):
+            torch.testing.assert_close(p.detach(), old - factor * rate)
+        assert [float(g["lr"]) for g in base.param_groups] == pytest.approx([0.1, 0.1, 0.2])
+
+
+@pytest.mark.parametrize("cls", ["SGD", "RMSprop"])
+def test_momentum_that_a_schedule_cycles_stays_the_schedules(cls):
+    """The trend of rewards also moves momentum: where it moved nothing, it writes nothing."""
+    moments: list[list[float]] = []
+    for wrapped in (False, True):
+        net = model()
+        optimizer = getattr(torch.optim, cls)(net.parameters(), lr=0.1, momentum=0.9)
+        if wrapped:
+            optimizer = AdaptiveOptimizer(optimizer, reward_rule="trend")
+        schedule = lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=10)
+        moments.append([])
+        for step in range(10):
+            net(batch(step)[0]).sum().backward()
+            if wrapped:
+                optimizer.step_reward(0.5)
+            optimizer.step()
+            moments[-1].append(optimizer.param_groups[0]["momentum"])
+            if step < 9:
+                schedule.step()
+    assert moments[0] == moments[1]
+    assert len(set(moments[0])) > 5
+
+
+def test_a_rule_and_a_schedule_of_the_same_momentum_are_told_of(caplog):
+    base = torch.optim.SGD(model().parameters(), lr=0.1, momentum=0.9)
+    optimizer = AdaptiveOptimizer(base, momentum_rule="relative", trend_window=2, memory=1e9)
+    group = optimizer.param_groups[0]
+    for loss in (2.0, 1.0):
+        optimizer.step_loss(loss)
+    assert group["momentum"] == pytest.approx(0.91)
+    group["momentum"] = 0.8  # a schedule
+    for loss in (0.5, 0.2):
+        optimizer.step_loss(loss)
+    assert group["momentum"] == pytest.approx(0.82), "the rule goes on from there"
+    assert caplog.text.count("something else sets the momentum too") == 1
+
+
+@pytest.mark.parametrize("kind", ["SGD8bit", "RMSprop8bit"])
+def test_what_bitsandbytes_keeps_in_betas_is_found_there(kind):
+    """Its SGD keeps (momentum, dampening) there, its RMSprop (alpha, momentum)."""
+    import bitsandbytes
+
+    more = {"momentum": 0.9} if kind == "SGD8bit" else {"alpha": 0.9}
+    base = getattr(bitsandbytes.optim, kind)(model().parameters(), lr=0.1, **more)
+    optimizer = AdaptiveOptimizer(
+        base, momentum_rule="inverse", alpha_rule="stable", betas_rule=("relative", "variance"),
+        loss_beta=0.0, var_window=2,
+    )  # fmt: skip
+    assert optimizer.betas is None, "these are no betas"
+    for loss in (0.0, 2.0, 6.0):
+        optimizer.step_loss(loss)
+    moved = 1 - 1 / 7 if kind == "SGD8bit" else 1 - 0.1 / 4
+    assert base.param_groups[0]["betas"] == pytest.approx((moved, 0.0))
+    assert optimizer.momentum == (pytest.approx(moved) if kind == "SGD8bit" else None)
+
+
+def test_signals_go_to_the_object_that_is_held_when_accelerate_has_wrapped_it():
+    from accelerate import Accelerator
+
+    net = model()
+    held = AdaptiveOptimizer(
+        torch.optim.SGD(net.parameters(), lr=0.1), lr_rule="loss_decay", loss_k=1.0, loss_beta=0.0,
+        memory=float("inf"), max_drift=100.0,
+    )  # fmt: skip
+    rates = seen_rates(held.base)
+    net, prepared = Accelerator(cpu=True).prepare(net, held)
+    assert prepared.optimizer is held
+    for loss in (1.0, 3.0):
+        net(batch(0)[0]).sum().backward()
+        held.step_loss(loss)
+        prepared.step()
+    assert rates == pytest.approx([0.05, 0.0125])
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+@pytest.mark.parametrize("base", ["SGD", "AdamW tensor lr", "AdamW foreach"])
+def test_a_copy_goes_on_as_the_original_does(base, copied):
+    """With its model, as torch's optimizers are copied."""
+
+    def train(net, optimizer, steps):
+        for step in steps:
+            x, y = batch(step)
+            loss = nn.functional.mse_loss(net(x), y)
+            loss.backward()
+            optimizer.step_loss(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    net = model()
+    optimizer = AdaptiveOptimizer(
+        BASES[base](net.parameters()), lr_rule="trend+learned", trend_window=3
+    )
+    train(net, optimizer, range(10))
+    other, twin = copied((net, optimizer))
+    assert twin.param_groups is twin.base.param_groups and twin.base is twin.controller.optimizer
+    assert twin.base is not optimizer.base
+    train(net, optimizer, range(10, 20))
+    assert not all(map(torch.equal, weights(net), weights(other)))
+    train(other, twin, range(10, 20))
+    assert all(map(torch.equal, weights(net), weights(other)))
+    assert twin.lr == optimizer.lr != float(twin.param_groups[0]["lr"])
+
+
+def test_a_state_that_does_not_fit_is_refused():
+    optimizer = AdaptiveOptimizer(BASES["SGD"](model().parameters()), lr_rule="learned")
+    state = optimizer.controller.state_dict()
+    state["learned"]["hidden"] = torch.zeros(1, 3)
+    with pytest.raises(ValueError, match=r"hidden is \[1, 3\] there and \[1, 16\] here"):
+        optimizer.controller.load_state_dict(state)
+    with pytest.raises(ValueError, match="no state of a controller: it has no base"):
+        optimizer.controller.load_state_dict({"step": 1})
 
 
 def test_seed_2s_usage(capsys):

@@ -74,6 +74,18 @@ def test_rounding_is_not_taken_for_an_update(main, settings, monkeypatch, full):
         assert (target <= 1e-6) is full
 
 
+def test_an_update_that_was_taken_back_does_not_raise_the_rate(main, settings, monkeypatch):
+    from adaptiverl.optim.trust_region import TrustRegion
+
+    def take_back(region, measure, rescale, target, most):
+        rescale(0.0)
+        return 0.1, 0.0
+
+    monkeypatch.setattr(TrustRegion, "fit", take_back)
+    assert main(settings) == 0
+    assert [row["lr"] for row in run_of(settings)[0]] == pytest.approx([1e-4, 1e-5, 1e-6])
+
+
 def test_each_steps_rate_follows_from_the_reasons_given(main, settings):
     keys = {"STEPS": 8, "LRATE": 1e-3, "LR_RULE": "kl_target+cyclical", "REWARD_RULE": "scaling"}
     assert main(settings | keys) == 0
@@ -105,23 +117,48 @@ def test_without_rules_the_rate_is_the_one_that_was_typed(main, settings):
     assert not reasons and not any("kl_step" in row for row in metrics)
 
 
-def test_a_kl_of_the_update_is_that_of_the_two_policies(main, settings, monkeypatch):
-    """On every eighth completion, by passes over the model before and after the step."""
+@pytest.mark.parametrize(
+    ("batch", "length", "rows"),
+    [
+        (4, 32, range(4)),  # all where there are few: k3 of the sampled tokens
+        (8, 32, range(0, 8, 2)),  # four at least
+        (64, 8, range(0, 64, 8)),  # one in eight of many
+        (8, 2, range(0, 8, 2)),  # of few tokens the KL over the vocabulary
+        (16, 15, range(0, 16, 4)),
+    ],
+)
+def test_a_kl_of_the_update_is_that_of_the_two_policies(
+    main, settings, monkeypatch, batch, length, rows
+):
+    """By the model's own passes before and after the step."""
     from adaptiverl.program import Run
 
-    step, seen = Run.step, []
+    step, seen, few = Run.step, [], len(rows) * length < 64
+    rows = torch.tensor([*rows])
 
+    def table(run, part) -> torch.Tensor:
+        ids = torch.cat([part.prompt_ids[part.prompt_of], part.completion_ids], 1)
+        mask = torch.cat([part.prompt_mask[part.prompt_of], part.completion_mask], 1)
+        places = (mask.cumsum(-1) - 1).clamp(min=0)
+        logits = run.policy.lm(input_ids=ids, attention_mask=mask, position_ids=places).logits
+        words = logits[:, part.prompt_ids.shape[1] - 1 : -1].log_softmax(-1)
+        return words if few else words.gather(-1, part.completion_ids[..., None])
+
+    @torch.no_grad()
     def spy(run, rollout, grad_norm):
-        rows = torch.arange(0, len(rollout), 8)
-        before = run.sampler.policy.logprobs(rollout.part(rows))
+        part = rollout.part(rows)
+        before = table(run, part)
         taken = step(run, rollout, grad_norm)
-        log_ratio = run.sampler.policy.logprobs(rollout.part(rows)) - before
-        mask = rollout.part(rows).completion_mask
-        seen.append(((log_ratio.exp() - 1 - log_ratio) * mask).sum().item() / mask.sum().item())
+        log_ratio = table(run, part) - before
+        kl = log_ratio.exp() - 1 - log_ratio
+        kl = (kl * before.exp() if few else kl).sum(-1)
+        mask = part.completion_mask
+        seen.append((kl * mask).sum().item() / mask.sum().item())
         return taken
 
     monkeypatch.setattr(Run, "step", spy)
-    assert main(settings | {"BATCH_SIZE": 16, "LRATE": 0.1}) == 0
+    keys = {"BATCH_SIZE": batch, "MAX_NEW_TOKENS": length, "LRATE": 0.1, "STEPS": 2}
+    assert main(settings | keys) == 0
     recorded = [row["kl_step"] for row in run_of(settings)[0]]
     assert recorded == pytest.approx(seen, rel=1e-2)
 
@@ -135,6 +172,11 @@ def test_a_kl_of_the_update_is_that_of_the_two_policies(main, settings, monkeypa
         ({"LR_RULE": "none", "LRATE": 1, "KL_STEP_TARGET": 0.1}, "KL_STEP_TARGET needs LR_RULE"),
         ({"MOMENTUM_RULE": "inverse"}, "MOMENTUM_RULE moves nothing that OPTIM adamw has"),
         ({"BETAS_RULE": "variance", "OPTIM": "sgd"}, "BETAS_RULE moves nothing that OPTIM sgd"),
+        (
+            {"BETAS_RULE": "variance", "STEPS": 100, "KL_STEP_FALLS": False},
+            "betas_rule variance moves nothing in the first 4,603 steps: Adam's bias correction "
+            "takes beta2 as constant while beta2^t is above 0.01, and the run has 100",
+        ),
         ({"ALPHA_RULE": "stable"}, "ALPHA_RULE moves nothing"),
         ({"WD_RULE": "trend"}, "WD_RULE moves nothing"),
         ({"LRATE": 1e-3, "MAX_LR": 1e-4}, "the rate 0.001 is outside its bounds, 1e-09 … 0.0001"),

@@ -117,7 +117,7 @@ def test_processes_that_see_different_signals_move_alike(start, settings, tmp_pa
 def keys(settings):
     return settings | {
         "STEPS": 4,
-        "BATCH_SIZE": 16,  # 8 in each process: the KL of an update is measured on every eighth
+        "BATCH_SIZE": 16,  # the KL of an update is measured on four, two in each process
         "GRAD_ACCUM": 2,
         "KL_ESTIMATOR": "k3",
         "KL_TARGET": 0.5,

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adaptiverl.optim.controller import LR_RULES, REWARD_RULES, Controller
-from adaptiverl.optim.hyperparams import get
-from adaptiverl.optim.rules import Options
+from adaptiverl.optim.hyperparams import first_device, get
+from adaptiverl.optim.options import KNOWN, Options
 
 NO_MEMORY = {"memory": math.inf, "max_drift": 1e9}  # the formulas bare
 
@@ -238,6 +238,63 @@ def test_pure_noise_moves_no_rate_for_long(rule, seed):
     assert low > 1e-9 / 0.01 and high < 10 / 0.01, "the bounds"
 
 
+def by_patience(loss, seed: int, **arguments) -> list[float]:
+    """The rate over where it began; `loss(step, ratio, chance)` over 2,000 steps."""
+    chance = random.Random(seed)
+    opt = optimizer(lr=0.05)
+    controller = Controller(opt, lr_rule="patience", **arguments)
+    ratios = [1.0]
+    for step in range(2000):
+        controller.observe(loss=loss(step, ratios[-1], chance))
+        controller.tick()
+        ratios.append(opt.param_groups[0]["lr"] / 0.05)
+    return ratios
+
+
+def autocorrelated():
+    """AR(1) of .9: what looks like a trend is none."""
+    last = 0.0
+
+    def loss(step, ratio, chance):
+        nonlocal last
+        last = 0.9 * last + chance.gauss(0, 1)
+        return last
+
+    return loss
+
+
+def floor_of_rate():
+    """A loss that the rate holds up: in some ten steps it follows the rate."""
+    level = 1.0
+
+    def loss(step, ratio, chance):
+        nonlocal level
+        level += 0.1 * (ratio - level)
+        return level * (1 + 0.1 * chance.gauss(0, 1))
+
+    return loss
+
+
+@pytest.mark.parametrize("bounds", [{}, {"min_lr": 1e-9, "max_lr": 1.0}], ids=["free", "bounded"])
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("kind", ["improves", "autocorrelated", "plateau"])
+def test_patience_drops_on_a_plateau_and_not_on_what_looks_like_one(kind, seed, bounds):
+    """A bound of the rate takes max_drift away: it must hold without it, too."""
+    loss = {
+        "improves": lambda step, ratio, chance: chance.gauss(-0.05 * step, 1),
+        "autocorrelated": autocorrelated(),
+        "plateau": floor_of_rate(),
+    }[kind]
+    ratios = by_patience(loss, seed, **bounds)
+    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+    if kind == "plateau":
+        assert 0.3 < mean < 0.7, "found again and again, while it leans back"
+        assert min(ratios) < 0.45, "what helped stays, and a second drop is added"
+    else:
+        assert mean > (0.85 if kind == "improves" else 0.6)
+        assert min(ratios) > 0.2 and max(ratios) == 1.0
+
+
 @pytest.mark.parametrize("rule", [{"lr_rule": "loss_decay"}, {"reward_rule": "kelly"}])
 def test_what_drifts_by_design_stays_within_a_factor_of_three(rule):
     _, low, high, _ = noise(rule, seed=1)
@@ -268,8 +325,8 @@ def test_bounds_hold_for_any_signal(signals, lr_rule, reward_rule):
         momentum_rule="inverse",
         min_lr=1e-4,
         max_lr=1e-2,
-        trend_window=2,
         max_momentum=0.95,
+        **({"trend_window": 2} if "trend" in (lr_rule, reward_rule) else {}),
     )
     own = opt.param_groups[1]["lr"]
     for loss, reward, grad_norm, kl in signals:
@@ -282,6 +339,110 @@ def test_bounds_hold_for_any_signal(signals, lr_rule, reward_rule):
     assert opt.param_groups[2]["lr"] == 0, "frozen stays frozen"
     bad = sum(not math.isfinite(x) for row in signals for x in row)
     assert sum(controller.ignored.values()) == bad
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"kelly_gain": 1.5}, {"kelly_gain": 1.0}, {"kelly_temp": 0}, {"reward_span": 0},
+        {"trend_window": 1}, {"trend_window": 2.5}, {"trend_threshold": -1}, {"patience": 0},
+        {"cooldown": 0}, {"var_window": 0}, {"var_window": 1}, {"up_factor": 0},
+        {"down_factor": -0.5}, {"up_factor": math.nan}, {"reward_up": 0}, {"reward_down": -1},
+        {"momentum_up": -0.1}, {"momentum_down": 1.5}, {"wd_up": 0}, {"wd_down": math.inf},
+        {"loss_k": -1}, {"loss_a": -1}, {"var_damp_base": 0}, {"var_damp_scale": -1},
+        {"grad_power": -1}, {"grad_power": math.inf}, {"big_drop": 0}, {"big_drop": 2},
+        {"reward_alpha": -1}, {"reward_center": math.nan}, {"eta_min_scale": -0.1},
+        {"eta_min_scale": 1.5}, {"cycle_length": 0}, {"cycle_mult": 0.5}, {"loss_beta": 1},
+        {"reward_beta": -0.1}, {"memory": 0}, {"memory": 1}, {"max_drift": 0.5}, {"max_drift": 0},
+        {"min_rel_improve": -1}, {"kl_step_target": 0}, {"max_lr": 0}, {"min_lr": -1},
+        {"max_momentum": 1.1}, {"min_momentum": -1}, {"steps": 0},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_would_crash_at_the_first_signal_is_refused_at_once(wrong):
+    every = {
+        "lr_rule": "+".join(rule for rule in LR_RULES if rule != "learned"),
+        "reward_rule": "+".join(REWARD_RULES), "momentum_rule": "relative+exp",
+        "betas_rule": "relative+variance", "alpha_rule": "stable", "wd_rule": "trend",
+    }  # fmt: skip
+    ((name, value),) = wrong.items()
+    with pytest.raises(ValueError, match=rf"^{name} is {value}; it must be .*in [\[(].*[\])]$"):
+        Controller(optimizer(), **every, **wrong)
+
+
+def test_bounds_that_cross_are_refused():
+    with pytest.raises(ValueError, match="min_lr 2 is above max_lr 1"):
+        Controller(optimizer(), min_lr=2.0, max_lr=1.0)
+    with pytest.raises(ValueError, match=r"min_momentum 0\.5 is above max_momentum 0\.4"):
+        Controller(optimizer(), min_momentum=0.5, max_momentum=0.4)
+
+
+@pytest.mark.parametrize("name", [*vars(Options()), "patience", "trend_window", "var_window"])
+def test_what_no_chosen_rule_reads_is_refused_with_what_reads_it(name, caplog):
+    readers = KNOWN[name][1]
+    value = 0.75 if KNOWN[name][0].endswith((" 1]", " 1)")) else 3
+    for rules in ({}, {"lr_rule": "kl_target"}):
+        if name == "cycle_length":  # an example of the documentation has it
+            Controller(optimizer(), **rules, **{name: value})
+            assert "cycle_length is read by lr_rule cyclical and" in caplog.text
+        else:
+            with pytest.raises(ValueError, match=f"{name} is read by {readers[0]}"):
+                Controller(optimizer(), **rules, **{name: value})
+    for reader in readers:
+        argument, rule = reader.split()
+        Controller(optimizer(), **{argument: rule}, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("rules", "signal"),
+    [
+        ({"lr_rule": "trend+grad_norm"}, "loss"),
+        ({"lr_rule": "grad_norm"}, "grad_norm"),
+        ({"momentum_rule": "inverse"}, "loss"),
+        ({"reward_rule": "kelly"}, "reward"),
+    ],
+)
+def test_a_signal_that_never_came_is_missed_once(rules, signal, caplog):
+    told, blind = Controller(optimizer(), **rules), Controller(optimizer(), **rules)
+    for controller in (told, blind):
+        for _ in range(50):
+            if controller is told:
+                controller.observe(loss=1.0, reward=1.0, grad_norm=1.0)
+            controller.tick()
+        lines = [r.getMessage() for r in caplog.records]
+        if controller is told:
+            assert not lines
+    assert sum(line.startswith(f"no {signal} was observed in 20 steps") for line in lines) == 1
+
+
+def test_a_rate_that_is_0_for_ever_is_told_once_and_one_that_rises_is_moved(caplog):
+    opt = optimizer(lr=0.0)
+    controller = Controller(opt, lr_rule="kl_target", owns_lr=False, max_lr=4.0)
+    for _ in range(30):
+        controller.observe(kl=0.0)
+        controller.tick()
+    assert [r.getMessage()[:25] for r in caplog.records] == ["the learning rate is stil"]
+    assert controller.ratio == 1.0, "a KL of 0 says nothing of a rate of 0"
+    opt.param_groups[0]["lr"] = 1.0  # a warm-up has begun
+    for _ in range(9):
+        controller.observe(kl=0.0)
+    assert controller.rate(1.0) == 4.0 == controller.ratio, "it stops at the bound, and not behind"
+
+
+def test_a_scheduler_takes_over_a_rate_that_has_risen_from_0():
+    opt = optimizer(lr=0.0)
+    controller = Controller(opt, lr_rule="loss_decay", loss_k=1.0, loss_beta=0.0, **NO_MEMORY)
+    controller.observe(loss=0.0)
+    opt.param_groups[0]["lr"] = 1.0
+    controller.observe(loss=1.0)
+    assert opt.param_groups[0]["lr"] == 0.5
+
+
+def test_groups_without_parameters_are_no_mistake():
+    weight = torch.nn.Parameter(torch.zeros(1))
+    opt = torch.optim.SGD([{"params": []}, {"params": [weight]}], lr=1.0)
+    assert first_device(opt) == weight.device
+    assert first_device(torch.optim.SGD([{"params": []}], lr=1.0)) == torch.device("cpu")
 
 
 @given(st.lists(numbers, max_size=30))
@@ -338,6 +499,22 @@ def test_each_change_has_its_reason():
         {"step": 0, "what": "lr", "rule": "loss_decay", "signal": "loss", "seen": 1.0,
          "old": 1.0, "new": 0.5}
     ]  # fmt: skip
+
+
+def test_betas_that_would_hold_for_the_whole_run_are_refused_with_the_figure(caplog):
+    """0.999^4603 is the first below 0.01, and 0.9^44."""
+    arguments = {"betas_rule": ("relative", "variance")}
+    with pytest.raises(ValueError, match=r"betas_rule variance moves nothing in the first 4,603"):
+        Controller(optimizer("adamw"), steps=4603, **arguments)
+    with pytest.raises(ValueError, match=r"betas_rule relative moves nothing in the first 44 "):
+        Controller(optimizer("adamw"), steps=44, betas_rule="relative")
+    assert not caplog.records
+    Controller(optimizer("adamw"), steps=4604, **arguments)
+    Controller(optimizer("adamw", betas=(0.9, 0.9)), **arguments)
+    Controller(optimizer("sgd"), steps=10, **arguments)  # has none
+    assert not caplog.records
+    Controller(optimizer("adamw"), **arguments)  # of unknown length
+    assert "moves nothing in the first 4,603 steps" in caplog.text
 
 
 def test_another_writer_of_the_rate_is_refused():

@@ -131,6 +131,31 @@ def test_an_update_that_cannot_be_made_small_enough_is_taken_back():
     assert 0 < factor < 1e-6, "the rate shrinks by it, and is not lost"
 
 
+@pytest.mark.parametrize("edge", [0.02, 0.7, 1.0, 3.0, 29.0, 500.0])
+@pytest.mark.parametrize("above", [0.5, 50.0, math.inf, math.nan])
+def test_where_kl_jumps_the_search_ends_next_to_the_jump(edge, above):
+    """A mixture of experts: next to nothing up to `edge`, and far too much from there on."""
+    world = Quadratic(1e-9)
+
+    def measure() -> float:
+        kl = world.measure()
+        return kl if world.scale < edge else above
+
+    region = TrustRegion()
+    factor, kl = region.fit(measure, world.rescale, 0.01)
+    assert factor == pytest.approx(world.scale) and kl == pytest.approx(1e-9 * factor**2)
+    assert edge / 2 < factor < edge, "the largest scale within bounds, nearly"
+    assert world.measured <= 13 and region.settled
+
+
+def test_an_update_taken_back_leaves_the_search_to_the_next_one():
+    world, region = Quadratic(1.0), TrustRegion()
+    region.fit(lambda: 1.0, world.rescale, 0.01)
+    assert world.scale == 0 and not region.settled
+    world = Quadratic(1e-4)
+    assert region.fit(world.measure, world.rescale, 0.01)[0] == pytest.approx(10)
+
+
 def test_evidence_is_the_weighted_t_statistic():
     chance = np.random.default_rng(0)
     values = chance.normal(0.02, 0.03, 40)

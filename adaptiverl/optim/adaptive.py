@@ -33,6 +33,14 @@ class AdaptiveOptimizer(Optimizer):
     def _share(self) -> None:
         self.param_groups, self.state = self.base.param_groups, self.base.state
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy and pickle. As with torch's optimizers, hooks stay behind."""
+        return super().__getstate__() | {"base": self.base, "controller": self.controller}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._share()
+
     def step_loss(self, loss: float | Tensor) -> None:
         """Adapts to the loss; call it before `step`. A tensor is fetched from its device."""
         self.controller.observe(loss=number(loss))
@@ -78,15 +86,17 @@ class AdaptiveOptimizer(Optimizer):
 
     @property
     def wd(self) -> float | None:
-        return get(self.param_groups[0], "weight_decay") or 0.0
+        return self._get("weight_decay") or 0.0
 
     @property
     def momentum(self) -> float | None:
         """None for optimizers that have betas instead."""
-        return get(self.param_groups[0], "momentum")
+        return self._get("momentum")
 
     @property
     def betas(self) -> tuple[float, float] | None:
-        group = self.param_groups[0]
-        first, second = get(group, "beta1"), get(group, "beta2")
+        first, second = self._get("beta1"), self._get("beta2")
         return None if first is None or second is None else (first, second)
+
+    def _get(self, name: str) -> float | None:
+        return get(self.param_groups[0], self.controller.places[name])

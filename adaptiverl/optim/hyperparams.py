@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
 
 Group = dict[str, Any]
 BETAS = {"beta1": 0, "beta2": 1}
@@ -23,11 +25,29 @@ BOUNDS = {
 }
 
 
-def get(group: Group, name: str) -> float | None:
+# What bitsandbytes' optimizers keep first in `betas`, by their `optimizer_name`
+FIRST_OF_BETAS = {"momentum": "momentum", "lars": "momentum", "rmsprop": "alpha", "adagrad": None}
+
+
+def places(optimizer: Optimizer) -> dict[str, str | None]:
+    """Under which of these names each one is found in `optimizer`'s groups; None: not there."""
+    own: dict[str, str | None] = {name: name for name in BOUNDS}
+    if any(kind.__module__.startswith("bitsandbytes.") for kind in type(optimizer).__mro__):
+        kept_as: str = optimizer.optimizer_name  # type: ignore[attr-defined]
+        if kept_as in FIRST_OF_BETAS:
+            own |= {"beta1": None, "beta2": None}
+            if meant := FIRST_OF_BETAS[kept_as]:
+                own[meant] = "beta1"
+    return own
+
+
+def get(group: Group, name: str | None) -> float | None:
     """The value of `name`, one of BOUNDS; None where the optimizer has no such thing.
 
     A momentum or weight decay of 0 is none: RMSprop makes no buffer for it.
     """
+    if name is None:
+        return None
     if name in BETAS:
         betas: Sequence[Any] | None = group.get("betas")
         return None if betas is None else float(betas[BETAS[name]])
@@ -44,6 +64,18 @@ def put(group: Group, name: str, value: float) -> None:
         group["betas"] = type(group["betas"])(betas)
     else:
         group[name] = _written(group[name], value)
+
+
+def first_device(optimizer: Optimizer) -> torch.device:
+    """Of its first parameter; there are groups without any."""
+    tensors = (p for group in optimizer.param_groups for p in group["params"])
+    return next((p.device for p in tensors), torch.device("cpu"))
+
+
+def one_of_each_rate(groups: Iterable[Group]) -> list[Group]:
+    """The groups without those whose rate is the very tensor of another group."""
+    own = {id(g["lr"]) if isinstance(g["lr"], Tensor) else id(g): g for g in groups}
+    return list(own.values())
 
 
 def scaled(group: Group, ratio: float, bounds: tuple[float, float]) -> Callable[[], object]:

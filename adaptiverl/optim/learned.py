@@ -71,5 +71,15 @@ class Learned:
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
-            setattr(self, name, list(value) if name == "seen" else value)
+        """Its tensors stay on the CPU, wherever those of `state` are. Raises ValueError for shapes
+        that are not its own."""
+        own = self.state_dict() | {"last": {"x": torch.zeros(1, FEATURES), "hidden": self.hidden}}
+        for name, like in own.items():
+            value = state[name]
+            if name in ("seen", "steered"):
+                setattr(self, name, list(value) if name == "seen" else value)
+            elif value is not None:
+                recurrent.check_shapes(name, value, like)
+                setattr(self, name, recurrent.moved(value, torch.device("cpu")))
+            else:
+                setattr(self, name, None)

@@ -6,6 +6,7 @@ head starts at zero or from assets/online.safetensors (scripts/meta_train.py).
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ HOME = 0.99  # and how much of what they learned is kept a step: they stay near 
 ASSETS = Path(__file__).parent.parent / "assets" / "online.safetensors"
 
 Weights = dict[str, Tensor]
+Tensors = Any  # a tensor, or a dict of tensors by name
 
 
 def fresh(features: int, seed: int = 0) -> Weights:
@@ -76,3 +78,23 @@ def learn(
         name: home[name] + kept * (weight - home[name]) + factor * grad.nan_to_num(0.0, 0.0, 0.0)
         for (name, weight), grad in zip(weights.items(), grads, strict=True)
     }
+
+
+def moved(tensors: Tensors, device: torch.device) -> Tensors:
+    """`tensors` on `device`."""
+    if isinstance(tensors, Tensor):
+        return tensors.to(device)
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+def check_shapes(name: str, loaded: Tensors, own: Tensors) -> None:
+    """Raises ValueError where what is loaded has other names or shapes than `own`."""
+    if isinstance(own, Tensor):
+        if loaded.shape != own.shape:
+            there, here = list(loaded.shape), list(own.shape)
+            raise ValueError(f"the state does not fit: {name} is {there} there and {here} here")
+    elif loaded.keys() != own.keys():
+        raise ValueError(f"the state does not fit: {name} has {[*loaded]} there, {[*own]} here")
+    else:
+        for part in own:
+            check_shapes(f"{name}.{part}", loaded[part], own[part])

@@ -7,38 +7,9 @@ never accumulated. docs/rules.md has all of them on one page. Bounds are control
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
+from adaptiverl.optim.options import Options
 from adaptiverl.optim.signals import Reading
-
-
-@dataclass(frozen=True)
-class Options:
-    """The constants of all rules; names and values are the seeds' where those have them."""
-
-    up_factor: float = 1.05  # lr × when the loss falls
-    down_factor: float = 0.7  # lr × when it rises
-    reward_up: float = 1.03  # lr × when the reward rises
-    reward_down: float = 0.9  # lr × when it falls
-    momentum_up: float = 0.01  # momentum + when better
-    momentum_down: float = 0.9  # momentum × when worse
-    wd_up: float = 1.05  # weight decay × when the loss rises
-    wd_down: float = 0.95  # weight decay × when it falls
-    loss_k: float = 0.01  # k of loss_decay
-    loss_a: float = 1.0  # a of the momentum rule exp
-    var_damp_base: float = 1.0
-    var_damp_scale: float = 1.0
-    grad_power: float = 1.0  # of grad_norm
-    big_drop: float = 0.5  # lr × on a plateau
-    reward_center: float = 0.0
-    reward_span: float = 1.0
-    reward_alpha: float = 1.0  # α of the reward rule variance
-    kelly_gain: float = 0.2
-    kelly_temp: float = 1.0
-    cycle_length: int = 200  # steps of the first cycle
-    cycle_mult: float = 2.0  # each cycle of cosine_restart is so many times as long as the last
-    eta_min_scale: float = 0.2  # the lowest factor of cosine, cosine_restart and cyclical
-
 
 LEAST = 0.01  # of scaling: a rate of 0 would learn nothing more
 Drive = Callable[[float, float, Reading, Options], float]
@@ -55,7 +26,7 @@ def _ratio(sign: int, up: float, down: float) -> float:
 LR_DRIVES: dict[str, Drive] = {
     "loss_decay": lambda old, base, r, o: old / max(1 + o.loss_k * r.ema, 0.5),
     "trend": lambda old, base, r, o: old * _ratio(-r.trend, o.up_factor, o.down_factor),
-    "patience": lambda old, base, r, o: old * o.big_drop**r.plateau,
+    "patience": lambda old, base, r, o: min(old * o.big_drop**r.plateau, 1.0),
 }
 LR_FACTORS: dict[str, Factor] = {
     "variance": lambda r, o: 1 / (o.var_damp_base + o.var_damp_scale * r.excess),

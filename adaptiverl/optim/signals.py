@@ -8,6 +8,7 @@ wrong is bounded in controller.py.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 
@@ -98,10 +99,8 @@ def trend(
     values = [*values, x][-window:]
     if len(values) < window:
         return values, 0
-    n, mean, middle = len(values), sum(values) / len(values), (len(values) - 1) / 2
-    spread = sum((i - middle) ** 2 for i in range(n))
-    slope = sum((i - middle) * (y - mean) for i, y in enumerate(values)) / spread
-    left = sum((y - mean - slope * (i - middle)) ** 2 for i, y in enumerate(values))
+    n, (mean, slope, spread, residuals) = len(values), _line(values)
+    left = sum(r**2 for r in residuals)
     error = math.sqrt(left / (n - 2) / spread) if n > 2 else 0.0
     large = abs(slope) * (n - 1) > min_rel * abs(mean)
     if not large or abs(slope) <= threshold * error:
@@ -112,24 +111,54 @@ def trend(
 def plateau(
     state: dict[str, Any], x: float, patience: int, cooldown: int
 ) -> tuple[dict[str, Any], int]:
-    """1 where the last `patience` values are no lower than those before; -1 to take that back.
+    """1 where the last 2 · `patience` values do not fall; -1 to take that back.
 
-    After a drop `cooldown` values are awaited. If their mean is that of before, within four
-    standard errors, the rate was not what held it up. So pure noise leaves no lasting mark.
+    They fall where their slope is below 0 by more than its standard error. After a drop `cooldown`
+    values are awaited: unless their mean is four standard errors below where the line through
+    those before the drop leads, the rate was not what held them up. So neither noise, nor values
+    that depend on each other, nor a steady fall leave a lasting mark.
     """
     values, before = [*state.get("values", []), x], state.get("before")
     if before:
         if len(values) < cooldown:
             return {"values": values, "before": before}, 0
-        return {"values": []}, 0 if abs(_z(before, values)) > 4 else -1
+        return {"values": []}, 0 if _fall(before, values) > 4 else -1
     values = values[-2 * patience :]
-    if len(values) < 2 * patience or _z(values[:patience], values[patience:]) > 2:
+    if len(values) < 2 * patience:
         return {"values": values}, 0
-    return {"values": [], "before": values[patience:]}, 1
+    _, slope, spread, residuals = _line(values)
+    if _over(-slope, math.sqrt(_noise(residuals) / spread)) > 1:
+        return {"values": values}, 0
+    return {"values": [], "before": values}, 1
 
 
-def _z(before: Sequence[float], after: Sequence[float]) -> float:
-    """By how many standard errors the mean fell."""
-    fall = sum(before) / len(before) - sum(after) / len(after)
-    error = math.sqrt(variance(before) / len(before) + variance(after) / len(after))
-    return fall / error if error else math.copysign(math.inf, fall) if fall else 0.0
+def _fall(before: Sequence[float], after: Sequence[float]) -> float:
+    """By how many standard errors `after` lies below the line through `before`, at its middle."""
+    (mean, slope, spread, one), (found, _, _, other) = _line(before), _line(after)
+    distance = (len(before) + len(after)) / 2
+    variance = max(_noise(one), _noise(other))
+    share = 1 / len(before) + 1 / len(after) + distance**2 / spread
+    return _over(mean + slope * distance - found, math.sqrt(variance * share))
+
+
+def _line(values: Sequence[float]) -> tuple[float, float, float, list[float]]:
+    """Mean, slope, Σ (place − middle)² and residuals of the least-squares line."""
+    n, mean, middle = len(values), sum(values) / len(values), (len(values) - 1) / 2
+    spread = sum((i - middle) ** 2 for i in range(n))
+    slope = sum((i - middle) * (y - mean) for i, y in enumerate(values)) / spread if spread else 0.0
+    return mean, slope, spread, [y - mean - slope * (i - middle) for i, y in enumerate(values)]
+
+
+def _noise(residuals: Sequence[float]) -> float:
+    """Their variance, as if they were independent: larger where neighbours are alike."""
+    n, total = len(residuals), sum(r**2 for r in residuals)
+    if n <= 2 or not total:
+        return 0.0
+    alike = sum(a * b for a, b in pairwise(residuals)) / total
+    alike = min(max(alike, 0.0), 0.95)
+    return total / (n - 2) * (1 + alike) / (1 - alike)
+
+
+def _over(difference: float, error: float) -> float:
+    """In standard errors, of which there may be none."""
+    return difference / error if error else math.copysign(math.inf, difference) if difference else 0

@@ -66,24 +66,36 @@ class TrustRegion:
         target: float,
         most: float = math.inf,
     ) -> tuple[float, float]:
-        """The factor that the update was scaled by, at `most` this, and its KL then.
+        """The factor that the update was scaled by, at most `most`, and its KL at that scale.
 
         `measure()` is the KL of the update as it is now, `rescale(s)` multiplies the update by s.
+        The search keeps the largest scale within bounds and the smallest beyond, and bisects
+        where the quadratic law leads out of that bracket: the KL of a mixture of experts jumps.
+        An update that no scale brings within bounds is taken back: rescale(0), and a KL of 0.
         """
         factor, kl = 1.0, measure()
+        within, kl_within, beyond = 0.0, 0.0, math.inf
         for _ in range(TRIES):
             far = not kl <= FAR * target  # NaN is far
             short = not self.settled and kl < target / FAR and factor < most
+            if far:
+                beyond = factor
+            else:
+                within, kl_within = factor, kl
             if not far and not short:
                 break
             # Of an infinite or undefined KL it is known only that the step was too large.
             ratio = 0.0 if math.isnan(kl) else target / kl if kl > 0 else math.inf
             change = min(max(math.sqrt(ratio), 1 / STRIDE), STRIDE, most / factor)
+            if within and not within < factor * change < beyond:
+                change = math.sqrt(within * beyond) / factor
             rescale(change)
             factor, kl = factor * change, measure()
         if not kl <= FAR * target:
-            rescale(0.0)
-            kl = 0.0
+            rescale(within / factor)
+            factor, kl = within or factor, kl_within
+            if not within:
+                return factor, kl  # nothing is known of this update: the next is searched too
         self.settled = True
         return factor, kl
 

@@ -115,6 +115,14 @@ class Policy(nn.Module):
         return self._logprobs(self.base, rollout, temperature)
 
     @torch.no_grad()
+    def distributions(self, rollout: Rollout, temperature: float = 1.0) -> Tensor:
+        """log π of every word where the completions' tokens stand, [N, V], N of them unmasked."""
+        if not self.plain_head:
+            return self._log_softmax(self.base, rollout, temperature)
+        logits = self.base.get_output_embeddings()(self._states(self.base, rollout))
+        return (logits.float() / temperature).log_softmax(-1)
+
+    @torch.no_grad()
     def reference_logprobs(self, rollout: Rollout, temperature: float = 1.0) -> Tensor:
         """As `logprobs`, by the reference."""
         (reference,) = self._reference
