@@ -1,30 +1,34 @@
 """What judges said and what it cost, on disk as it comes: a kill loses nothing."""
 
 import sqlite3
-import time
 from pathlib import Path
 
 
 class Ledger:
-    """Judgements and what they cost, on disk as they come."""
+    """Judgements by key, and what each judge's answers cost; of all processes that share the file.
 
-    def __init__(self, path: Path):
+    `judge` is whose account answers are booked on.
+    """
+
+    def __init__(self, path: Path, judge: str):
         path.parent.mkdir(parents=True, exist_ok=True)
+        self.judge = judge
         self.base = sqlite3.connect(path, isolation_level=None, timeout=60)  # each line at once
         self.base.execute(
             "CREATE TABLE IF NOT EXISTS judgements (key TEXT PRIMARY KEY, score REAL)"
         )
         self.base.execute(
-            "CREATE TABLE IF NOT EXISTS calls (time REAL, tokens_in INTEGER, tokens_out INTEGER)"
+            "CREATE TABLE IF NOT EXISTS accounts (judge TEXT PRIMARY KEY, calls INTEGER, "
+            "tokens_in INTEGER, tokens_out INTEGER)"
         )
 
     @property
     def spent(self) -> tuple[int, int, int]:
-        """Answers paid for, their tokens in and out: of all processes that share the file."""
+        """Answers that this judge was paid for, and their tokens in and out."""
         row = self.base.execute(
-            "SELECT count(*), coalesce(sum(tokens_in), 0), coalesce(sum(tokens_out), 0) FROM calls"
+            "SELECT calls, tokens_in, tokens_out FROM accounts WHERE judge = ?", (self.judge,)
         ).fetchone()
-        return tuple(row)
+        return row or (0, 0, 0)
 
     def get(self, key: str) -> float | None:
         row = self.base.execute("SELECT score FROM judgements WHERE key = ?", (key,)).fetchone()
@@ -33,9 +37,12 @@ class Ledger:
     def add(self, key: str, score: float | None, tokens_in: int, tokens_out: int) -> None:
         """One answer that was paid for, whether it was of use or not."""
         with self.base:
-            self.base.execute("BEGIN")
+            self.base.execute("BEGIN IMMEDIATE")
             self.base.execute(
-                "INSERT INTO calls VALUES (?, ?, ?)", (time.time(), tokens_in, tokens_out)
+                "INSERT INTO accounts VALUES (?, 1, ?, ?) ON CONFLICT (judge) DO UPDATE SET "
+                "calls = calls + 1, tokens_in = tokens_in + excluded.tokens_in, "
+                "tokens_out = tokens_out + excluded.tokens_out",
+                (self.judge, tokens_in, tokens_out),
             )
             if score is not None:
                 self.base.execute("INSERT OR REPLACE INTO judgements VALUES (?, ?)", (key, score))

@@ -1,12 +1,22 @@
 """Rewards that read the completion's text alone: patterns and length."""
 
+import logging
 import re
+
+import regex  # searches as `re` does, and can be told when to give up
+
+log = logging.getLogger(__name__)
+SECONDS = 1.0  # of processor time, for one pattern in one completion
+# A brace that is no repetition is a plain character to `re`; `regex` would match approximately.
+PLAIN_BRACE = re.compile(r"\\N\{[^}]*\}|\\.|\{(?!\d+\}|\d*,\d*\})", re.DOTALL)
 
 
 class RegexReward:
     """1.0 where `match` ("any" or "all") of the patterns is found in the completion, else 0.0.
 
-    `literal` patterns are plain substrings; `negate` turns the answer round.
+    Patterns are Python's (`re`). `literal` patterns are plain substrings; `negate` turns the answer
+    round. A completion on which a pattern takes longer than SECONDS is missing (None), and that is
+    said once.
     """
 
     def __init__(
@@ -22,10 +32,13 @@ class RegexReward:
             raise ValueError("PATTERNS needs at least one pattern, none of them empty")
         self.patterns = []
         for pattern in patterns:
+            source = re.escape(pattern) if literal else pattern
             try:
-                source = re.escape(pattern) if literal else pattern
-                self.patterns.append(re.compile(source, re.IGNORECASE if ignore_case else 0))
-            except re.error as error:
+                re.compile(source)  # whose errors users know, and whose syntax `regex` exceeds
+                source = PLAIN_BRACE.sub(lambda m: "\\{" if m[0] == "{" else m[0], source)
+                flags = regex.IGNORECASE if ignore_case else 0
+                self.patterns.append((pattern, regex.compile(source, flags)))
+            except (re.error, regex.error) as error:
                 raise ValueError(
                     f"pattern {pattern!r} is no regular expression: {error}"
                 ) from error
@@ -33,12 +46,33 @@ class RegexReward:
             raise ValueError(f"match is any or all, not {match!r}")
         self.enough = any if match == "any" else all
         self.negate = negate
+        self.announced = False
 
-    def __call__(self, prompts: list[str], completions: list[str], **columns) -> list[float]:
-        return [
-            float(self.enough(p.search(text) for p in self.patterns) != self.negate)
-            for text in completions
-        ]
+    def __call__(self, prompts: list[str], completions: list[str], **columns) -> list[float | None]:
+        return [self._score(text) for text in completions]
+
+    def _score(self, text: str) -> float | None:
+        try:
+            return float(
+                self.enough(self._finds(*one, text) for one in self.patterns) != self.negate
+            )
+        except TimeoutError:
+            return None
+
+    def _finds(self, pattern: str, compiled: regex.Pattern, text: str) -> bool:
+        try:
+            return compiled.search(text, timeout=SECONDS) is not None
+        except TimeoutError:
+            if not self.announced:
+                self.announced = True
+                log.warning(
+                    "pattern %r takes more than %g s on %r: completions like it are left out. "
+                    "Repetitions inside of a repetition are the usual cause",
+                    pattern,
+                    SECONDS,
+                    text[:80],
+                )
+            raise
 
 
 class LengthReward:

@@ -3,7 +3,10 @@
 import asyncio
 import importlib
 import json
+import logging
+import os
 import random
+import signal
 import socket
 import sqlite3
 import subprocess
@@ -19,6 +22,7 @@ import torch
 from conftest import ENVIRONMENT, ROOT, read_jsonl, without_clock
 
 from adaptiverl.run.reading import load_config
+from rewards.desk import Interrupted
 from rewards.judge import JudgeReward, Pace, Refused
 from rewards.local_judge import LocalJudgeReward
 
@@ -106,14 +110,13 @@ class Handler(BaseHTTPRequestHandler):
         }  # fmt: skip
         return self.reply(200, reply, {}, truncate=fault == "truncated")
 
-    def reply(self, status: int, body: dict, headers: dict, truncate: bool = False) -> None:
-        data = json.dumps(body).encode()
+    def reply(self, status: int, body: dict | bytes, headers: dict, truncate: bool = False) -> None:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
         data = data[: len(data) // 2] if truncate else data
         try:
             self.send_response(status)
-            self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(data)))
-            for name, value in headers.items():
+            for name, value in ({"Content-Type": "application/json"} | headers).items():
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.write(data)
@@ -169,9 +172,15 @@ def test_with_a_third_of_all_requests_failing_none_is_lost_zeroed_or_paid_twice(
     """Killed in the middle by its budget, then started again on the same cache."""
     server.share = 0.3
     completions = texts(500)
-    first = ask(judge(retries=30, max_calls=200), completions)
+
+    def eager(**budget) -> JudgeReward:
+        one = judge(retries=30, **budget)
+        one.chance.uniform = lambda low, high: 0.0  # no back-off of its own
+        return one
+
+    first = ask(eager(max_calls=200), completions)
     assert 100 < sum(score is not None for score in first) < 250
-    second = ask(judge(retries=30), completions)
+    second = ask(eager(), completions)
     assert second == [(words(text) - 1) / 9 for text in completions]
     for before, after in zip(first, second, strict=True):
         assert before in (None, after)
@@ -345,6 +354,330 @@ def test_a_refusal_ends_it_at_once(server, judge, monkeypatch):
     monkeypatch.setattr(Handler, "answer", lambda self, *_: self.reply(401, {}, {}))
     with pytest.raises(Refused, match="the judge answers 401"):
         ask(judge(), ["a"])
+
+
+def scripted(monkeypatch, *answers) -> None:
+    """The server gives `answers` in turn, then real ones: (status, body, headers)."""
+    left, real = list(answers), Handler.answer
+
+    def answer(self, body, fault):
+        if not left:
+            return real(self, body, fault)
+        status, reply, *headers = left.pop(0)
+        return self.reply(status, reply, *(headers or [{}]))
+
+    monkeypatch.setattr(Handler, "answer", answer)
+
+
+def completion(content: object, **more) -> dict:
+    return {"choices": [{"message": {"content": content}}]} | more
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_one_text_that_is_rejected_is_missing_and_ends_nothing(server, judge, monkeypatch, status):
+    """A content filter's 400, say: that text is not asked again at once, and others go on."""
+    real = Handler.answer
+
+    def answer(self, body, fault):
+        if "nasty" in fields(body["messages"][-1]["content"])["text"]:
+            return self.reply(status, {"error": {"message": "filtered"}}, {})
+        return real(self, body, fault)
+
+    monkeypatch.setattr(Handler, "answer", answer)
+    one = judge(retries=3)
+    assert ask(one, ["a b", "nasty", "c"]) == [1 / 9, None, 0.0]
+    assert len(server.seen) == 3, "not tried again"
+    assert one.trouble == f"it answered {status}: Error code: {status} - filtered"
+    assert ask(judge(), ["nasty", "a b", "c"]) == [None, 1 / 9, 0.0], "nor does a resumed run end"
+    assert ask(judge(), ["nasty"]) == [None], "nor one that asks of nothing else"
+
+
+@pytest.mark.parametrize("texts", [["a"], ["a", "b"]])
+def test_where_every_request_is_rejected_it_is_no_judge(server, judge, monkeypatch, texts):
+    """An option that the endpoint does not have, for example."""
+    scripted(monkeypatch, *[(400, {"error": {"message": "no response_format here"}})] * 2)
+    with pytest.raises(Refused, match=r"rejects every request; .* no response_format here"):
+        ask(judge(), texts)
+
+
+def test_a_page_or_half_an_answer_among_answers_is_tried_again(server, judge, monkeypatch):
+    """From a proxy that is in trouble; of an endpoint that has answered, it says nothing more."""
+    one = judge(retries=3)
+    one.chance.uniform = lambda low, high: 0.0
+    ask(one, ["a"])
+    page = b"<html>502</html>"
+    scripted(
+        monkeypatch, (200, page, {"Content-Type": "text/html"}), (200, b'{"choices": [{"mess'),
+        (200, {"error": "busy"}),
+    )  # fmt: skip
+    assert ask(one, ["a b"]) == [1 / 9]
+    assert len(server.seen) == 5
+
+
+DEEP = "[" * 100_000
+ODD = {
+    "no message": {"choices": [{"message": None}]},
+    "a message that is none": {"choices": [{"message": "7"}]},
+    "no choice": {"choices": []},
+    "null for choices": {"choices": None},
+    "a null choice": {"choices": [None]},
+    "a number": completion(7),
+    "5,000 digits": completion('{"score": ' + "7" * 5000 + "}"),
+    "an exponent": completion('{"score": 1e999}'),
+    "brackets in the score": completion('{"score": ' + DEEP),
+    "brackets around it": b'{"choices": ' + DEEP.encode(),
+    "5,000 digits around it": b'{"choices": [], "created": ' + b"7" * 5000 + b"}",
+    "no Unicode": b'{"choices": "\xff\xfe"}',
+    "parts without text": completion([None, 7, {"type": "image_url"}, {"type": "text"}]),
+    "odd usage": completion("7", usage={"prompt_tokens": "many", "completion_tokens": -3}),
+    "huge usage": completion("7", usage={"prompt_tokens": 10**30, "completion_tokens": 1}),
+    "usage that is none": completion("7", usage=[1]),
+}
+
+
+@pytest.mark.parametrize("body", ODD.values(), ids=ODD)
+def test_whatever_a_server_sends_is_at_worst_a_missing_judgement(server, judge, monkeypatch, body):
+    scripted(monkeypatch, (200, body))
+    one = judge(retries=0)
+    assert ask(one, ["a"]) == [None]
+    assert one.trouble and len(one.trouble) < 300
+    assert ask(one, ["a"]) == [0.0]
+
+
+def test_an_answer_in_parts_is_read(server, judge, monkeypatch):
+    parts = [{"type": "text", "text": '{"score"'}, {"type": "text", "text": ": 10}"}]
+    scripted(monkeypatch, (200, completion(parts)))
+    assert ask(judge(), ["a"]) == [1.0]
+
+
+def test_a_server_that_drips_gets_timeout_as_a_whole(server, judge, monkeypatch):
+    gone = threading.Event()
+
+    def answer(self, body, fault):
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        while not gone.wait(0.05):  # it would never end
+            self.wfile.write(b" ")
+            self.wfile.flush()
+
+    monkeypatch.setattr(Handler, "answer", answer)
+    one = judge(retries=0, timeout=0.3)
+    assert ask(one, ["a"]) == [None]
+    gone.set()
+    assert one.trouble == "it timed out after 0.3 s"
+
+
+LATER = (429, {"error": {"message": "daily limit"}}, {"Retry-After": "34532"})
+
+
+def test_a_long_retry_after_is_said_and_not_waited_for(server, judge, monkeypatch, caplog):
+    monkeypatch.setattr("rewards.judge.LONGEST", 0.01)
+    scripted(monkeypatch, LATER, LATER)
+    assert ask(judge(retries=1), ["a", "b"]) == [0.0, 0.0]
+    (said,) = caplog.messages
+    assert said.startswith("the judge asks for 34532 s before it is asked again, and gets 0")
+    assert "it answered 429" in said and "daily limit" in said
+
+
+class Interrupting(logging.Handler):
+    """Presses Ctrl-C, or anything else, once the judge says that it waits."""
+
+    def __init__(self, press):
+        super().__init__()
+        self.press = press
+
+    def emit(self, record):
+        if "before it is asked again" in record.getMessage():
+            self.press()
+
+
+@pytest.fixture
+def once_it_waits():
+    handlers = []
+
+    def then(press) -> None:
+        handlers.append(Interrupting(press))
+        logging.getLogger("rewards.judge").addHandler(handlers[-1])
+
+    yield then
+    for handler in handlers:
+        logging.getLogger("rewards.judge").removeHandler(handler)
+
+
+def test_an_interrupt_ends_the_waiting(server, judge, monkeypatch, once_it_waits):
+    """For a server that wants hours, and for one that does not answer."""
+    scripted(monkeypatch, LATER)
+    one = judge()
+    once_it_waits(one.interrupt)
+
+    async def waiting():
+        return await asyncio.wait_for(one(["p"], ["a"]), 60)
+
+    with pytest.raises(Interrupted, match="stopped while a judge was asked"):
+        asyncio.run(waiting())
+    with pytest.raises(Interrupted):
+        ask(one, ["a"])
+
+    monkeypatch.setattr("rewards.judge.GRACE", 0.05)
+    silent, asked = judge(timeout=60.0), threading.Event()
+    done = threading.Event()
+    monkeypatch.setattr(Handler, "answer", lambda *_: (asked.set(), done.wait(60)))
+    threading.Thread(target=lambda: (asked.wait(), silent.interrupt())).start()
+    with pytest.raises(Interrupted):
+        ask(silent, ["b"])
+    done.set()
+
+
+def test_what_is_under_way_at_an_interrupt_is_booked(server, judge, monkeypatch):
+    real, one = Handler.answer, judge()
+
+    def answer(self, body, fault):
+        one.interrupt()
+        real(self, body, fault)
+
+    monkeypatch.setattr(Handler, "answer", answer)
+    with pytest.raises(Interrupted):
+        ask(one, ["a b"])
+    assert ask(judge(), ["a b"]) == [1 / 9] and len(server.seen) == 1
+
+
+@pytest.mark.parametrize("dry", [False, True])
+def test_ctrl_c_while_a_judge_wants_hours(
+    server, settings, tmp_path, main, capsys, monkeypatch, once_it_waits, dry
+):
+    scripted(monkeypatch, LATER)
+    once_it_waits(lambda: os.kill(os.getpid(), signal.SIGINT))
+    arguments = ["--dry-run"] if dry else []
+    keys = keys_of(settings, server, tmp_path, RETRIES=3)
+    assert main(keys, *arguments) == 128 + signal.SIGINT
+    said = "stopped before the first step" if dry else (
+        "paused before step 1: stopped while a judge was asked. Saved in "
+    )  # fmt: skip
+    assert said in capsys.readouterr().err
+    for thread in threading.enumerate():
+        if thread.name.startswith("ThreadPoolExecutor"):
+            thread.join(60)
+            assert not thread.is_alive(), "nothing goes on to wait"
+
+
+def test_a_refusal_books_what_was_paid_for(server, judge, monkeypatch, tmp_path):
+    """Six are under way when one is refused."""
+    real, arrived, refused = Handler.answer, threading.Barrier(6), threading.Event()
+
+    def answer(self, body, fault):
+        arrived.wait(60)
+        if fields(body["messages"][-1]["content"])["text"] == "bad":
+            self.reply(401, {"error": {"message": "no credit"}}, {})
+            return refused.set()
+        refused.wait(60)
+        time.sleep(0.1)  # so that the refusal is there first
+        return real(self, body, fault)
+
+    monkeypatch.setattr(Handler, "answer", answer)
+    with pytest.raises(Refused, match=r"the judge answers 401: .*no credit"):
+        ask(judge(concurrency=6, timeout=60.0), ["a", "a b", "bad", "c", "d", "e", "f", "g"])
+    assert len(server.seen) == 6, "no further request"
+    with sqlite3.connect(tmp_path / "judge.sqlite") as base:
+        assert base.execute("SELECT calls FROM accounts").fetchall() == [(5,)]
+        assert base.execute("SELECT count(*) FROM judgements").fetchone() == (5,)
+
+
+def test_judges_that_share_a_cache_have_budgets_of_their_own(server, judge, tmp_path, caplog):
+    cache = str(tmp_path / "judge.sqlite")
+    other = {"base_url": server.url, "cache": cache}
+    one = judge(max_cost=40.0, prices=(1e6, 2e6), concurrency=1)
+    cheap = JudgeReward("cheap", "Is it long?", **other)
+    kind = JudgeReward("tiny", "Is it kind?", max_calls=1, **other)
+    assert ask(cheap, ["a", "b", "c"]) == [0.0] * 3
+    assert ask(kind, ["a", "b"]).count(None) == 1
+    assert ask(one, ["a", "b", "c"]).count(None) == 1, "20 each, of its own two"
+    with sqlite3.connect(cache) as base:
+        rows = base.execute("SELECT calls, tokens_in, tokens_out FROM accounts ORDER BY calls")
+        assert rows.fetchall() == [(1, 10, 5), (2, 20, 10), (3, 30, 15)], "totals, one row each"
+
+
+def test_the_key_is_taken_without_what_a_file_adds(server, judge, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\r\n")
+    sent, real = [], Handler.answer
+
+    def answer(self, body, fault):
+        sent.append(self.headers["Authorization"])
+        return real(self, body, fault)
+
+    monkeypatch.setattr(Handler, "answer", answer)
+    assert ask(judge(), ["a"]) == [0.0] and sent == ["Bearer sk-secret"]
+    for broken in ("sk-secret\nsk-other", "sk secret", "sk-secrét", "sk-secret\x00", " \n"):
+        monkeypatch.setattr("os.environ", os.environ | {"MY_KEY": broken})
+        with pytest.raises(ValueError, match="MY_KEY") as caught:
+            judge(key_env="MY_KEY")
+        assert "secr" not in str(caught.value) and caught.value.__context__ is None
+
+
+@pytest.mark.parametrize("status", [400, 401, 500])
+def test_the_key_is_told_nobody(
+    server, settings, tmp_path, main, monkeypatch, capfd, caplog, status
+):
+    """Though the server does: not by an error, by its causes, on the console or in a file."""
+    echo = {"error": {"message": "\x1b[2Jwrong key sk-secret, not sk-secret"}}
+    monkeypatch.setattr(Handler, "answer", lambda self, *_: self.reply(status, echo, {}))
+    keys = keys_of(settings, server, tmp_path)
+    assert main(keys) == 3
+    said = "".join(capfd.readouterr()) + caplog.text
+    assert f"{status} - �[2Jwrong key [the key], not [the key]" in said
+    assert "sk-secret" not in said and "\x1b" not in said
+    one = JudgeReward("tiny", "?", base_url=server.url, cache=str(tmp_path / "x"), retries=0)
+    error: BaseException | None = None
+    try:
+        ask(one, ["a"])
+    except Refused as refusal:
+        error = refusal
+    assert (error is None) == (status == 500)
+    while error:
+        assert "sk-secret" not in "".join(map(str, [error, *getattr(error, "__notes__", [])]))
+        error = error.__cause__ or error.__context__
+    assert "sk-secret" not in one.trouble
+    for path in Path(settings["OUTPUT_DIR"]).rglob("*"):
+        assert path.is_dir() or b"sk-secret" not in path.read_bytes()
+
+
+def test_a_server_on_this_machine_needs_no_key(server, judge, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY")
+    assert ask(judge(), ["a"]) == [0.0]
+    port = server.server_address[1]
+    assert ask(judge(base_url=f"http://localhost:{port}/v1"), ["b"]) == [0.0]
+    for far in (
+        "https://example.com/v1",
+        "http://localhost.example.com/v1",
+        "http://10.0.0.1",
+        None,
+    ):
+        with pytest.raises(ValueError, match="not in the environment variable OPENAI_API_KEY"):
+            judge(base_url=far)
+
+
+def test_what_it_took_is_told(server, judge, monkeypatch, capsys, tmp_path):
+    told: dict = {}
+    one = judge(prices=(1e6, 2e6), retries=3, name="length")
+    one.chance.uniform = lambda low, high: 0.0
+    asyncio.run(one(["p"], ["a"], log_metric=told.__setitem__))
+    assert told == {"length/calls": 1, "length/retries": 0, "length/cached": 0, "length/cost": 20.0}
+    scripted(monkeypatch, (500, {}), (200, completion("prose")))
+    asyncio.run(one(["p"] * 3, ["a", "a b", "a"], log_metric=told.__setitem__))
+    assert told == {"length/calls": 2, "length/retries": 2, "length/cached": 2, "length/cost": 20.0}
+    one.close()
+    assert capsys.readouterr().out == (
+        "length: 3 calls, 2 retries, 2 cached, cost 40.00; judgements are kept in "
+        f"{tmp_path / 'judge.sqlite'}\n"
+    )
+
+
+def test_a_run_logs_what_its_judges_took(server, settings, tmp_path, main, capsys):
+    keys = keys_of(settings, server, tmp_path, NAME="length of it") | {"STEPS": 1}
+    assert main(keys) == 0
+    (row,) = read_jsonl(Path(settings["OUTPUT_DIR"]) / "metrics.jsonl")
+    assert row["length of it/calls"] == len(server.seen) and row["length of it/cached"] == 0
+    assert f"length of it: {len(server.seen)} calls, 0 retries" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -541,9 +874,9 @@ def test_judgements_are_kept_as_they_come(server, judge, tmp_path):
     ask(judge(), ["a b", "c"])
     with sqlite3.connect(tmp_path / "judge.sqlite") as base:
         assert sorted(base.execute("SELECT score FROM judgements")) == [(1.0,), (2.0,)]
-        assert base.execute("SELECT sum(tokens_in), sum(tokens_out) FROM calls").fetchone() == (
-            20, 10
-        )  # fmt: skip
+        assert base.execute("SELECT calls, tokens_in, tokens_out FROM accounts").fetchall() == [
+            (2, 20, 10)
+        ]  # fmt: skip
 
 
 # In the process

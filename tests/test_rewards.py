@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -64,6 +65,54 @@ def test_regex_takes_a_bad_pattern_literally():
 def test_regex_refuses_empty_patterns(patterns):
     with pytest.raises(ValueError, match="PATTERNS needs at least one pattern, none of them empty"):
         RegexReward(patterns)
+
+
+PATTERNS = [
+    r"\bth\w+", r"^\s*[A-Z]", r"[.!?]$", r"(?i)great|good", r"(\w)\1", r"(?P<a>o)(?P=a)", r"x{2,3}",
+    r"\d{2}", r"a{,2}b", r"\\boxed{", r"\$\{name\}", r"x{i}", r"x^{e}", r"{d}", r"n{e<=1}", r"[{}]",
+    r"\N{DIGIT ONE}", r"(?<!n)o(?=o)", r"(?s)a.b", r"(?m)^b$", r"(?x) a  b  # ab", r"[^\W\d_]+", r"é",
+    r"(?i)STRASSE", r"\.{3}", r"(a)?(?(1)b|c)", r"^$", r"\x41\u0042", r"\Z", r"a++b", r"(?>a+)b", r"\\{e}",
+]  # fmt: skip
+WRITTEN = [
+    "", "the film", "This is great.", "Good!!", "xx xxx", "a 42", "aab b", r"\boxed{7}", "${name}",
+    "x{i}", "x^{e}", "x{d}", "n{e<=1}", "soon", "a\nb", "b\na\nb", "ab", "café", "straße STRASSE", "...",
+    "1", "AB", "naïve", "\\{e}", "12.5 %", "日本語", "c",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("ignore_case", [False, True])
+def test_regex_finds_what_re_finds(ignore_case):
+    for pattern in PATTERNS:
+        source = re.compile(pattern, re.IGNORECASE if ignore_case else 0)
+        wanted = [float(source.search(text) is not None) for text in WRITTEN]
+        found = RegexReward(pattern, ignore_case=ignore_case)(prompts_of(WRITTEN), WRITTEN)
+        assert found == wanted, pattern
+
+
+@pytest.mark.parametrize(
+    "pattern", ["(open", r"\y", r"\p{L}", "*", "a{3,2}", "(?<a>b)", "[z-a]", r"(?R)"]
+)
+def test_regex_has_the_errors_of_re(pattern):
+    with pytest.raises(re.error) as known:
+        re.compile(pattern)
+    with pytest.raises(ValueError) as caught:
+        RegexReward(pattern)
+    assert str(caught.value) == f"pattern {pattern!r} is no regular expression: {known.value}"
+
+
+def test_a_pattern_that_takes_for_ever_leaves_the_completion_out(monkeypatch, caplog):
+    monkeypatch.setattr("rewards.text.SECONDS", 0.05)
+    for options in ({}, {"negate": True}, {"match": "all"}):
+        reward = RegexReward(["^(a|aa)+$", "b"], **options)
+        answer = reward(["p"] * 3, ["a" * 60 + "!", "aaa b", "a" * 70 + "?"])
+        assert answer[0] is None and answer[1] is not None and answer[2] is None
+    said = [line for line in caplog.messages if "left out" in line]
+    assert len(said) == 3, "once each"
+    assert said[0].startswith("pattern '^(a|aa)+$' takes more than 0.05 s on 'aaa")
+
+
+def test_the_pattern_that_takes_re_fifteen_seconds():
+    assert RegexReward(r"^(\w+\s?)*$")(["p"] * 2, ["a" * 26, "a" * 26 + "!"]) == [1, 0]
 
 
 # Length

@@ -112,15 +112,25 @@ class JudgeReward(Reward):
     BASE_URL: str | None = Field(
         None, pattern="^https?://", description="OpenAI-compatible endpoint; OpenAI's if null"
     )
-    KEY_ENV: str = Field("OPENAI_API_KEY", description="Environment variable that holds the key")
+    KEY_ENV: str = Field(
+        "OPENAI_API_KEY",
+        description="Environment variable that holds the key; a server on this machine needs none",
+    )
     STRUCTURED: bool = Field(True, description="Ask for JSON by response_format")
     CONCURRENCY: int = Field(16, ge=1, description="Requests at a time")
     REQUESTS_PER_MINUTE: int | None = Field(None, ge=1, description="Of all tries")
     TOKENS_PER_MINUTE: int | None = Field(None, ge=1, description="Of all tries")
-    TIMEOUT: float = Field(30.0, gt=0, description="Seconds of one try")
-    RETRIES: int = Field(5, ge=0, description="Further tries after one that failed")
-    CACHE: str = Field("judge.sqlite", description="Where judgements and costs are kept")
-    MAX_CALLS: int | None = Field(None, ge=0, description="Answers paid for, in all runs of CACHE")
+    TIMEOUT: float = Field(30.0, gt=0, description="Seconds of one try, as a whole")
+    RETRIES: int = Field(
+        5, ge=0, description="Further tries after one that failed, at most 60 s after it"
+    )
+    CACHE: str = Field(
+        "judge.sqlite",
+        description="Where judgements and costs are kept: a file that several runs may share",
+    )
+    MAX_CALLS: int | None = Field(
+        None, ge=0, description="Answers paid for, in all runs of this judge that share CACHE"
+    )
     MAX_COST: float | None = Field(None, ge=0, description="Their cost at PRICES")
     PRICES: tuple[float, float] = Field((0, 0), description="Of 1e6 tokens, in and out")
     MAX_MISSING: float = Field(0.5, ge=0, le=1, description="Beyond this share a run pauses")
@@ -134,6 +144,7 @@ class JudgeReward(Reward):
     def arguments(self) -> dict[str, Any]:
         own = super().arguments()
         own.pop("max_missing")
+        own["name"] = self.name  # of its metrics
         own["examples"] = [{k.lower(): v for k, v in one.items()} for one in own["examples"]]
         return own
 

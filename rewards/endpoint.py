@@ -1,0 +1,131 @@
+"""One request to an OpenAI-compatible endpoint, and what came of it.
+
+Nothing that a server sends is an exception here, and nothing that is told holds the key.
+"""
+
+import asyncio
+import ipaddress
+import json
+import math
+import os
+from dataclasses import dataclass
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+KEY_ENV = "OPENAI_API_KEY"
+NO_KEY = "none"  # what a server on this machine is sent where there is no key
+SAID = 200  # characters of a server's words that are told
+REJECTED = (400, 413, 422)  # this request; another one may be answered
+AGAIN = (408, 409, 429)  # and 500 and above: worth another try
+
+
+class Refused(ValueError):
+    """The endpoint will not answer however often it is asked: a wrong key, model or address."""
+
+
+@dataclass
+class Reply:
+    """What came of a try: the model's words, or the kind of its failure and the fault in words."""
+
+    kind: Literal["answer", "fault", "rejected", "refused", "foreign"]
+    text: str = ""  # what the model said
+    fault: str = ""
+    tokens: tuple[int, int] = (0, 0)  # in and out
+    wait: float = 0.0  # seconds that the server asks for before the next try
+
+
+def secret(key_env: str, base_url: str | None) -> str:
+    """The key, without the blanks around it. Raises ValueError, which does not show it.
+
+    A server on this machine needs none, unless `key_env` names another variable than the usual.
+    """
+    key = os.environ.get(key_env, "").strip()
+    if not key and key_env == KEY_ENV and _is_local(base_url):
+        return NO_KEY
+    if not key:
+        raise ValueError(f"the judge's key is not in the environment variable {key_env}")
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise ValueError(
+            f"the environment variable {key_env} holds no key: there is a blank, a line break or "
+            "another character inside that no key has"
+        )
+    return key
+
+
+async def ask(client: Any, request: dict[str, Any], seconds: float) -> Reply:
+    """One try, of `seconds` as a whole: a server that sends byte by byte gets no more."""
+    import openai
+
+    try:
+        async with asyncio.timeout(seconds):
+            raw = await client.chat.completions.with_raw_response.create(**request)
+        response = raw.http_response
+        reply = _read(response.content, response.headers.get("content-type", ""))
+        reply.fault = shown(reply.fault, client.api_key)
+        return reply
+    except TimeoutError:
+        return Reply("fault", fault=f"it timed out after {seconds:g} s")
+    except openai.APIStatusError as error:
+        again = error.status_code in AGAIN or error.status_code >= 500
+        rejected = error.status_code in REJECTED
+        return Reply(
+            "fault" if again else "rejected" if rejected else "refused",
+            fault=shown(f"it answered {error.status_code}: {error.message}", client.api_key),
+            wait=_retry_after(error.response.headers),
+        )
+    except openai.APIConnectionError as error:
+        why = f"{error} ({error.__cause__ or client.base_url})"
+        return Reply("fault", fault=shown(why, client.api_key))
+
+
+def shown(text: str, key: str) -> str:
+    """Some of a server's words: on one line, without the key, nothing that steers a terminal."""
+    text = text if key == NO_KEY else text.replace(key, "[the key]")
+    text = "".join(c if c.isprintable() else "�" for c in " ".join(text.split()))
+    return text if len(text) <= SAID else text[: SAID - 1] + "…"
+
+
+def _read(body: bytes, kind: str) -> Reply:
+    try:
+        reply = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        if "json" in kind:
+            return Reply("fault", fault=f"its answer was cut off: {error}")
+        start = body[:60].decode(errors="replace")
+        return Reply("foreign", fault=f"no chat completion but {start!r}")
+    if not isinstance(reply, dict) or "choices" not in reply:
+        return Reply("foreign", fault=f"no chat completion but {str(reply)[:60]!r}")
+    text = ""
+    match reply["choices"]:
+        case [{"message": {"content": str(content)}}, *_]:
+            text = content
+        case [{"message": {"content": [*parts]}}, *_]:
+            for part in parts:
+                match part:
+                    case {"type": "text", "text": str(content)}:
+                        text += content
+    usage = reply.get("usage")
+    return Reply("answer", text, tokens=(_count(usage, "prompt"), _count(usage, "completion")))
+
+
+def _count(usage: Any, what: str) -> int:
+    """Tokens that were used, 0 where the server does not say."""
+    count = usage.get(f"{what}_tokens") if isinstance(usage, dict) else None
+    return min(max(count, 0), 2**32) if isinstance(count, int) else 0
+
+
+def _retry_after(headers: Any) -> float:
+    """Seconds, 0 where the header is absent or no number."""
+    try:
+        seconds = float(headers.get("retry-after", 0))
+    except ValueError:
+        return 0.0
+    return seconds if math.isfinite(seconds) and seconds > 0 else 0.0
+
+
+def _is_local(base_url: str | None) -> bool:
+    host = urlsplit(base_url or "").hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return host == "localhost" or host.endswith(".localhost")
