@@ -1,6 +1,9 @@
 """Rewards that read the completion's text alone: patterns and length."""
 
 import re
+from collections.abc import Sequence
+
+from rewards.messages import Text, texts_of
 
 
 class RegexReward:
@@ -34,10 +37,12 @@ class RegexReward:
         self.enough = any if match == "any" else all
         self.negate = negate
 
-    def __call__(self, prompts: list[str], completions: list[str], **columns) -> list[float]:
+    def __call__(
+        self, prompts: Sequence[Text], completions: Sequence[Text], **columns
+    ) -> list[float]:
         return [
             float(self.enough(p.search(text) for p in self.patterns) != self.negate)
-            for text in completions
+            for text in texts_of(completions)
         ]
 
 
@@ -69,13 +74,13 @@ class LengthReward:
 
     def __call__(
         self,
-        prompts: list[str],
-        completions: list[str],
+        prompts: Sequence[Text],
+        completions: Sequence[Text],
         completion_ids: list[list[int]] | None = None,
         **columns,
     ) -> list[float]:
         if self.unit == "words":
-            lengths = [len(text.split()) for text in completions]
+            lengths = [len(text.split()) for text in texts_of(completions)]
         elif completion_ids is not None:
             lengths = [len(ids) for ids in completion_ids]
         else:
