@@ -92,8 +92,11 @@ def newest(run: "Run") -> Path | None:
 
 def restore(run: "Run", folder: Path) -> None:
     """Continues from the checkpoint in `folder`; the policy was loaded from it already."""
-    # Mapped: several processes on a machine share the pages of what each only copies from.
-    saved = torch.load(folder / "trainer.pt", weights_only=True, map_location="cpu", mmap=True)
+    # Processes of a machine share a mapped file, and each copies what it needs to its device. On a
+    # CPU nothing would be copied, and a run would go on upon a file that is to be pruned.
+    mapped = run.accelerator.device.type != "cpu"
+    file = folder / "trainer.pt"
+    saved = torch.load(file, weights_only=True, map_location="cpu", mmap=mapped)
     run.state = State(**saved["state"])
     if run.sharded:
         run.shards.load_optimizer(run.policy, run.optimizer.optimizer, saved["optimizer"])
