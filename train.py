@@ -21,7 +21,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from adaptiverl import report, saving
+from adaptiverl import guards, report, saving
 from adaptiverl.program import Run
 from adaptiverl.rl.reinforce import advantages, kl_per_token, token_weights
 from adaptiverl.rl.rollout import Rollout
@@ -49,7 +49,7 @@ def train(run: Run, log: RunLog | None, stop: StopSignal) -> None:
         reference = run.reference_logprobs(rollout) if c.KL_COEF else rollout.logprobs
         clock.lap("reference")
         scores, held_out = run.scoring.scores(scoring)  # of all processes
-        total = run.rewards.combine(scores, state.step)
+        total = run.rewards.combine(scores, state.step, c.NUM_GENERATIONS)
         reward = torch.tensor([math.nan if r is None else r for r in total])  # NaN: missing
         clock.lap("reward")
 
@@ -80,6 +80,7 @@ def train(run: Run, log: RunLog | None, stop: StopSignal) -> None:
         report.warn(run, advantage, metrics)
         metrics |= run.scoring.said(scores, held_out)
         metrics |= run.rewards.balance(scores, state.step, c.NUM_GENERATIONS)
+        guards.warn(run, reward, metrics)
         run.adapt(penalised, kl, metrics)
         metrics |= report.timed(run, clock, metrics["completions/mean_length"])
         samples = report.samples(run, batch, rollout, completions, reward, scores)
@@ -141,7 +142,7 @@ def dry_run(run: Run) -> int:
     clock.lap("update")
     if not run.is_main:
         return 0
-    scores |= {"reward": run.rewards.combine(scores)}
+    scores |= {"reward": run.rewards.combine(scores, groups=run.config.NUM_GENERATIONS)}
     own = {name: column[run.own_rows] for name, column in scores.items()}
     print(table({"prompt": batch["prompt"], "completion": completions} | own))
     counts = [(p.numel(), p.requires_grad) for p in run.policy.parameters()]

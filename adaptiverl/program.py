@@ -68,8 +68,7 @@ class Run:
         setup.check_rules(c, self.last_step)
 
         self.lock: int | None = None
-        found = checkpoint.newest(self.output) if c.RESUME else None
-        self.resumed = folder = found[0] if found else None
+        self.resumed = folder = saving.newest(self)
         if folder:
             saving.refuse_changes(folder, c)
         self.tokenizer, policy = setup.policy(c, folder, self.accelerator.device)

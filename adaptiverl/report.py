@@ -14,6 +14,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from adaptiverl.rl.diversity import distinct, repetition
+from adaptiverl.rl.reinforce import zero_std_share
 from adaptiverl.rl.rollout import Rollout, allowed_gap, uniforms
 from adaptiverl.run.process import Clock, Paused
 from adaptiverl.scoring import Batch, Begun
@@ -39,6 +40,7 @@ def summary(
     result: Metrics = {
         "reward": known.mean().item() if len(known) else None,
         "reward_std": known.std().item() if len(known) > 1 else None,
+        "frac_reward_zero_std": zero_std_share(reward, run.config.NUM_GENERATIONS),
         "loss": loss,
         "entropy": entropy / tokens,
         "sampling/sampling_logp_difference/mean": gap / tokens,
@@ -137,7 +139,7 @@ def evaluate(run: "Run", prompts: Dataset) -> Metrics:
         one = run.begin_scoring(batch, rollout, run.sampler.decode(rollout))
         begun.append(partial(_first, one, real))
     try:
-        scores, held_out = run.scoring.scores(*begun)
+        scores, held_out = run.scoring.scores(*begun, pairs=False)
     except Paused as reason:  # the step is made: pausing here would make it twice
         if run.is_main:
             logging.warning("evaluation left out: %s", reason)

@@ -6,12 +6,12 @@ That a checkpoint is whole or not there at all is run/checkpoint.py's.
 import json
 import signal
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 
 from adaptiverl.optim.trust_region import TrustRegion
 from adaptiverl.run import checkpoint
@@ -44,6 +44,8 @@ class State:
     reward_ema: float | None = None
     skipped: int = 0  # steps whose gradient was not finite
     braked: int = 0  # steps whose update was made smaller
+    flat_steps: int = 0  # steps in a row in which no rewards that are compared differed
+    warned: list[str] = field(default_factory=list)  # what guards.py has warned of
 
 
 def save(run: "Run", log: RunLog | None, name: str | None = None) -> Path:
@@ -56,7 +58,7 @@ def save(run: "Run", log: RunLog | None, name: str | None = None) -> Path:
     if log:
         log.sync()
         checkpoint.save(folder, run.state.step, lambda where: _write(run, where, rng, whole))
-        checkpoint.prune(run.output, run.config.KEEP_CHECKPOINTS)
+        checkpoint.prune(run.output, run.config.KEEP_CHECKPOINTS, written=folder)
     run.accelerator.wait_for_everyone()
     return folder
 
@@ -75,14 +77,27 @@ def _write(run: "Run", folder: Path, rng: list, whole: tuple[dict, dict] | None)
         "controller": run.controller.state_dict(),
         "region": asdict(run.region),
         "rewards": run.rewards.state_dict(),
+        "held_out": run.scoring.held_out.state_dict(),
         "rng": rng,
     }
     torch.save(state, folder / "trainer.pt")
 
 
+def newest(run: "Run") -> Path | None:
+    """The checkpoint that RESUME goes on from; one process verifies it and tells the others."""
+    found: list[Path | None] = [None]
+    if run.config.RESUME and run.is_main and (checked := checkpoint.newest(run.output)):
+        found = [checked[0]]
+    return broadcast_object_list(found)[0]
+
+
 def restore(run: "Run", folder: Path) -> None:
     """Continues from the checkpoint in `folder`; the policy was loaded from it already."""
-    saved = torch.load(folder / "trainer.pt", weights_only=True, map_location="cpu")
+    # Processes of a machine share a mapped file, and each copies what it needs to its device. On a
+    # CPU nothing would be copied, and a run would go on upon a file that is to be pruned.
+    mapped = run.accelerator.device.type != "cpu"
+    file = folder / "trainer.pt"
+    saved = torch.load(file, weights_only=True, map_location="cpu", mmap=mapped)
     run.state = State(**saved["state"])
     if run.sharded:
         run.shards.load_optimizer(run.policy, run.optimizer.optimizer, saved["optimizer"])
@@ -93,6 +108,7 @@ def restore(run: "Run", folder: Path) -> None:
     run.controller.load_state_dict(saved["controller"])
     run.region = TrustRegion(**saved["region"])
     run.rewards.load_state_dict(saved["rewards"])
+    run.scoring.held_out.load_state_dict(saved["held_out"])
     own = run.accelerator.process_index
     checkpoint.set_rng_state(saved["rng"][own if own < len(saved["rng"]) else 0])
 

@@ -50,10 +50,11 @@ class Scoring:
             return partial(_raise, error)  # where all processes hear of it
         return lambda: (begun[0](), begun[1]())
 
-    def scores(self, *begun: Begun) -> tuple[Scores, Scores]:
+    def scores(self, *begun: Begun, pairs: bool = True) -> tuple[Scores, Scores]:
         """What each reward says of the completions of all processes; and those held out.
 
-        Of several that were begun, one after the other. Raises Paused in all processes.
+        Of several that were begun, one after the other. Without `pairs` each prompt has one
+        completion, and a PAIRWISE judge may miss them all. Raises Paused in all processes.
         """
         own: list[tuple[Scores, Scores]] = []
         failure = None
@@ -71,7 +72,7 @@ class Scoring:
         all_of_them = [pair for pairs, _ in parts for pair in pairs]
         scores, held_out = (_joined([pair[k] for pair in all_of_them]) for k in (0, 1))
         for spec in self.config.REWARDS:
-            if isinstance(spec, JudgeReward):
+            if isinstance(spec, JudgeReward) and (pairs or not spec.PAIRWISE):
                 column = scores[spec.name]
                 missing = column.count(None) / len(column)
                 if missing > spec.MAX_MISSING:

@@ -25,6 +25,7 @@ from adaptiverl.rl.vllm import Server
 from adaptiverl.run import checkpoint
 from adaptiverl.run.config import Config, UserError
 from adaptiverl.run.reward_config import CosineReward
+from adaptiverl.run.tracking import is_own
 from rewards import CompositeReward, make_reward
 from rewards.balance import Scale
 
@@ -162,7 +163,7 @@ def rewards(
             parts[spec.name] = make_reward(spec.TYPE, **arguments)
     weights = {spec.name: spec.WEIGHT for spec in specs}
     scales = {spec.name: Scale(spec.NORMALIZE, spec.CLIP) for spec in specs}
-    return CompositeReward(parts, weights, scales)
+    return CompositeReward(parts, weights, scales, reserved=is_own)
 
 
 def server(c: Config, policy: Policy, processes: Accelerator) -> Server | None:

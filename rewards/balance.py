@@ -79,6 +79,28 @@ def _rank(x: float, known: list[float]) -> float:
     return (below - above) / max(len(known) - 1, 1)
 
 
+def filled(column: Column, groups: int | Sequence[int]) -> list[float]:
+    """The column with each missing value replaced by the mean of its group.
+
+    By that of the column where its whole group is missing, and by 0 where everything is. `groups`
+    are sizes: one for all, or one for each group in order.
+    """
+    sizes = [groups] * (len(column) // groups) if isinstance(groups, int) else groups
+    whole, result, start = _mean(column, 0.0), [], 0
+    for size in sizes:
+        group = column[start : start + size]
+        mean = _mean(group, whole)
+        result += [mean if x is None else x for x in group]
+        start += size
+    return result
+
+
+def _mean(column: Column, otherwise: float) -> float:
+    """Over what is not missing; `otherwise` where everything is."""
+    known = [x for x in column if x is not None]
+    return sum(known) / len(known) if known else otherwise
+
+
 def shares(parts: Mapping[str, Column], group_size: int) -> dict[str, float]:
     """Each part's share of the variance of the parts' sum within groups; they sum to 1.
 
@@ -114,8 +136,7 @@ def _centred(column: Column, group_size: int) -> list[float]:
     result: list[float] = []
     for start in range(0, len(column), size):
         group = column[start : start + size]
-        known = [x for x in group if x is not None]
-        mean = sum(known) / len(known) if known else 0.0
+        mean = _mean(group, 0.0)
         result += [0.0 if x is None else x - mean for x in group]
     return result
 
@@ -128,7 +149,7 @@ class Watch:
 
     def see(self, parts: Mapping[str, Column], raw: Mapping[str, Column], group_size: int) -> None:
         seen: dict[str, float] = {}
-        for name, column in raw.items():
+        for name, column in raw.items() if len(raw) > 1 else ():  # one alone is seen in the sum
             known = [x for x in column if x is not None]
             if known and max(known) == min(known):
                 seen[f"reward {name!r} is saturated: it gives all completions the same score"] = 1.0

@@ -1,9 +1,12 @@
 """Reward by a sequence classifier: sentiment, toxicity, helpfulness."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+from rewards.messages import Text, joined, texts_of
 
 
 class ClassifierReward:
@@ -46,10 +49,14 @@ class ClassifierReward:
         self.probability = torch.sigmoid if one else partial(torch.softmax, dim=-1)
 
     @torch.no_grad()
-    def __call__(self, prompts: list[str], completions: list[str], **columns) -> list[float | None]:
-        texts = list(completions)
+    def __call__(
+        self, prompts: Sequence[Text], completions: Sequence[Text], **columns
+    ) -> list[float | None]:
+        texts = texts_of(completions)
         if self.with_prompt:
-            texts = [prompt + text for prompt, text in zip(prompts, completions, strict=True)]
+            texts = [
+                joined(prompt, text) for prompt, text in zip(prompts, completions, strict=True)
+            ]
         result: list[float | None] = [None] * len(texts)  # nothing written: nothing to judge
         rows = [i for i, text in enumerate(texts) if text.strip()]
         if not rows:

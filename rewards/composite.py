@@ -4,26 +4,31 @@ import asyncio
 import copy
 import inspect
 import logging
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import groupby
 from typing import Any
 
-from rewards.balance import Scale, Watch, Weight, shares, weight_at
+from rewards.balance import Scale, Watch, Weight, filled, shares, weight_at
+from rewards.messages import Text
+from rewards.scores import checked, finite
 
 log = logging.getLogger(__name__)
 
-Scores = dict[str, list[float | None]]  # reward's name → one raw score a completion
+TAKEN = "the run logs something of its own under this name; choose another"
+Scores = dict[str, list[float | None]]  # reward's name → one raw score per completion
 
 
 class CompositeReward:
     """A weighted sum of named rewards, callable as one TRL reward.
 
     A component that is missing (None) for a completion counts there as that component's mean over
-    the others of the batch: it says nothing for or against. A completion that every component
-    misses is missing itself. NaN and infinite scores become missing, are named in the log and
-    counted in `quarantined`.
+    the other completions of the same prompt, so that it says nothing for or against the completion
+    among them; over the batch where the prompt has no other. A completion that every component
+    misses is missing itself. Scores that float32 cannot hold (NaN, infinite, 1e39) become missing,
+    are logged and counted in `quarantined`. `reserved` tells the names that rewards may not report
+    by log_metric or log_extra, because the program uses them.
     """
 
     def __init__(
@@ -31,6 +36,7 @@ class CompositeReward:
         rewards: dict[str, Callable],
         weights: Mapping[str, Weight] | None = None,
         scales: Mapping[str, Scale] | None = None,
+        reserved: Callable[[str], bool] = lambda name: False,
     ):
         for given in (weights or {}, scales or {}):
             if unknown := given.keys() - rewards.keys():
@@ -43,16 +49,28 @@ class CompositeReward:
         self.watch = Watch()
         self.quarantined = dict.fromkeys(rewards, 0)
         self.metrics: dict[str, float] = {}  # what rewards reported through log_metric last
-        self.extras: dict[str, list] = {}  # what they reported through log_extra, one a completion
+        self.extras: dict[str, list] = {}  # and through log_extra: one value per completion
+        self.reserved = reserved
 
-    def __call__(self, prompts: list[str], completions: list[str], **columns) -> list[float | None]:
-        return self.combine(self.score(prompts, completions, **columns))
+    def __call__(
+        self, prompts: Sequence[Text], completions: Sequence[Text], **columns
+    ) -> list[float | None]:
+        """The weighted sums; completions of one prompt stand side by side, as in TRL's batches.
 
-    def score(self, prompts: list[str], completions: list[str], **columns) -> Scores:
+        Scheduled weights follow the global_step of `trainer_state`, which TRL passes.
+        """
+        state = columns.get("trainer_state")
+        groups = [len(list(same)) for _, same in groupby(prompts)]
+        scores = self.score(prompts, completions, **columns)
+        return self.combine(scores, None if state is None else state.global_step, groups)
+
+    def score(self, prompts: Sequence[Text], completions: Sequence[Text], **columns) -> Scores:
         """What each reward says, raw."""
         return self.begin(prompts, completions, **columns)()
 
-    def begin(self, prompts: list[str], completions: list[str], **columns) -> Callable[[], Scores]:
+    def begin(
+        self, prompts: Sequence[Text], completions: Sequence[Text], **columns
+    ) -> Callable[[], Scores]:
         """Starts to score; what is returned waits for the rest.
 
         Coroutine functions run at once and together in a thread of their own, so that their
@@ -61,9 +79,9 @@ class CompositeReward:
         others' scores as the column `scores`.
         """
         self.metrics, self.extras = {}, {}
-        # TRL's trainer passes its own two; without one, they are kept here
-        columns.setdefault("log_metric", lambda name, x: self.metrics.update({name: float(x)}))
-        columns.setdefault("log_extra", self.extras.__setitem__)
+        # TRL's trainer passes its own log_metric and log_extra; without one, they are kept here
+        given = self._reports(len(completions)) | columns
+        given |= {"prompts": prompts, "completions": completions}
         waits = [name for name, reward in self.rewards.items() if _waits(reward)]
         order = sorted(self.rewards.items(), key=lambda item: not _is_async(item[1]))
         answers: dict[str, Any] = {}
@@ -75,7 +93,7 @@ class CompositeReward:
             if later is None and not _is_async(reward):
                 later = _started(thread, answers)
             with _blamed(name):
-                answers[name] = reward(prompts=prompts, completions=completions, **columns)
+                answers[name] = reward(**given)
         last = _started(thread, answers)
 
         def everything() -> Scores:
@@ -84,9 +102,8 @@ class CompositeReward:
                     answers.update(future.result())
             known = {name: self._checked(name, answers[name], completions) for name in answers}
             if waits:
-                given = {"prompts": prompts, "completions": completions} | columns
-                given["scores"] = dict(known)
-                told = asyncio.run(_gather({name: self.rewards[name](**given) for name in waits}))
+                asked = given | {"scores": dict(known)}
+                told = asyncio.run(_gather({name: self.rewards[name](**asked) for name in waits}))
                 known |= {name: self._checked(name, told[name], completions) for name in waits}
             return {name: known[name] for name in self.rewards}
 
@@ -94,37 +111,45 @@ class CompositeReward:
         thread.shutdown(wait=False)  # takes nothing more, and ends by itself
         return future.result
 
-    def combine(self, scores: Scores, step: int | None = None) -> list[float | None]:
+    def combine(
+        self, scores: Scores, step: int | None = None, groups: int | Sequence[int] = 1
+    ) -> list[float | None]:
         """The weighted sum for each completion, None where every component is missing.
 
         `step` is that of training, for scheduled weights; running scales learn from it. Without
-        one they stay as they are, and weights are the first.
+        one they stay as they are, and weights are the first. `groups` is how many completions side
+        by side have the same prompt: one number for all prompts, or one for each.
         """
-        parts = self.parts(scores, step, learn=step is not None)
-        return [
+        parts = self.parts(scores, step, groups, learn=step is not None)
+        totals = [
             None if all(score is None for score in row) else sum(part)
             for row, part in zip(
                 zip(*scores.values(), strict=True), zip(*parts.values(), strict=True), strict=True
             )
         ]
+        if large := sum(not finite(total) for total in totals if total is not None):
+            log.warning("the weighted sum of %d completions is beyond float32: left out", large)
+        return [total if total is None or finite(total) else None for total in totals]
 
     def parts(
-        self, scores: Scores, step: int | None = None, learn: bool = False
+        self,
+        scores: Scores,
+        step: int | None = None,
+        groups: int | Sequence[int] = 1,
+        learn: bool = False,
     ) -> dict[str, list[float]]:
-        """Each component's part of the sum; where it is missing, its mean over the batch."""
+        """Each component's part of the sum; where it is missing, its mean over its prompt."""
         result = {}
         for name, column in scores.items():
-            scaled = self.scales[name](column, learn)
-            known = [value for value in scaled if value is not None]
-            mean = sum(known) / len(known) if known else 0.0
             weight = weight_at(self.weights[name], step or 0)
-            result[name] = [weight * (mean if value is None else value) for value in scaled]
+            scaled = self.scales[name](column, learn)
+            result[name] = [weight * value for value in filled(scaled, groups)]
         return result
 
     def balance(self, scores: Scores, step: int, group_size: int) -> dict[str, float]:
         """After `combine` of the same step: each component's share of the advantages' variance,
         as trained on and raw, and its mean as trained on; warns where they do not balance."""
-        parts = self.parts(scores, step)
+        parts = self.parts(scores, step, group_size)
         self.watch.see(parts, scores, group_size)
         if len(scores) < 2:
             return {}
@@ -142,13 +167,16 @@ class CompositeReward:
         return result
 
     def state_dict(self) -> dict[str, Any]:
-        """What running scales and warnings have learned, in plain numbers."""
+        """What running scales and warnings have learned and what was counted, in plain numbers."""
         scales = {name: dict(scale.state) for name, scale in self.scales.items()}
-        return copy.deepcopy({"scales": scales, "watch": self.watch.state})
+        state = {"scales": scales, "watch": self.watch.state, "quarantined": self.quarantined}
+        return copy.deepcopy(state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, scale in state["scales"].items():
-            self.scales[name].state = dict(scale)
+        """Goes on from `state`; what it has of rewards that are not here any more is left out."""
+        for name in self.rewards.keys() & state["scales"].keys():
+            self.scales[name].state = dict(state["scales"][name])
+            self.quarantined[name] = state["quarantined"][name]
         self.watch.state = copy.deepcopy(state["watch"])
 
     def interrupt(self) -> None:
@@ -163,22 +191,27 @@ class CompositeReward:
             if hasattr(reward, "close"):
                 reward.close()
 
-    def _checked(self, name: str, answer: Any, completions: list[str]) -> list[float | None]:
-        if not hasattr(answer, "__len__"):
-            raise ValueError(f"reward {name!r} returned {answer!r}, not one score a completion")
-        if len(answer) != len(completions):
-            raise ValueError(
-                f"reward {name!r} returned {len(answer)} scores for {len(completions)} completions"
-            )
-        scores: list[float | None] = []
-        for value, completion in zip(answer, completions, strict=True):
-            with _blamed(name):
-                score = None if value is None else float(value)
-            if score is not None and not math.isfinite(score):
-                self.quarantined[name] += 1
-                log.warning("reward %r is %s for %r: left out", name, score, completion[:80])
-                score = None
-            scores.append(score)
+    def _reports(self, rows: int) -> dict[str, Callable]:
+        """TRL's log_metric and log_extra, for a batch of `rows` completions."""
+
+        def log_metric(name: str, value: Any) -> None:
+            if self.reserved(name):
+                raise ValueError(f"log_metric({name!r}, …): {TAKEN}")
+            self.metrics[name] = float(value)
+
+        def log_extra(name: str, values: Sequence) -> None:
+            if self.reserved(name):
+                raise ValueError(f"log_extra({name!r}, …): {TAKEN}")
+            if len(values) != rows:
+                raise ValueError(f"log_extra({name!r}, …): {len(values)} values for {rows} rows")
+            self.extras[name] = list(values)
+
+        return {"log_metric": log_metric, "log_extra": log_extra}
+
+    def _checked(self, name: str, answer: Any, completions: Sequence[Text]) -> list[float | None]:
+        with _blamed(name):
+            scores, odd = checked(name, answer, completions)
+        self.quarantined[name] += odd
         return scores
 
 

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from rewards.messages import Text, texts_of
+
 
 class CosineReward:
     """Cosine, in [-1, 1], between the embeddings of a completion and of column `column`.
@@ -17,7 +19,7 @@ class CosineReward:
         self.column = column
 
     def __call__(
-        self, prompts: list[str], completions: list[str], **columns: Sequence
+        self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Sequence
     ) -> list[float | None]:
         if self.column not in columns:
             raise ValueError(f"the prompts have no column {self.column!r} to compare with")
@@ -25,7 +27,7 @@ class CosineReward:
         rows = [i for i, text in enumerate(references) if text]
         result: list[float | None] = [None] * len(completions)
         if rows:
-            texts = [completions[i] for i in rows] + [references[i] for i in rows]
+            texts = texts_of([completions[i] for i in rows] + [references[i] for i in rows])
             embedded = self.model.encode(
                 texts, normalize_embeddings=True, convert_to_tensor=True, show_progress_bar=False
             )

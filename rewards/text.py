@@ -2,8 +2,11 @@
 
 import logging
 import re
+from collections.abc import Sequence
 
 import regex  # searches as `re` does, and can be told when to give up
+
+from rewards.messages import Text, texts_of
 
 log = logging.getLogger(__name__)
 SECONDS = 1.0  # of processor time, for one pattern in one completion
@@ -48,8 +51,10 @@ class RegexReward:
         self.negate = negate
         self.announced = False
 
-    def __call__(self, prompts: list[str], completions: list[str], **columns) -> list[float | None]:
-        return [self._score(text) for text in completions]
+    def __call__(
+        self, prompts: Sequence[Text], completions: Sequence[Text], **columns
+    ) -> list[float | None]:
+        return [self._score(text) for text in texts_of(completions)]
 
     def _score(self, text: str) -> float | None:
         try:
@@ -103,13 +108,13 @@ class LengthReward:
 
     def __call__(
         self,
-        prompts: list[str],
-        completions: list[str],
+        prompts: Sequence[Text],
+        completions: Sequence[Text],
         completion_ids: list[list[int]] | None = None,
         **columns,
     ) -> list[float]:
         if self.unit == "words":
-            lengths = [len(text.split()) for text in completions]
+            lengths = [len(text.split()) for text in texts_of(completions)]
         elif completion_ids is not None:
             lengths = [len(ids) for ids in completion_ids]
         else:

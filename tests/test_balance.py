@@ -7,12 +7,14 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import read_jsonl, without_clock
 from hypothesis import given
 from hypothesis import strategies as st
 
+from adaptiverl.rl.reinforce import advantages
 from rewards import CompositeReward
-from rewards.balance import MEMORY, WATCHED, Scale, correlations, shares, weight_at
+from rewards.balance import MEMORY, WATCHED, Scale, correlations, filled, shares, weight_at
 
 
 @pytest.mark.parametrize(
@@ -125,6 +127,39 @@ def test_a_missing_component_counts_as_its_scaled_mean():
     )
     scores = composite.score([""] * 3, ["x"] * 3)
     assert composite.combine(scores, step=1) == [-1 + 0, 0 + 10, 1 + 5]
+
+
+JUDGED = [1.0, 1.0, 1.0, None, 0.0, 0.0, 0.0, None]  # two prompts, of four completions each
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("baseline", ["none", "ema", "batch", "rloo"])
+def test_a_missing_component_says_nothing_within_its_prompt(baseline, normalize):
+    """Its completion is neither better nor worse than those of its prompt that were judged."""
+    composite = CompositeReward({"judge": constant(JUDGED), "other": constant([0.0] * 8)})
+    totals = composite.combine(composite.score([""] * 8, ["x"] * 8), 1, 4)
+    assert totals == [1.0] * 4 + [0.0] * 4
+    result, _ = advantages(
+        torch.tensor(totals), baseline, group_size=4, ema=0.25, normalize=normalize
+    )
+    assert result.view(2, 4).std(-1).tolist() == [0.0, 0.0]
+    if baseline == "rloo":
+        assert result.tolist() == [0.0] * 8
+
+
+@given(
+    st.lists(st.none() | st.floats(-9, 9).map(lambda x: round(x, 3)), min_size=8, max_size=8),
+    st.sampled_from([1, 2, 4, 8]),
+)
+def test_filling_changes_no_mean_of_a_group(column, size):
+    result = filled(column, size)
+    everything = [x for x in column if x is not None]
+    for start in range(0, 8, size):
+        group = column[start : start + size]
+        known = [x for x in group if x is not None]
+        mean = statistics.mean(known or everything or [0.0])
+        for given_, x in zip(group, result[start : start + size], strict=True):
+            assert x == (pytest.approx(mean) if given_ is None else given_)
 
 
 def test_state_goes_on_where_it_was():

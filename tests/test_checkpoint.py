@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch
 from conftest import ENVIRONMENT, read_jsonl, without_clock
 from safetensors.torch import load_file
 
+from adaptiverl import saving
 from adaptiverl.run import checkpoint
 from adaptiverl.run.tracking import RunLog
 
@@ -95,6 +97,31 @@ def test_prune_keeps_the_newest_and_final(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["final", "step-000002", "step-000003"]
 
 
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_damaged_checkpoint_does_not_crowd_out_the_last_whole_one(tmp_path, keep):
+    """As after a run that went on from step 3, because those after it were damaged."""
+    for step in (1, 2, 3, 8, 9):
+        checkpoint.save(tmp_path / f"step-{step:06d}", step, write(str(step)))
+    (tmp_path / "step-000008" / "weights").write_text("flipped")
+    (tmp_path / "step-000009" / "manifest.json").write_text("{")
+    checkpoint.prune(tmp_path, keep)
+    assert checkpoint.newest(tmp_path) == (tmp_path / "step-000003", 3)
+    assert not (tmp_path / "step-000002").exists()
+    written = tmp_path / "step-000004"
+    checkpoint.save(written, 4, write("4"))
+    checkpoint.prune(tmp_path, keep, written)
+    assert checkpoint.newest(tmp_path) == (written, 4)
+    assert not (tmp_path / "step-000003").exists()
+
+
+def test_what_was_just_written_is_not_read_again(tmp_path, monkeypatch):
+    for step in (1, 2):
+        checkpoint.save(tmp_path / f"step-{step:06d}", step, write(str(step)))
+    monkeypatch.setattr(checkpoint, "_sha256", lambda file: pytest.fail(f"{file} was read"))
+    checkpoint.prune(tmp_path, 1, tmp_path / "step-000002")
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000002"]
+
+
 @pytest.mark.parametrize("keep", [1, 2, 4])
 def test_as_many_stay_as_were_asked_for(tmp_path, keep):
     for step in (8, 9, 10, 999_999, 1_000_000):
@@ -123,6 +150,53 @@ def test_the_log_drops_what_came_after_the_checkpoint_and_torn_lines(tmp_path):
     RunLog(tmp_path, step=2, last_step=9, log_every=0).close()
     assert read_jsonl(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2}]
     assert read_jsonl(tmp_path / "samples.jsonl") == [{"step": 1}, {"step": 1}, {"step": 2}]
+
+
+def test_of_a_long_log_only_what_is_dropped_is_looked_at(tmp_path, monkeypatch):
+    from adaptiverl.run import tracking
+
+    lines = [json.dumps({"step": k // 4, "prompt": "x" * 50}) + "\n" for k in range(4, 40_000)]
+    path = tmp_path / "samples.jsonl"
+    path.write_text("".join(lines))
+    real, parsed = json.loads, []
+    monkeypatch.setattr(tracking.json, "loads", lambda text: parsed.append(text) or real(text))
+    RunLog(tmp_path, step=9_997, last_step=9_999, log_every=0).close()
+    assert path.read_text() == "".join(lines[:-8])
+    assert len(parsed) == 9, "two steps and one line before them"
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("", ""),
+        ('{"step": 3}\n', ""),
+        ('{"step": 1}', ""),
+        ('{"step": 1}\n' + 8 * "\0", '{"step": 1}\n'),
+        ('{"step": 1}\n' + 8 * "\0" + "\n", '{"step": 1}\n'),
+        ('{"step": 1}\n{"step": 2}\n\n', '{"step": 1}\n{"step": 2}\n'),
+    ],
+)
+def test_the_end_of_a_log_may_be_anything(tmp_path, text, left):
+    (tmp_path / "metrics.jsonl").write_text(text)
+    RunLog(tmp_path, step=2, last_step=9, log_every=0).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == left
+
+
+@pytest.mark.parametrize("main_process", [True, False])
+def test_one_process_verifies_the_checkpoints_for_all(tmp_path, monkeypatch, main_process):
+    """Of each of them hashing all of it: the others are told."""
+    checkpoint.save(tmp_path / "step-000001", 1, write("one"))
+    run = SimpleNamespace(
+        config=SimpleNamespace(RESUME="auto"), output=tmp_path, is_main=main_process
+    )
+    if not main_process:
+        monkeypatch.setattr(checkpoint, "newest", lambda _: pytest.fail("it was verified again"))
+
+    def broadcast(objects):
+        return objects if main_process else [tmp_path / "step-000001"]
+
+    monkeypatch.setattr(saving, "broadcast_object_list", broadcast)
+    assert saving.newest(run) == tmp_path / "step-000001"
 
 
 def assert_same_run(one: Path, other: Path) -> None:

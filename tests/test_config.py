@@ -494,6 +494,10 @@ def test_an_unknown_key_of_a_reward_names_the_nearest_of_that_reward(mistake):
             {"REWARDS": [JUDGE | {"PAIRWISE": True}], "NUM_GENERATIONS": 1, "BASELINE": "ema"},
             "judge is PAIRWISE: NUM_GENERATIONS 1 has only one",
         ),
+        (
+            {"REWARDS": [JUDGE | {"PAIRWISE": True}], "EVAL_FILE": "eval.json"},
+            "EVAL_FILE has nothing to say: every reward is PAIRWISE",
+        ),
         ({"RESUME": "checkpoints"}, """RESUME is "checkpoints": input should be 'auto'"""),
     ],
 )

@@ -817,6 +817,20 @@ def test_the_recipe_runs(server, main, tmp_path):
         assert sample["rewards/judge"] == pytest.approx((words(sample["completion"]) - 1) / 9)
 
 
+def test_an_evaluation_leaves_out_who_compares_completions_of_a_prompt(
+    server, settings, tmp_path, main, caplog
+):
+    """There is one of each: what a PAIRWISE judge misses there is no reason to leave out others."""
+    keys = keys_of(settings, server, tmp_path, PAIRWISE=True) | {"STEPS": 1, "EVAL_EVERY": 1}
+    assert main(keys | {"EVAL_FILE": settings["TRAIN_FILE"]}) == 0
+    (row,) = read_jsonl(Path(settings["OUTPUT_DIR"]) / "metrics.jsonl")
+    assert caplog.messages == []
+    assert row["rewards/judge/mean"] == 0.5, "as it is for any policy"
+    assert row["eval/rewards/judge/mean"] is None
+    assert row["eval/reward"] == row["eval/rewards/length/mean"] > 0
+    assert len(server.seen) <= 2 * 4 * 3, "nothing is asked for it"
+
+
 def test_a_reward_that_raises_pauses_too(settings, main, capsys, tmp_path, monkeypatch):
     (tmp_path / "broken.py").write_text(
         "def broken(completions, trainer_state, **_):\n"

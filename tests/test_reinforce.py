@@ -199,6 +199,22 @@ def test_a_missing_reward_changes_nothing_for_others(baseline, normalize):
     torch.testing.assert_close(given_missing[[0, 2, 3]], without)
 
 
+@pytest.mark.parametrize(
+    ("rewards", "group_size", "share"),
+    [
+        ([1.0, 1.0, 0.0, 0.5], 2, 0.5),
+        ([1.0, 1.0, 0.0, 0.0], 2, 1.0),
+        ([1.0, 1.0, 0.0, 0.0], 1, 0.0),
+        ([0.1, 0.1, 0.1], 1, 1.0),
+        ([NAN, 1.0, NAN, NAN], 2, 1.0),
+        ([NAN, 1.0, 1.0, NAN, 1.0, 2.0], 3, 0.5),
+        ([1e30, -1e30], 2, 0.0),
+    ],
+)
+def test_the_share_of_prompts_without_a_difference(rewards, group_size, share):
+    assert reinforce.zero_std_share(torch.tensor(rewards), group_size) == share
+
+
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="not 'median'"):
         advantages(torch.zeros(2), "median")

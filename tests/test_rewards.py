@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from rewards import CompositeReward, make_reward
 from rewards.classifier import ClassifierReward
+from rewards.messages import text_of
 from rewards.text import LengthReward, RegexReward
 
 property_test = settings(deadline=None, derandomize=True, database=None, max_examples=100)
@@ -465,6 +466,58 @@ def test_trl_reward_on_conversations():
     assert CompositeReward({"r": reward})(prompts, completions) == directly
 
 
+def chat(text: str) -> list[dict]:
+    """As TRL gives the completion of a conversation; a tool's result is not the model's."""
+    tool = {"role": "tool", "content": "good good good"}
+    return [{"role": "assistant", "content": text}, tool]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("regex", {"patterns": "^good"}),
+        ("length", {"target": 3, "unit": "words"}),
+        ("classifier", {"label": "positive"}),
+    ],
+)
+def test_our_rewards_read_conversations(classifier, kind, options):
+    reward = make_reward(kind, **options, **({"model": classifier} if kind == "classifier" else {}))
+    plain = reward(["p"] * 2, ["good film", "bad film bad"])
+    prompts = [[{"role": "user", "content": "Well?"}]] * 2
+    assert reward(prompts, [chat("good film"), chat("bad film bad")]) == plain
+    assert len(set(plain)) == 2, "or the test would show nothing"
+
+
+def test_cosine_reads_conversations(cosine):
+    plain = cosine(["p"], [GUITAR], reference=["Rain."])
+    assert cosine([chat("p")], [chat(GUITAR)], reference=["Rain."]) == plain
+    assert cosine([chat("p")], [chat(GUITAR)], reference=[chat("Rain.")]) == plain
+
+
+@pytest.mark.parametrize(
+    ("messages", "text"),
+    [
+        ("plain", "plain"),
+        ([{"content": "no role"}], "no role"),
+        ([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}],
+         "Be brief.\nWhy?"),
+        ([{"role": "assistant", "content": None, "tool_calls": []},
+          {"role": "tool", "content": "4"}, {"role": "assistant", "content": "Four."}], "\nFour."),
+        ([{"role": "assistant", "content": [{"type": "image"}, {"type": "text", "text": "A cat"}]}],
+         "A cat"),
+        ([], ""),
+    ],
+)  # fmt: skip
+def test_messages_as_text(messages, text):
+    assert text_of(messages) == text
+
+
+def test_a_classifier_reads_the_prompt_of_a_conversation(classifier):
+    reward = ClassifierReward(classifier, "positive", with_prompt=True)
+    asked = [{"role": "user", "content": "the dull"}]
+    assert reward([asked], [chat("film")]) == reward(["the dull\n"], ["film"])
+
+
 TRAINER_STATE = SimpleNamespace(global_step=7)
 
 
@@ -599,6 +652,26 @@ def test_weights_and_imputed_means():
     assert composite(["p"] * 4, texts) == [2 * 1 + 5, 2 * 2 + 10, 2 * 3 + 7.5, None]
 
 
+def test_inside_trl_weights_follow_its_step():
+    composite = CompositeReward(
+        {"a": always(1, 2), "b": always(10, 20)}, {"a": [(0, 1.0), (10, 0.0)]}
+    )
+    state = SimpleNamespace(global_step=5)
+    assert composite(["p"] * 2, ["x", "y"], trainer_state=state) == [0.5 + 10, 1 + 20]
+    assert composite(["p"] * 2, ["x", "y"]) == [11, 22], "the first, where no step is known"
+
+
+def test_a_missing_component_is_the_mean_over_its_prompt():
+    """Prompts of three, two and one completions, the last two of them without a score of `a`."""
+    composite = CompositeReward(
+        {"a": always(1, None, 3, 8, None, None), "b": always(0, 0, 0, 0, 0, 0)}
+    )
+    prompts = ["p"] * 3 + ["q"] * 2 + ["r"]
+    assert composite(prompts, ["x"] * 6) == [1, 2, 3, 8, 8, 4]
+    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    assert composite(chats, ["x"] * 6) == [1, 2, 3, 8, 8, 4]
+
+
 def test_weights_are_one_unless_given():
     composite = CompositeReward({"a": always(1, 2), "b": always(10, 20)}, {"b": -3.0})
     assert composite(["p"] * 2, ["x", "y"]) == [1 - 30, 2 - 60]
@@ -624,9 +697,8 @@ def test_what_is_not_finite_is_quarantined(caplog):
     assert composite(["p"] * 4, texts) == [5, 5, 5, 5]  # 4 is the mean of what is left
     assert composite.quarantined == {"odd": 3, "sound": 0}
     assert caplog.messages == [
-        "reward 'odd' is nan for 'first': left out",
-        "reward 'odd' is inf for 'second': left out",
-        "reward 'odd' is -inf for 'third': left out",
+        "reward 'odd' is not finite for 3 of 4 completions and is left out there; the first: nan "
+        "for 'first'"
     ]
     composite(["p"] * 4, texts)
     assert composite.quarantined["odd"] == 6
@@ -640,13 +712,35 @@ def test_wrong_number_of_scores_is_refused(values):
         composite(["p"] * 2, ["x", "y"])
 
 
-@pytest.mark.parametrize("answer", [None, 0.5, "ab"])
+@pytest.mark.parametrize("value", [3.5e38, -1e39, 10**400, torch.tensor(math.inf)])
+def test_what_is_not_finite_in_float32_is_quarantined(value):
+    composite = CompositeReward({"large": always(value, 3.4e38)})
+    if isinstance(value, int):
+        with pytest.raises(OverflowError):  # no number that float() knows: the reward's mistake
+            composite(["p"] * 2, ["x", "y"])
+    else:
+        assert composite(["p"] * 2, ["x", "y"]) == [None, 3.4e38]
+        assert composite.quarantined == {"large": 1}
+
+
+def test_a_sum_that_is_not_finite_in_float32_is_missing(caplog):
+    composite = CompositeReward({"a": always(3e38, 1), "b": always(3e38, 2)})
+    assert composite(["p"] * 2, ["x", "y"]) == [None, 3]
+    assert caplog.messages == ["the weighted sum of 1 completions is beyond float32: left out"]
+
+
+@pytest.mark.parametrize(
+    "answer", [None, 0.5, "ab", "12", b"12", {1.0, 2.0}, {"x": 1.0, "y": 2.0}, iter([1.0, 2.0])]
+)
 def test_what_is_no_list_of_scores_is_told_with_the_rewards_name(answer):
     composite = CompositeReward({"mine": lambda **_: answer})
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=r"reward .mine. returned .*, not a list of one score per"):
         composite(["p"] * 2, ["x", "y"])
-    said = [str(caught.value), *getattr(caught.value, "__notes__", [])]
-    assert any("reward 'mine'" in line for line in said)
+
+
+@pytest.mark.parametrize("answer", [(1.0, 2.0), torch.tensor([1.0, 2.0]), range(1, 3)])
+def test_any_sequence_is_a_list_of_scores(answer):
+    assert CompositeReward({"mine": lambda **_: answer})(["p"] * 2, ["x", "y"]) == [1.0, 2.0]
 
 
 numbers = st.floats(-100, 100)

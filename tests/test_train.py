@@ -35,8 +35,9 @@ def test_a_run_leaves_all_it_says(run, settings):
     metrics = read_jsonl(out / "metrics.jsonl")
     assert [row["step"] for row in metrics] == [1, 2, 3, 4]
     always = {
-        "step", "reward", "reward_std", "rewards/regex/mean", "rewards/length/mean", "loss", "kl",
-        "kl_per_completion", "kl_coef", "entropy", "grad_norm", "lr", "momentum",
+        "step", "reward", "reward_std", "frac_reward_zero_std", "rewards/regex/mean",
+        "rewards/length/mean", "loss", "kl", "kl_per_completion", "kl_coef", "entropy",
+        "grad_norm", "lr", "momentum",
         "completions/mean_length", "tokens_per_second", "seconds/rollout", "seconds/reward",
         "seconds/reference", "seconds/update", "skipped", "braked", "kl_step", "kl_step_target",
         "kl_step_evidence", "completions/distinct_1", "completions/distinct_2",

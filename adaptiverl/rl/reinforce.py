@@ -52,6 +52,17 @@ def advantages(
     return advantage * weight, weight
 
 
+def zero_std_share(rewards: Tensor, group_size: int = 1) -> float:
+    """The share of groups in which all rewards that are not missing are the same, 0 to 1.
+
+    `rewards` and groups are those of `advantages`: the batch is one where `group_size` is 1.
+    """
+    groups = rewards.view(-1, group_size if group_size > 1 else len(rewards))
+    lowest = groups.nan_to_num(torch.inf).amin(-1)
+    highest = groups.nan_to_num(-torch.inf).amax(-1)
+    return (highest <= lowest).float().mean().item()
+
+
 def kl_per_token(logprobs: Tensor, reference: Tensor, estimator: str = "k1") -> Tensor:
     """Estimates KL(policy ‖ reference) in nats at each sampled token (Schulman 2020).
 

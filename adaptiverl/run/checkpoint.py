@@ -98,13 +98,26 @@ def set_aside(output_dir: Path) -> None:
         log.warning("%s held an earlier run: it is now in %s", output_dir, place)
 
 
-def prune(output_dir: Path, keep: int) -> None:
-    """Removes all but the newest `keep` step checkpoints, 0 keeps all, and unfinished ones."""
+def prune(output_dir: Path, keep: int, written: Path | None = None) -> None:
+    """Removes unfinished checkpoints, and all but the newest `keep` of steps; 0 keeps all.
+
+    The newest that is undamaged stays in any case. `written` is known to be.
+    """
     for leftover in output_dir.glob(".new-*"):
         shutil.rmtree(leftover)
     steps = sorted(output_dir.glob("step-*"), key=lambda path: (len(path.name), path.name))
-    for folder in steps[:-keep] if keep else []:
-        shutil.rmtree(folder)
+    steps = steps[::-1]  # the newest first
+    whole = next((path for path in steps if path == written or _is_whole(path)), None)
+    for folder in steps[keep:] if keep else []:
+        if folder != whole:
+            shutil.rmtree(folder)
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        return _damage(folder, json.loads((folder / MANIFEST).read_text())["files"]) is None
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def _damage(folder: Path, files: dict[str, str]) -> str | None:

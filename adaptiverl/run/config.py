@@ -164,6 +164,14 @@ class Config(Strict):
             names = [reward.name for reward in rewards]
             if twice := {name for name in names if names.count(name) > 1}:
                 raise ValueError(f"two rewards are named {twice.pop()!r}: give one of them a NAME")
+        if self.EVAL_FILE and all(
+            getattr(r, "PAIRWISE", False) for r in (*self.REWARDS, *self.HELD_OUT)
+        ):
+            raise ValueError(
+                "EVAL_FILE has nothing to say: every reward is PAIRWISE and compares completions "
+                "of one policy, so its mean is 0.5 for any policy; add a reward that scores "
+                "(HELD_OUT is for that), or leave EVAL_FILE out"
+            )
         people = [r for rs in (self.REWARDS, self.HELD_OUT) for r in rs if r.TYPE == "human"]
         if sum(reward.WHERE == "terminal" for reward in people) > 1:
             raise ValueError("a terminal asks for one human reward: give the other WHERE web")

@@ -5,17 +5,33 @@ TensorBoard and W&B are accelerate's; checkpoints are checkpoint.py's.
 
 import json
 import math
+import mmap
 import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from tqdm import tqdm
 
 from adaptiverl.run.checkpoint import FILES
 
 Row = dict[str, Any]
+# What the program writes to metrics.jsonl and samples.jsonl, and the first parts of such names
+OWN_NAMES = {
+    "braked", "completion", "completion_ids", "entropy", "frac_reward_zero_std", "grad_norm", "kl",
+    "kl_coef", "kl_per_completion", "kl_step", "kl_step_evidence", "kl_step_target", "logprobs",
+    "loss", "lr", "momentum", "prompt", "reward", "reward_std", "skipped", "step",
+    "tokens_per_second",
+}  # fmt: skip
+OWN_PREFIXES = ("completions/", "eval/", "held_out/", "rewards/", "seconds/")
+
+
+def is_own(name: str) -> bool:
+    """Whether the program writes, or may write, something under this name: a reward may not."""
+    return name in OWN_NAMES or name.startswith(OWN_PREFIXES)
 
 
 class RunLog:
@@ -73,7 +89,7 @@ class RunLog:
 
 def step_line(metrics: dict[str, Any]) -> str:
     """Step 50 | Reward: 0.82 | Loss: -0.3456 | LR: 3.2e-05 | Momentum: 0.912"""
-    reward = "missing" if metrics["reward"] is None else f"{metrics['reward']:.2f}"
+    reward = _reward(metrics["reward"])
     line = (
         f"Step {metrics['step']} | Reward: {reward} | Loss: {metrics['loss']:.4f} | "
         f"LR: {metrics['lr']:.3g} | Momentum: {metrics['momentum']:.3f}"
@@ -81,8 +97,12 @@ def step_line(metrics: dict[str, Any]) -> str:
     if "kl" in metrics:
         line += f" | KL: {round(metrics['kl'], 3) + 0.0:.3f}"  # + 0.0: never "-0.000"
     if "eval/reward" in metrics:
-        line += f" | Eval reward: {metrics['eval/reward']:.2f}"
+        line += f" | Eval reward: {_reward(metrics['eval/reward'])}"
     return line
+
+
+def _reward(value: float | None) -> str:
+    return "missing" if value is None else f"{value:.2f}"
 
 
 def dynamics_lines(optimizer: str, step: int, rows: Sequence[Row]) -> str:
@@ -117,19 +137,44 @@ def _cell(value: Any, width: int = 60) -> str:
 
 
 def _line(row: Row) -> str:
-    """JSON, with NaN and infinity, which it does not have, as null."""
-    odd = [name for name, x in row.items() if isinstance(x, float) and not math.isfinite(x)]
-    return json.dumps(row | dict.fromkeys(odd), ensure_ascii=False) + "\n"
+    try:
+        return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+    except (TypeError, ValueError):  # something that JSON does not have
+        return json.dumps(_plain(row), ensure_ascii=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """In JSON's types: tensors and arrays are lists, what is not finite is null, the rest text."""
+    if isinstance(value, torch.Tensor | np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
 
 
 def _keep_until(path: Path, step: int) -> None:
-    """Cuts the file before the first line that is torn or of a later step."""
-    if not path.exists():
+    """Cuts the file after its last whole line of `step` or an earlier one.
+
+    Read from the end: of a long file, only what is cut off is looked at.
+    """
+    if not path.exists() or not path.stat().st_size:
         return
-    end = 0
-    with path.open("rb") as file:
-        for line in file:
-            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        end = text.rfind(b"\n") + 1
+        while end:
+            begin = text.rfind(b"\n", 0, end - 1) + 1
+            if _is_until(text[begin:end], step):
                 break
-            end += len(line)
+            end = begin
     os.truncate(path, end)
+
+
+def _is_until(line: bytes, step: int) -> bool:
+    try:
+        return json.loads(line)["step"] <= step
+    except ValueError:  # a power cut can leave zeros
+        return False

@@ -1,0 +1,34 @@
+"""Prompts and completions as plain text, whether they come as strings or as lists of messages."""
+
+from collections.abc import Sequence
+from typing import Any
+
+Text = str | Sequence[dict[str, Any]]  # messages are {"role": …, "content": …}
+
+
+def text_of(item: Text) -> str:
+    """The string itself, or the contents of its messages, one per line.
+
+    What a tool returned is left out: nobody wrote it. A content may be a string, None, or a list
+    of parts, of which the texts are read.
+    """
+    if isinstance(item, str):
+        return item
+    return "\n".join(_content(message) for message in item if message.get("role") != "tool")
+
+
+def texts_of(items: Sequence[Text]) -> list[str]:
+    return [text_of(item) for item in items]
+
+
+def joined(prompt: Text, completion: Text) -> str:
+    """The completion after its prompt; messages begin on a new line."""
+    between = "" if isinstance(completion, str) else "\n"
+    return text_of(prompt) + between + text_of(completion)
+
+
+def _content(message: dict[str, Any]) -> str:
+    content = message.get("content") or ""
+    if isinstance(content, str):
+        return content
+    return "".join(part.get("text") or "" for part in content)

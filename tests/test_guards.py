@@ -1,0 +1,238 @@
+"""Runs whose rewards are equal, missing, not finite or in the way: what is said, what is kept."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from conftest import read_jsonl, without_clock
+
+from rewards.desk import Interrupted
+
+ONE = [{"TYPE": "length", "MAX": 500}]  # 1.0 for every completion
+
+
+@pytest.fixture
+def reward(monkeypatch) -> Callable[[Callable], dict]:
+    """Makes a function of the test an entry of REWARDS."""
+
+    def entry(function: Callable) -> dict:
+        module = ModuleType("rewards_of_a_test")
+        module.mine = function
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        return {"TYPE": "python", "FUNCTION": f"{module.__name__}:mine"}
+
+    return entry
+
+
+def rows(settings: dict) -> list[dict]:
+    return read_jsonl(Path(settings["OUTPUT_DIR"]) / "metrics.jsonl")
+
+
+def warnings(caplog, words: str) -> list[str]:
+    return [text for text in caplog.messages if words in text]
+
+
+# Nothing to learn from
+
+
+@pytest.mark.parametrize(("steps", "at"), [(7, 5), (3, 3)])
+def test_equal_rewards_are_warned_of_once(main, settings, caplog, steps, at):
+    assert main(settings | {"REWARDS": ONE, "STEPS": steps}) == 0
+    assert [row["frac_reward_zero_std"] for row in rows(settings)] == [1.0] * steps
+    (text,) = warnings(caplog, "equal")
+    assert text.startswith(f"step {at}: all rewards that are compared have been equal for {at} st")
+    assert "Change REWARDS" in text and "NUM_GENERATIONS" in text
+
+
+def test_equal_rewards_without_a_penalty_leave_the_weights_alone(main, settings, tiny):
+    from safetensors.torch import load_file
+
+    assert main(settings | {"REWARDS": ONE, "KL_COEF": 0}) == 0
+    trained = load_file(Path(settings["OUTPUT_DIR"]) / "final/model.safetensors")
+    before = load_file(tiny / "model.safetensors")
+    assert all(torch.equal(trained[name], before[name]) for name in before)
+    assert [row["grad_norm"] for row in rows(settings)] == [0.0] * 3
+
+
+def test_rewards_that_differ_now_and_then_are_not_warned_of(main, settings, caplog, reward):
+    """Equal in all steps but the fourth and the eighth."""
+
+    def rare(completions, trainer_state, **_):
+        hit = float(trainer_state.global_step % 4 == 0)
+        return [hit * (k == 0) for k in range(len(completions))]
+
+    assert main(settings | {"REWARDS": [reward(rare)], "STEPS": 8}) == 0
+    flat = [row["frac_reward_zero_std"] for row in rows(settings)]
+    assert flat == [1, 1, 1, 0.5, 1, 1, 1, 0.5], "one of two prompts differs"
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize(("baseline", "said"), [("rloo", True), ("batch", False)])
+def test_rewards_that_differ_between_prompts_only(main, settings, caplog, reward, baseline, said):
+    """BASELINE batch learns from them, rloo does not."""
+
+    def by_prompt(prompts, **_):
+        return [float(prompt == prompts[0]) for prompt in prompts]
+
+    assert main(settings | {"REWARDS": [reward(by_prompt)], "BASELINE": baseline}) == 0
+    assert bool(warnings(caplog, "equal")) == said
+
+
+def test_a_collapse_is_warned_of_at_once(main, settings, caplog):
+    keys = {"LRATE": 50, "LR_RULE": "none", "STEPS": 6, "REWARDS": settings["REWARDS"][:1]}
+    assert main(settings | keys) == 0
+    assert rows(settings)[1]["entropy"] < 0.1, "or the test would show nothing"
+    (text,) = warnings(caplog, "collapsed")
+    assert text.startswith("step 2: the policy repeats itself (entropy ")
+    assert "LRATE" in text and "LR_RULE" in text
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), 1e39])
+def test_rewards_that_are_all_missing_are_warned_of_once(main, settings, caplog, reward, value):
+    keys = {"REWARDS": [reward(lambda completions, **_: [value] * len(completions))]}
+    assert main(settings | keys) == 0
+    assert [row["reward"] for row in rows(settings)] == [None] * 3
+    (text,) = warnings(caplog, "no completion has a reward")
+    assert text.startswith("step 1: ") and "mine gave None" in text and "REWARDS" in text
+    odd = warnings(caplog, "reward 'mine' is not finite for 8 of 8 completions")
+    assert len(odd) == (0 if value is None else 3), "one line per step"
+
+
+def test_a_resumed_run_warns_no_second_time(main, settings, caplog):
+    keys = settings | {"REWARDS": ONE, "STEPS": 5, "KL_STEP_FALLS": False}
+    assert main(keys) == 0
+    caplog.clear()
+    assert main(keys | {"STEPS": 7, "RESUME": "auto"}) == 0
+    assert warnings(caplog, "equal") == []
+
+
+def test_what_was_quarantined_is_counted_on_after_a_resume(main, settings, reward):
+    """Bit for bit; of held-out rewards, too."""
+
+    def odd(completions, **_):
+        return [float("nan"), 1e39] + [float(len(text)) for text in completions[2:]]
+
+    entry = reward(odd)
+    keys = settings | {"REWARDS": [entry], "HELD_OUT": [entry | {"NAME": "watched"}]}
+    keys |= {"STEPS": 4, "SAVE_EVERY": 2, "RESUME": "auto"}
+    assert main(keys) == 0
+    whole = rows(settings)
+    assert [row["rewards/mine/quarantined"] for row in whole] == [2, 4, 6, 8]
+    assert [row["held_out/rewards/watched/quarantined"] for row in whole] == [2, 4, 6, 8]
+    out = Path(settings["OUTPUT_DIR"])
+    for name in ("final", "step-000004"):
+        (out / name / "trainer.pt").unlink()
+    assert main(keys) == 0
+    assert without_clock(rows(settings)) == without_clock(whole)
+
+
+# Evaluations without a reward
+
+
+def fails(prompts, **_):
+    raise KeyError("no such prompt")
+
+
+def stopped(prompts, **_):
+    raise Interrupted("the labelling was stopped")
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (lambda prompts, **_: [None] * len(prompts), ""),
+        (fails, "evaluation left out: reward 'mine' failed (KeyError: 'no such prompt')"),
+        (stopped, "evaluation left out: the labelling was stopped"),
+    ],
+)
+def test_an_evaluation_without_a_reward_says_so(
+    main, settings, capsys, caplog, tmp_path, reward, answer, said
+):
+    """And the run goes on: a line on the console is due in the same step."""
+    (tmp_path / "eval.json").write_text(json.dumps([{"prompt": "odd"}, {"prompt": "odd"}]))
+
+    def mine(prompts, completions, **_):
+        return answer(prompts) if "odd" in prompts else [float(len(text)) for text in completions]
+
+    keys = {"REWARDS": [reward(mine)], "EVAL_FILE": str(tmp_path / "eval.json"), "EVAL_EVERY": 2}
+    assert main(settings | keys | {"LOG_EVERY": 1}) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("Step 2 |") and lines[1].endswith("| Eval reward: missing")
+    assert "Eval reward" not in lines[2] and lines[3].startswith("finished: 3 steps")
+    assert [row.get("eval/reward", "none") for row in rows(settings)] == ["none", None, "none"]
+    assert said in caplog.text
+
+
+# What rewards report
+
+
+@pytest.mark.parametrize(
+    "name", ["reward", "step", "loss", "eval/reward", "rewards/mine/mean", "kl_coef"]
+)
+def test_a_reward_may_not_report_under_the_runs_own_names(main, settings, capsys, reward, name):
+    def mine(completions, log_metric, **_):
+        log_metric(name, 7.0)
+        return [0.0] * len(completions)
+
+    assert main(settings | {"REWARDS": [reward(mine)], "KL_COEF": 0}) == 3
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(
+        f"paused before step 1: reward 'mine' failed (ValueError: log_metric({name!r}, …): the run "
+        "logs something of its own under this name; choose another)"
+    )
+
+
+@pytest.mark.parametrize("name", ["prompt", "completion", "logprobs", "step", "rewards/mine"])
+def test_nor_columns_of_samples(main, settings, capsys, reward, name):
+    def mine(completions, log_extra, **_):
+        log_extra(name, list(completions))
+        return [0.0] * len(completions)
+
+    assert main(settings | {"REWARDS": [reward(mine)]}) == 3
+    assert f"reward 'mine' failed (ValueError: log_extra({name!r}, …)" in capsys.readouterr().err
+
+
+def test_a_column_of_another_length_is_refused(main, settings, capsys, reward):
+    def mine(completions, log_extra, **_):
+        log_extra("note", ["one"])
+        return [0.0] * len(completions)
+
+    assert main(settings | {"REWARDS": [reward(mine)]}) == 3
+    assert "log_extra('note', …): 1 values for 8 rows" in capsys.readouterr().err
+
+
+def test_every_name_that_a_run_logs_is_its_own(main, settings):
+    from adaptiverl.run.tracking import is_own
+
+    keys = {"EVAL_FILE": settings["TRAIN_FILE"], "EVAL_EVERY": 1, "LR_RULE": "kl_target"}
+    assert main(settings | keys | {"HELD_OUT": ONE, "STEPS": 1}) == 0
+    samples = read_jsonl(Path(settings["OUTPUT_DIR"]) / "samples.jsonl")
+    names = {name for row in rows(settings) + samples for name in row}
+    assert names > {"step", "reward", "prompt", "eval/reward", "held_out/rewards/length/mean"}
+    assert [name for name in names if not is_own(name)] == []
+    assert not is_own("human/asked") and not is_own("accuracy")
+
+
+def test_numbers_of_numpy_and_torch_are_logged(main, settings, reward):
+    def mine(completions, log_metric, log_extra, **_):
+        log_metric("numpy", np.float32(0.5))
+        log_metric("torch", torch.tensor(3))
+        log_metric("lost", np.float64("nan"))
+        count = len(completions)
+        log_extra("tensor", torch.arange(count))
+        log_extra("array", np.ones((count, 2)))
+        log_extra("odd", [float("inf"), np.float32("nan"), {1.5}, Path("a")] + [(1, None)] * 4)
+        return np.zeros(count)
+
+    assert main(settings | {"REWARDS": [reward(mine)], "STEPS": 1}) == 0
+    (row,) = rows(settings)
+    assert (row["numpy"], row["torch"], row["lost"]) == (0.5, 3.0, None)
+    samples = read_jsonl(Path(settings["OUTPUT_DIR"]) / "samples.jsonl")
+    assert [sample["tensor"] for sample in samples] == list(range(8))
+    assert [sample["array"] for sample in samples] == [[1.0, 1.0]] * 8
+    assert [sample["odd"] for sample in samples] == [None, None, "{1.5}", "a"] + [[1, None]] * 4
