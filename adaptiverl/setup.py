@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from torch.optim import Optimizer
 from transformers import AutoConfig, PreTrainedTokenizerBase
@@ -57,12 +58,18 @@ def accelerator(c: Config) -> Accelerator:
     """The device, the processes and the precision."""
     if c.FP16 and not torch.cuda.is_available():
         raise UserError("FP16 needs a GPU, and there is none: use BF16 or neither")
-    return Accelerator(
+    result = Accelerator(
         cpu=not torch.cuda.is_available(),  # said, or CPU processes do not find each other
         mixed_precision="bf16" if c.BF16 else "fp16" if c.FP16 else "no",
         log_with=c.TRACKERS or None,
         project_dir=Path(c.OUTPUT_DIR, "tensorboard"),
     )
+    if result.distributed_type == DistributedType.FSDP and not result.is_fsdp2:
+        raise UserError(
+            "FSDP works in its second version alone: set fsdp_version: 2 in accelerate's config, as "
+            "configs/accelerate/8-gpus-fsdp.yaml does"
+        )
+    return result
 
 
 def own_rows(c: Config, processes: Accelerator) -> slice:
