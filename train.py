@@ -97,8 +97,9 @@ def policy_gradient(
     """Adds minus the policy gradient to .grad, in GRAD_ACCUM pieces.
 
     Returns four numbers [4] of this process: the loss, the sum of entropies, and the sum and the
-    largest of |log-probability when sampled − log-probability in the loss|. `advantage` and `kl_coef` are those of all processes' completions, `reference` is [B, T] of this
-    process's. The mean over processes is DDP's.
+    largest of |log-probability when sampled − log-probability in the loss|. `advantage` and
+    `kl_coef` are those of all processes' completions, `reference` is [B, T] of this process's. The
+    mean over processes is DDP's.
     """
     c, sums = run.config, torch.zeros(4, device=run.accelerator.device)
     advantage, kl_coef = (x[run.own_rows].to(rollout.logprobs) for x in (advantage, kl_coef))

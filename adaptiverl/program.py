@@ -103,8 +103,8 @@ class Run:
 
     @property
     def coarse(self) -> bool:
-        """Whether log-probabilities are rounded outside of autocast, too."""
-        return not self.exact and (self.sharded or not self.config.FULLTUNE)
+        """Whether log-probabilities are rounded even where a policy computes in fp32."""
+        return not self.exact and (self.sharded or self.config.LOAD_8BIT)
 
     @property
     def is_main(self) -> bool:
@@ -223,7 +223,8 @@ class Run:
         def measure() -> Tensor:
             """In full precision where there is one: rounding errors exceed small updates."""
             work = partial(words, probe, c.TEMPERATURE)
-            return self.without_gradient(work, autocast=self.coarse)
+            with nullcontext() if self.coarse else policy.in_fp32():
+                return self.without_gradient(work, autocast=self.coarse)
 
         def nats(old: Tensor, new: Tensor) -> float:
             """KL(old ‖ new), nats per token, over the probes of all processes."""

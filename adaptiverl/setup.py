@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from torch.optim import Optimizer
 from transformers import AutoConfig, PreTrainedTokenizerBase
@@ -58,12 +59,18 @@ def accelerator(c: Config) -> Accelerator:
     """The device, the processes and the precision."""
     if c.FP16 and not torch.cuda.is_available():
         raise UserError("FP16 needs a GPU, and there is none: use BF16 or neither")
-    return Accelerator(
+    result = Accelerator(
         cpu=not torch.cuda.is_available(),  # said, or CPU processes do not find each other
         mixed_precision="bf16" if c.BF16 else "fp16" if c.FP16 else "no",
         log_with=c.TRACKERS or None,
         project_dir=Path(c.OUTPUT_DIR, "tensorboard"),
     )
+    if result.distributed_type == DistributedType.FSDP and not result.is_fsdp2:
+        raise UserError(
+            "FSDP works in its second version alone: set fsdp_version: 2 in accelerate's config, "
+            "as configs/accelerate/8-gpus-fsdp.yaml does"
+        )
+    return result
 
 
 def own_rows(c: Config, processes: Accelerator) -> slice:
@@ -223,7 +230,7 @@ def controller(c: Config, optimizer: Optimizer, last_step: int) -> Controller:
 
 def check_rules(c: Config, last_step: int) -> None:
     """Tries the rules on a weight of their own, before the model is loaded."""
-    kind = {"OPTIM": "adamw"} if c.OPTIM == "adamw_8bit" else {}
+    kind: dict[str, Any] = {"OPTIM": "adamw"} if c.OPTIM == "adamw_8bit" else {}
     kind |= {"KL_STEP_FALLS": True}  # so that the controller is told how long the run is
     own = optimizer(c.model_copy(update=kind), [("weight", torch.nn.Parameter(torch.zeros(1)))])
     controller(c.model_copy(update=kind), own, last_step)

@@ -1,5 +1,6 @@
 """Adaptive control inside the program: trust region, its records, and what explains them."""
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -53,25 +54,49 @@ def test_no_gradient_moves_no_rate(main, settings):
     assert [row["grad_norm"] for row in metrics] == [0] * 3
 
 
-@pytest.mark.parametrize("full", [True, False])
-def test_rounding_is_not_taken_for_an_update(main, settings, monkeypatch, full):
-    """In bf16 a policy is some 1e-4 nats a token away from itself: fp32 weights are measured in
-    fp32, and a target below the rounding of frozen bf16 ones is raised to it."""
-    from adaptiverl.optim.trust_region import TrustRegion
+@pytest.mark.parametrize("scale", [0.1, 1.0])
+@pytest.mark.parametrize("frozen", [None, "bf16", "LOAD_4BIT", "LOAD_8BIT"])
+def test_rounding_is_not_taken_for_an_update(main, settings, monkeypatch, frozen, scale):
+    """In bf16 a policy is 1e-6 to 1e-4 nats per token away from itself, more the more weights have
+    moved; so the KL of an update is measured in fp32, with the frozen weights as they are rounded.
 
-    seen = []
+    Activations in 8 bits are always rounded: there the target is raised to what that makes.
+    """
+    from adaptiverl.optim.trust_region import TrustRegion
+    from adaptiverl.program import Run
+
+    seen, now, step = [], {}, Run.step
+
+    def exact(run, rollout):
+        """By a copy of the policy that is fp32 altogether."""
+        policy = copy.deepcopy(run.sampler.policy).float()
+        for module in policy.modules():
+            if type(module).__name__ == "Linear4bit":
+                module.compute_dtype = torch.float32
+        return policy.logprobs(rollout)
+
+    def spy(run, rollout, grad_norm):
+        now["run"], now["probe"] = run, rollout.part(torch.arange(0, len(rollout), 8))
+        now["before"] = exact(run, now["probe"])
+        return step(run, rollout, grad_norm)
 
     def shrink(region, measure, rescale, target, most):
-        rescale(0.01 if full else 0.1)
-        seen.append((measure(), target))
+        rescale(scale)
+        log_ratio = exact(now["run"], now["probe"]) - now["before"]
+        kl = (log_ratio.exp() - 1 - log_ratio).sum() / now["probe"].completion_mask.sum()
+        seen.append((measure(), kl.item(), target))
         return 1.0, target
 
+    monkeypatch.setattr(Run, "step", spy)
     monkeypatch.setattr(TrustRegion, "fit", shrink)
-    keys = {"BF16": True, "FULLTUNE": full, "LRATE": 1e-4, "BATCH_SIZE": 64, "MAX_NEW_TOKENS": 16}
-    assert main(settings | keys | {"KL_STEP_TARGET": 1e-6}) == 0 and len(seen) == 3
-    for kl, target in seen:
-        assert kl < (1e-7 if full else target)
-        assert (target <= 1e-6) is full
+    keys = {"BF16": True, "FULLTUNE": not frozen, "LRATE": 1e-4, "STEPS": 2, "BATCH_SIZE": 32}
+    keys |= {frozen: True} if frozen in ("LOAD_4BIT", "LOAD_8BIT") else {}
+    assert main(settings | keys | {"KL_STEP_TARGET": 1e-6}) == 0 and len(seen) == 2
+    for kl, want, target in seen:
+        if frozen == "LOAD_8BIT":
+            assert target > 1e-6
+        else:
+            assert kl == pytest.approx(want, rel=0.05, abs=1e-8) and target <= 1e-6
 
 
 def test_an_update_that_was_taken_back_does_not_raise_the_rate(main, settings, monkeypatch):

@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, read_jsonl, without_clock
@@ -39,6 +40,9 @@ import train
 from adaptiverl import setup
 from torch.distributed.fsdp import FSDPModule
 from adaptiverl.program import Run
+def keep_whole_gradients(model, sync, **_):
+    assert sync, "gradients of the whole model would be kept"
+FSDPModule.set_requires_gradient_sync = keep_whole_gradients
 start = Run.start
 def start_sharded(run):
     assert isinstance(run.policy, FSDPModule), "nothing was sharded: the test would show nothing"
@@ -199,7 +203,7 @@ def test_a_sharded_policy_does_what_a_whole_one_does(run, main, keys, tmp_path):
     out = Path(keys["OUTPUT_DIR"])
     script = tmp_path / "sharded.py"
     script.write_text(SHARDED.format(root=str(ROOT)))
-    keys |= {"SAVE_EVERY": 2}
+    keys |= {"SAVE_EVERY": 2, "GRAD_ACCUM": 2}
     assert main(keys | {"OUTPUT_DIR": f"{out}-one"}) == 0
     result = run(keys, launcher=TORCHRUN, program=str(script))
     assert result.returncode == 0, result.stderr
@@ -226,3 +230,20 @@ def test_prompts_that_cannot_be_shared_are_refused(run, settings):
     result = run(settings | {"BATCH_SIZE": 6, "NUM_GENERATIONS": 2}, launcher=TORCHRUN)
     assert result.returncode != 0
     assert "3 prompts a step cannot be shared by 2 processes" in result.stderr
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_first_fsdp_is_refused(monkeypatch, settings, version):
+    """Its layers are flat and know nothing of being kept gathered while a policy samples."""
+    from accelerate.utils import DistributedType
+
+    from adaptiverl import setup
+    from adaptiverl.run.config import Config, UserError
+
+    spread = SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=version == 2)
+    monkeypatch.setattr(setup, "Accelerator", lambda **_: spread)
+    if version == 2:
+        assert setup.accelerator(Config(**settings)) is spread
+    else:
+        with pytest.raises(UserError, match="set fsdp_version: 2 in accelerate's config"):
+            setup.accelerator(Config(**settings))

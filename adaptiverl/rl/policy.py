@@ -8,7 +8,7 @@ import copy
 import inspect
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,8 @@ class Policy(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Σ weights · log π over the completions' tokens; log π and the entropy at each [B, T].
 
-        Those two are detached, and 0 where masked. `weights` is [B, T], the factor of each token in the gradient.
+        Those two are detached, and 0 where masked. `weights` is [B, T], the factor of each token in
+        the gradient.
         """
         mask = rollout.completion_mask.bool()
         tokens, weights = rollout.completion_ids[mask], weights[mask]
@@ -173,6 +174,36 @@ class Policy(nn.Module):
         logits = base(**inputs).logits[:, -length - 1 : -1]
         return (logits[rollout.completion_mask.bool()].float() / temperature).log_softmax(-1)
 
+    @contextmanager
+    def in_fp32(self) -> Iterator[None]:
+        """Within this, frozen layers in half precision or 4 bits compute in fp32, one at a time."""
+        if not self.has_adapter:  # nothing is frozen
+            yield
+            return
+        from bitsandbytes.nn import Linear4bit  # peft has imported it
+
+        modules = list(self.base.modules())
+        four_bit = [module for module in modules if isinstance(module, Linear4bit)]
+        usual = [module.compute_dtype for module in four_bit]
+        head = _Widened(self.base.get_output_embeddings().parameters())  # head.py reads its weight
+        head.widen()
+        handles = []
+        for module in modules:
+            own = _Widened(module.parameters(recurse=False))
+            if own.narrow:
+                handles.append(module.register_forward_pre_hook(own.widen))
+                handles.append(module.register_forward_hook(own.restore, always_call=True))
+        for module in four_bit:
+            module.compute_dtype = torch.float32
+        try:
+            yield
+        finally:
+            head.restore()
+            for handle in handles:
+                handle.remove()
+            for module, dtype in zip(four_bit, usual, strict=True):
+                module.compute_dtype = dtype
+
     def save(self, folder: Path, state: dict[str, Tensor] | None = None) -> None:
         """Weights, or the adapter alone, in the form `from_pretrained` loads.
 
@@ -184,6 +215,22 @@ class Policy(nn.Module):
                 state.pop(tied, None)
         only = {"selected_adapters": [TRAINED]} if self.has_adapter else {}
         self.lm.save_pretrained(folder, state_dict=state, **only)
+
+
+class _Widened:
+    """Parameters that are fp32 between `widen` and `restore`, which take what hooks are given."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]):
+        half = (torch.bfloat16, torch.float16)
+        self.narrow = [(p, p.data) for p in parameters if p.dtype in half]
+
+    def widen(self, *_: Any) -> None:
+        for p, data in self.narrow:
+            p.data = data.float()
+
+    def restore(self, *_: Any) -> None:
+        for p, data in self.narrow:
+            p.data = data
 
 
 def _inputs(base: Any, rollout: Rollout) -> dict[str, Any]:
