@@ -203,7 +203,7 @@ def controller(c: Config, optimizer: Optimizer, last_step: int) -> Controller:
 
 def check_rules(c: Config, last_step: int) -> None:
     """Tries the rules on a weight of their own, before the model is loaded."""
-    kind = {"OPTIM": "adamw"} if c.OPTIM == "adamw_8bit" else {}
+    kind: dict[str, Any] = {"OPTIM": "adamw"} if c.OPTIM == "adamw_8bit" else {}
     kind |= {"KL_STEP_FALLS": True}  # so that the controller is told how long the run is
     own = optimizer(c.model_copy(update=kind), [("weight", torch.nn.Parameter(torch.zeros(1)))])
     controller(c.model_copy(update=kind), own, last_step)
