@@ -43,7 +43,7 @@ def trained(name: str) -> Weights:
 
 
 def centre(values: Tensor, among: Tensor | None) -> Tensor:
-    """`values` [T] less their mean; with `among` [T], 1 or 0, that of those rows, and 0 elsewhere."""
+    """`values` [T] less their mean; with `among` [T], 1 or 0, that of those rows, else 0."""
     if among is None:
         return values - values.mean()
     return (values - (values * among).sum() / among.sum().clamp(min=1)) * among
