@@ -1,7 +1,9 @@
 """OnlineSGD, OnlineRMSProp, OnlineAdamW and the rule "learned": torch's own, scaled by a GRU."""
 
+import copy
 import io
 import math
+import pickle
 import shutil
 import warnings
 from collections.abc import Callable
@@ -142,6 +144,95 @@ def test_in_other_peoples_loops_it_is_torchs_own_too(ours, theirs, arguments, lo
         ends.append(weights_of(model) + kept)
     for one, other in zip(*ends, strict=True):  # moments too: Adam's step forgives a scale
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-8)
+
+
+@each
+@pytest.mark.parametrize("why", ["frozen", "no gradient"])
+def test_tensors_that_are_not_trained_take_no_part(ours, theirs, arguments, why):
+    """LoRA given all parameters: those that are trained do what they do alone."""
+    ends = []
+    for whole in (True, False):
+        model = net()
+        still = [(n, p) for n, p in model.named_parameters() if n in ("1.weight", "1.bias")]
+        for _, p in still:
+            p.requires_grad_(why == "no gradient")
+        named = list(model.named_parameters())
+        if not whole:
+            named = [(n, p) for n, p in named if n not in ("1.weight", "1.bias")]
+        optimizer = lively(ours(named, lr=0.01, **arguments))
+        kept = [n not in ("1.weight", "1.bias") for n, _ in named]
+        place = torch.tensor([-0.5, -0.4, 0.0, 0.0, 0.4, 0.5] if whole else [-0.5, -0.4, 0.4, 0.5])
+        optimizer._fixed[:, 0] = place  # their depth, as if there were as many
+        for step in range(12):
+            backward(model, step)
+            for _, p in still:
+                p.grad = None
+            optimizer.step()
+        scale = optimizer.last["scale"]
+        assert scale[torch.tensor(kept)].mean().abs() < 1e-6, "centred over those that move"
+        assert not scale[~torch.tensor(kept)].any()
+        ends.append(weights_of(model))
+    for one, other in zip(*ends, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_groups_without_parameters_are_no_mistake():
+    model = net()
+    groups = [{"params": []}, {"params": list(model.parameters())}]
+    optimizer = OnlineAdamW(groups, lr=0.01)
+    train(model, optimizer, range(2))
+    with pytest.raises(ValueError, match="none of its groups has a parameter"):
+        OnlineAdamW([{"params": []}], lr=0.01)
+
+
+@each
+def test_a_rate_that_groups_share_is_scaled_once(ours, theirs, arguments):
+    model = net()
+    parameters, rate = list(model.parameters()), torch.tensor(0.01)
+    groups = [{"params": part, "lr": rate} for part in (parameters[:3], parameters[3:])]
+    arguments = {k: v for k, v in arguments.items() if k != "fused"}
+    optimizer = ours(groups, weights=None, learn=False, lr_rule="cyclical", cycle_length=4,
+                     eta_min_scale=0.5, **arguments)  # fmt: skip
+    for factor in (1.0, 0.75, 0.5):
+        backward(model, 0)
+        optimizer.step()
+        assert [r.item() for r in optimizer.rates.values()] == pytest.approx([0.01 * factor] * 6)
+    assert rate.item() == pytest.approx(0.01)
+
+
+@each
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_goes_on_as_the_original_does(ours, theirs, arguments, copied):
+    model = net()
+    optimizer = lively(ours(model.named_parameters(), lr=0.01, lr_rule="loss_decay", **arguments))
+    train(model, optimizer, range(5))
+    other, twin = copied((model, optimizer))
+    assert twin.controller.optimizer is twin
+    train(model, optimizer, range(5, 12))
+    train(other, twin, range(5, 12))
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+
+
+@pytest.mark.parametrize("name", ["hidden", "last", "weights"])
+def test_a_state_of_other_shapes_is_refused(name):
+    model = net()
+    state = OnlineAdamW(model.parameters()).state_dict()
+    if name == "hidden":
+        state["online"]["hidden"] = torch.zeros(6, 3)
+    else:
+        part = next(iter(state["online"][name]))
+        state["online"][name] = state["online"][name] | {part: torch.zeros(2, 2)}
+    with pytest.raises(ValueError, match=rf"the state does not fit: {name}.* is \[.*\] there"):
+        OnlineAdamW(model.parameters()).load_state_dict(state)
+
+
+def test_moments_of_other_shapes_are_refused():
+    """The names are the same where there are none: 0, 1, …"""
+    model, wide = net(), nn.Sequential(nn.Linear(40, 32), nn.LayerNorm(32), nn.Linear(32, 3))
+    optimizer = OnlineAdamW(model.parameters())
+    train(model, optimizer, range(1))
+    with pytest.raises(ValueError, match=r"does not fit: exp_avg of 0 is \[64, 40\] there"):
+        OnlineAdamW(wide.parameters()).load_state_dict(optimizer.state_dict())
 
 
 def test_rules_of_the_whole_rate_are_the_controllers():

@@ -1,5 +1,6 @@
 """AdaptiveScheduler and RewardAdaptiveScheduler: the seeds' examples, run as they were written."""
 
+import asyncio
 import io
 import math
 import types
@@ -119,19 +120,92 @@ def test_seed_5s_example_configurations(arguments):
 
 
 def test_every_argument_of_the_seeds_is_accepted():
-    for names in (
-        "loss_beta reward_beta var_window up_factor down_factor min_rel_improve var_damp_base "
-        "var_damp_scale reward_up reward_down momentum_up momentum_down big_drop eta_min_scale "
-        "lr_min lr_max momentum_min momentum_max T_mult",
-        "min_lr max_lr min_momentum max_momentum ema_reward_beta",
-    ):
-        optimizer = SGD(linear().parameters(), lr=0.5, momentum=0.5)
-        low = ("lr_min", "min_lr", "momentum_min", "min_momentum")
-        AdaptiveScheduler(optimizer, **{name: 0 if name in low else 1 for name in names.split()})
+    """Seed 5's signature, its own values; then seed 3's and seed 4's."""
+    optimizer = SGD(linear().parameters(), lr=0.5, momentum=0.5)
+    AdaptiveScheduler(
+        optimizer, loss_beta=0.9, reward_beta=0.9, var_window=20, up_factor=1.05, down_factor=0.7,
+        min_rel_improve=1e-4, var_damp_base=1.0, var_damp_scale=1.0, use_reward=False,
+        reward_up=1.03, reward_down=0.90, momentum_up=0.01, momentum_down=0.90, patience=20,
+        big_drop=0.5, cooldown=50, use_cosine=False, T0=200, T_mult=2, eta_min_scale=0.1,
+        lr_min=1e-7, lr_max=10.0, momentum_min=0.0, momentum_max=0.999, last_epoch=-1,
+    )  # fmt: skip
+    AdaptiveScheduler(
+        optimizer, use_reward=True, use_cosine=True, loss_beta=0.5, reward_beta=0.5, var_window=5,
+        up_factor=1.5, down_factor=0.5, min_rel_improve=0.1, var_damp_base=2.0, var_damp_scale=2.0,
+        reward_up=1.5, reward_down=0.5, momentum_up=0.1, momentum_down=0.5, patience=2,
+        big_drop=0.1, cooldown=5, T0=20, T_mult=3, eta_min_scale=0.5, lr_min=1e-5, lr_max=1.0,
+        momentum_min=0.1, momentum_max=0.9,
+    )  # fmt: skip
+    AdaptiveScheduler(
+        optimizer, lr_rule="grad_norm", momentum_rule="exp", reward_rule="scaling",
+        ema_reward_beta=0.9, min_lr=1e-6, max_lr=0.5, min_momentum=0.0, max_momentum=0.99,
+    )  # fmt: skip
+    for rule in ("scaling", "trend", "variance", "kelly", "none"):
+        RewardAdaptiveScheduler(optimizer, rule=rule, ema_reward_beta=0.9, min_lr=1e-6, max_lr=1.0)
     with pytest.raises(TypeError, match="upfactor"):
         AdaptiveScheduler(optimizer, upfactor=1.1)
     with pytest.raises(ValueError, match="load_state_dict"):
         AdaptiveScheduler(optimizer, last_epoch=3)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda o: RewardAdaptiveScheduler(o, up_factor=1.2),
+            "up_factor is read by lr_rule trend, and not by a rule that is chosen",
+        ),
+        (lambda o: AdaptiveScheduler(o, T0=100), "cycle_length is read by"),
+        (lambda o: AdaptiveScheduler(o, eta_min_scale=0.5), "eta_min_scale is read by"),
+        (lambda o: AdaptiveScheduler(o, use_cosine=True, T0=0), "cycle_length is 0; it must be"),
+        (lambda o: AdaptiveScheduler(o, use_cosine=True, T_mult=0.5), "cycle_mult is 0.5"),
+        (
+            lambda o: AdaptiveScheduler(o, use_reward=True, reward_rule="none"),
+            'use_reward contradicts reward_rule "none"',
+        ),
+    ],
+)
+def test_arguments_that_nothing_would_read_are_refused(make, message, caplog):
+    optimizer = SGD(linear().parameters(), lr=0.5, momentum=0.5)
+    if message == "cycle_length is read by":
+        make(optimizer)
+        assert message in caplog.text
+    else:
+        with pytest.raises(ValueError, match=message):
+            make(optimizer)
+
+
+def test_use_cosine_adds_to_the_rules_that_are_named():
+    optimizer = SGD(linear().parameters(), lr=0.5)
+    scheduler = AdaptiveScheduler(optimizer, lr_rule="trend", use_cosine=True)
+    assert scheduler.controller.lr_rules == ["trend", "cosine_restart"]
+
+
+def test_groups_that_share_one_rate_are_no_second_writer():
+    rate = torch.tensor(0.5)
+    groups = [{"params": list(linear().parameters()), "lr": rate} for _ in range(2)]
+    scheduler = AdaptiveScheduler(
+        SGD(groups), lr_rule="loss_decay", loss_k=1.0, loss_beta=0.0, memory=math.inf,
+        max_drift=100.0,
+    )  # fmt: skip
+    assert scheduler.step_loss(1.0) == [0.25, 0.25]
+    assert scheduler.step_loss(3.0) == [0.0625, 0.0625] and rate.item() == 0.0625
+
+
+def test_a_bare_step_after_observe_is_no_second_step_of_time():
+    """Trainers step the scheduler they are given, also where it has observed already."""
+    optimizer = SGD(linear().parameters(), lr=0.5)
+    scheduler = AdaptiveScheduler(optimizer, lr_rule="cyclical", cycle_length=4, eta_min_scale=0.2)
+    for expected in (0.3, 0.1, 0.3):
+        optimizer.step()
+        scheduler.observe(loss=1.0)
+        scheduler.step()
+        assert scheduler.get_last_lr() == pytest.approx([expected])
+    for expected in (0.5, 0.3):
+        optimizer.step()
+        scheduler.step()
+        assert scheduler.get_last_lr() == pytest.approx([expected]), "time passes without news"
+    assert scheduler.last_epoch == scheduler.controller.step == 5
 
 
 def test_none_everywhere_is_inert():
@@ -227,7 +301,7 @@ def texts(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["RLOO", "GRPO"])
-@pytest.mark.parametrize("face", ["optimizer", "scheduler", "online"])
+@pytest.mark.parametrize("face", ["optimizer", "scheduler", "both", "online"])
 @pytest.mark.filterwarnings("ignore")
 def test_inside_trls_trainers(kind, face, tmp_path):
     """The reward that TRL computed is what the rule sees, and the rate of each step follows."""
@@ -247,7 +321,7 @@ def test_inside_trls_trainers(kind, face, tmp_path):
     rule = {"trend_window": 2, "reward_up": 2.0, "memory": math.inf, "max_drift": 100.0}
     if face == "optimizer":
         optimizer = watched = AdaptiveOptimizer(base, reward_rule="trend", **rule)
-    elif face == "scheduler":
+    elif face in ("scheduler", "both"):
         optimizer, watched = base, RewardAdaptiveScheduler(base, rule="trend", **rule)
     else:  # its head is zero: each tensor at the rate of all
         optimizer = watched = OnlineAdamW(
@@ -260,7 +334,7 @@ def test_inside_trls_trainers(kind, face, tmp_path):
         output_dir=str(tmp_path), per_device_train_batch_size=4, num_generations=4, max_steps=4,
         max_completion_length=4, report_to=[], use_cpu=True, save_strategy="no", bf16=False,
         lr_scheduler_type="linear", learning_rate=1e-3, disable_tqdm=True,
-        gradient_checkpointing=False, beta=0.0,
+        gradient_checkpointing=False, beta=0.0, logging_steps=1,
     )  # fmt: skip
     trainer = getattr(trl, f"{kind}Trainer")(
         model=model,
@@ -268,12 +342,40 @@ def test_inside_trls_trainers(kind, face, tmp_path):
         args=arguments,
         train_dataset=dataset,
         processing_class=tokenizer,
-        optimizers=(optimizer, None),
+        optimizers=(optimizer, watched if face == "both" else None),
         callbacks=[RewardObserveCallback(watched, tap.last)],
     )
     trainer.train()
     # linear 1, 3/4, 1/2, 1/4; the reward has risen before the third step and again
-    assert rates == pytest.approx([1e-3, 0.75e-3, 2 * 0.5e-3, 4 * 0.25e-3])
+    linear = [1.0] * 4 if face == "both" else [1.0, 0.75, 0.5, 0.25]
+    assert rates == pytest.approx([1e-3 * a * b for a, b in zip(linear, (1, 1, 2, 4), strict=True)])
+    logged = [row["learning_rate"] for row in trainer.state.log_history if "learning_rate" in row]
+    assert logged == pytest.approx(rates), "the log has the rate that the step took"
+    assert watched.controller.step == 4, "once per step"
+    if face != "online":
+        now = float(base.param_groups[0]["lr"]) * watched.controller.ratio
+        assert (watched.lr if face == "optimizer" else watched.get_lr()[0]) == pytest.approx(now)
+
+
+def test_a_tap_on_an_async_reward_is_async_and_remembers_alike():
+    import inspect
+
+    async def reward(completions, **_):
+        return [1.0, None, 3.0]
+
+    class Judge:
+        async def __call__(self, completions, **_):
+            return [5.0]
+
+    tap, judge = RewardTap(reward), RewardTap(Judge())
+    assert tap.last() is None and tap.__name__ == "reward"
+    for one in (tap, judge):
+        assert isinstance(one, RewardTap)
+        assert inspect.iscoroutinefunction(type(one).__call__), "what TRL and our composite ask"
+    assert asyncio.run(tap(completions=["a"] * 3)) == [1.0, None, 3.0]
+    assert asyncio.run(judge(completions=["a"])) == [5.0]
+    assert (tap.last(), judge.last()) == (2.0, 5.0)
+    assert not inspect.iscoroutinefunction(RewardTap(lambda completions: [1.0]).__call__)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -320,6 +422,7 @@ def test_seed_3s_integration_with_trl(tmp_path):
     trainer.lr_scheduler = sched
     trainer.train()
     assert rewards == [0.0, 1.0, 2.0, 3.0]
+    assert sched.controller.step == 3, "the trainer steps it too, which is no second step of time"
     lean = 1 - 1 / 100
     twice = (2.0**lean * 2.0) ** lean
     assert optimizer.param_groups[0]["lr"] == pytest.approx(5e-5 * min(twice, 3.0))

@@ -14,7 +14,9 @@ class RewardObserveCallback(TrainerCallback):
     """After each step of the optimizer `scheduler` observes `reward_fn(step)`.
 
     A Trainer always has a scheduler of its own, so the rate is that one's times what the rules
-    make of it. `scheduler` is an AdaptiveScheduler, RewardAdaptiveScheduler, AdaptiveOptimizer,
+    make of it, and so is the `learning_rate` of the Trainer's log (not with ReduceLROnPlateau or
+    GreedyLR, for which a Trainer logs what they have set). `scheduler` may be given to the Trainer
+    as its own, too. It is an AdaptiveScheduler, RewardAdaptiveScheduler, AdaptiveOptimizer,
     OnlineAdamW or its like; `reward_fn` gives the latest reward, or None where there is none.
     """
 
@@ -26,10 +28,13 @@ class RewardObserveCallback(TrainerCallback):
         self.scheduler, self.reward_fn = scheduler, reward_fn
         scheduler.controller.owns_lr = False
         self.applied: Any = None
+        self.rates: list[float] = []  # of the step that is being made
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        own = self.scheduler.controller
+        self.rates = [own.rate(float(group["lr"])) for group in own.optimizer.param_groups]
         if isinstance(self.scheduler, AdaptiveScheduler):  # the optimizer does it by itself
             self.applied = self.scheduler.controller.applied()
             self.applied.__enter__()
@@ -45,3 +50,4 @@ class RewardObserveCallback(TrainerCallback):
             own = self.scheduler
             watched = own if isinstance(own, Online) else own.controller
             watched.observe(reward=reward)  # an Online's GRU sees it too
+        kwargs["lr_scheduler"]._last_lr = self.rates  # what a Trainer logs, until its next step

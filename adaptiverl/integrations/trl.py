@@ -6,6 +6,7 @@ RLOOTrainer(model, reward_funcs=tap, …, optimizers=(optimizer, None),
             callbacks=[RewardObserveCallback(optimizer, tap.last)])
 """
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -16,15 +17,21 @@ __all__ = ["RewardObserveCallback", "RewardTap"]
 
 
 class RewardTap:
-    """A reward function that remembers the mean of what it returned last."""
+    """A reward function that remembers the mean of what it returned last; async if `reward` is."""
 
-    def __init__(self, reward: Callable[..., list[float | None]]):
+    def __new__(cls, reward: Callable[..., Any]) -> "RewardTap":
+        waits = map(inspect.iscoroutinefunction, (reward, type(reward).__call__))
+        return super().__new__(_AsyncRewardTap if any(waits) else cls)
+
+    def __init__(self, reward: Callable[..., Any]):
         self.reward = reward
         self.mean: float | None = None
         self.__name__ = getattr(reward, "__name__", type(reward).__name__)  # TRL logs by this name
 
-    def __call__(self, *args: Any, **kwargs: Any) -> list[float | None]:
-        values = self.reward(*args, **kwargs)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._remember(self.reward(*args, **kwargs))
+
+    def _remember(self, values: list[float | None]) -> list[float | None]:
         known = [value for value in values if value is not None and math.isfinite(value)]
         self.mean = sum(known) / len(known) if known else None
         return values
@@ -32,3 +39,8 @@ class RewardTap:
     def last(self, step: int = 0) -> float | None:
         """The mean of this process's last batch; None before there was one, or if all missed."""
         return self.mean
+
+
+class _AsyncRewardTap(RewardTap):
+    async def __call__(self, *args: Any, **kwargs: Any) -> list[float | None]:
+        return self._remember(await self.reward(*args, **kwargs))

@@ -52,7 +52,7 @@ class Online(Optimizer):
         for group in self.param_groups:
             if group.get("foreach") and not group.get("capturable"):
                 raise ValueError("foreach cannot take each tensor's rate: use fused or neither")
-            if group["params"][0].is_cuda and not group.get("foreach"):
+            if any(p.is_cuda for p in group["params"]) and not group.get("foreach"):
                 group["fused" if "fused" in group else "capturable"] = True  # no synchronisation
         self.learns, self.learning = learn, {"rate": recurrent.META_LR, "kept": recurrent.HOME}
         self.controller = Controller(self, owns_lr=False, **rules)
@@ -60,6 +60,8 @@ class Online(Optimizer):
         self.steps = 0
         self.signals = [0.0] * 4  # of the whole run, for every tensor
         self.tensors = [p for group in self.param_groups for p in group["params"]]
+        if not self.tensors:
+            raise ValueError("none of its groups has a parameter")
         self.device = self.tensors[0].device
         if {p.device for p in self.tensors} != {self.device}:
             raise ValueError("an online optimizer needs all of its tensors on one device")
@@ -79,7 +81,23 @@ class Online(Optimizer):
         signs = [-1.0 if g.get("maximize") else 1.0 for g in self.param_groups for _ in g["params"]]
         self._downhill = torch.tensor(signs, device=self.device)
         self._run = torch.zeros(5, device=self.device)
-        self._told = self._run.unbind()
+        self._trained = torch.ones(len(self.tensors), device=self.device)
+        self._have_gradient = [True] * len(self.tensors)
+        self._told, self._flags = self._run.unbind(), self._trained.unbind()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy and pickle. As with torch's optimizers, hooks stay behind."""
+        own = (
+            "learns", "learning", "controller", "rates", "steps", "signals", "tensors", "device",
+            "sample", "weights", "home", "hidden", "last", "_fixed", "_downhill", "_run",
+            "_trained", "_have_gradient", "_step_supports_amp_scaling",
+        )  # fmt: skip
+        return super().__getstate__() | {name: getattr(self, name) for name in own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_run" in state:  # else it is torch's, within load_state_dict
+            self._told, self._flags = self._run.unbind(), self._trained.unbind()
 
     @property
     def names(self) -> list[str]:
@@ -88,8 +106,8 @@ class Online(Optimizer):
         return names if len(names) == len(self.tensors) else [*map(str, range(len(self.tensors)))]
 
     def _place(self, weights: recurrent.Weights, home: recurrent.Weights) -> None:
-        self.weights = {name: w.to(self.device) for name, w in weights.items()}
-        self.home = {name: w.to(self.device) for name, w in home.items()}
+        self.weights = recurrent.moved(weights, self.device)
+        self.home = recurrent.moved(home, self.device)
 
     def _what_never_changes(self) -> Tensor:
         """[T, 3]: depth, size, whether a vector."""
@@ -117,7 +135,9 @@ class Online(Optimizer):
         what is usual for them, and the share of the run that is done."""
         given = {"loss": loss, "reward": reward, "kl": kl}
         own = {name: number(x) for name, x in given.items() if x is not None}
-        values = self.controller.observe(**own)  # of all processes: their scales must not differ
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            self.controller.ask_for_processes()  # their scales must not differ
+        values = self.controller.observe(**own)
         if kl_target and values.get("kl", 0) > 0:
             self.signals[0] = min(max(math.log(values["kl"] / kl_target) / 2, -2.0), 2.0)
         for place, name in ((1, "reward"), (2, "loss")):
@@ -134,6 +154,7 @@ class Online(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._see_who_is_trained()
         gradient = self.sample([p.grad for p in self.tensors])
         weight = self.sample(self.tensors)
         # Read here and not after the step: whoever shrank the update (a trust region) has done so.
@@ -142,7 +163,8 @@ class Online(Optimizer):
         if self.learns and self.steps:
             self.weights = recurrent.learn(
                 self.weights, self.home, self.last["x"], self.last["hidden"],
-                gain - gain.mean(), centred=True, **self.learning,
+                recurrent.centre(gain, self._trained), centred=True, among=self._trained,
+                **self.learning,
             )  # fmt: skip
         x = self._features(gradient, weight, update, gain)
         hidden = self.hidden
@@ -156,7 +178,15 @@ class Online(Optimizer):
 
     def _answer(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Log scales [T] and the next hidden states."""
-        return recurrent.answer(self.weights, x, self.hidden, centred=True)
+        return recurrent.answer(self.weights, x, self.hidden, centred=True, among=self._trained)
+
+    def _see_who_is_trained(self) -> None:
+        """Frozen tensors have no gradient. On a GPU the flags are set without waiting for it."""
+        now = [p.grad is not None for p in self.tensors]
+        for flag, was, has in zip(self._flags, self._have_gradient, now, strict=True):
+            if was != has:
+                flag.fill_(float(has))
+        self._have_gradient = now
 
     def _features(self, gradient: Tensor, weight: Tensor, update: Tensor, gain: Tensor) -> Tensor:
         """[T, FEATURES], none of which depends on the units of loss or reward."""
@@ -172,7 +202,7 @@ class Online(Optimizer):
         own = [
             torch.tanh(10 * gain),
             torch.tanh(10 * cosine),
-            torch.tanh(10 * (cosine - cosine.mean())),
+            torch.tanh(10 * recurrent.centre(cosine, self._trained)),
             ((size + 1e-12) / (usual + 1e-12)).log() / 2,
             (moved + 1e-6).log() / 4 + 1.75,
             self.last["scale"],
@@ -235,13 +265,27 @@ class Online(Optimizer):
                 pairs = zip([*online["names"], "none"], [*self.names, "none"], strict=False)
                 was, now = next(pair for pair in pairs if pair[0] != pair[1])
                 raise ValueError(f"the state is of other tensors: {was} there, {now} here")
+            for own in ("weights", "home", "hidden", "last"):
+                recurrent.check_shapes(own, online[own], getattr(self, own))
+        self._check_moments(state)
         super().load_state_dict(state)
         if online is not None:
             self.steps, self.signals = online["steps"], list(online["signals"])
             self._place(online["weights"], online["home"])
-            self.hidden = online["hidden"].to(self.device)
-            self.last = {name: value.to(self.device) for name, value in online["last"].items()}
+            self.hidden = recurrent.moved(online["hidden"], self.device)
+            self.last = recurrent.moved(online["last"], self.device)
             self.controller.load_state_dict(online["controller"])
+
+    def _check_moments(self, state: dict[str, Any]) -> None:
+        """torch numbers parameters over all groups, and looks at no shape."""
+        places = (i for group in state["param_groups"] for i in group["params"])
+        for i, p in zip(places, self.tensors, strict=False):
+            for name, moment in state["state"].get(i, {}).items():
+                if isinstance(moment, Tensor) and moment.dim() and moment.shape != p.shape:
+                    there, here = list(moment.shape), list(p.shape)
+                    raise ValueError(
+                        f"the state does not fit: {name} of {i} is {there} there and {here} here"
+                    )
 
 
 def _cosine(one: Tensor, other: Tensor) -> Tensor:

@@ -42,15 +42,26 @@ def trained(name: str) -> Weights:
     return {k.removeprefix(prefix): w for k, w in found.items() if k.startswith(prefix)}
 
 
-def answer(weights: Weights, x: Tensor, hidden: Tensor, centred: bool) -> tuple[Tensor, Tensor]:
+def centre(values: Tensor, among: Tensor | None) -> Tensor:
+    """`values` [T] less their mean; with `among` [T], 1 or 0, that of those rows, else 0."""
+    if among is None:
+        return values - values.mean()
+    return (values - (values * among).sum() / among.sum().clamp(min=1)) * among
+
+
+def answer(
+    weights: Weights, x: Tensor, hidden: Tensor, centred: bool, among: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Log scales [T] and the next hidden states [T, HIDDEN] for features `x` [T, F].
+
+    Scales are `centred` over the rows that `among` names.
 
     Features that are not finite count as 0, so one bad gradient leaves no trace.
     """
     x = x.nan_to_num(0.0, 0.0, 0.0).clamp(-3, 3)
     hidden = torch.gru_cell(x, hidden, weights["x"], weights["h"], weights["b"], weights["c"])
     scale = REACH * torch.tanh(hidden @ weights["head"])
-    return (scale - scale.mean() if centred else scale), hidden
+    return (centre(scale, among) if centred else scale), hidden
 
 
 def learn(
@@ -62,6 +73,7 @@ def learn(
     centred: bool,
     rate: float = META_LR,
     kept: float = HOME,
+    among: Tensor | None = None,
 ) -> Weights:
     """The weights after one step that raises Σ gain · log scale for the answer that `x` had.
 
@@ -70,7 +82,7 @@ def learn(
     """
     with torch.enable_grad():
         own = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
-        scale, _ = answer(own, x, hidden, centred)
+        scale, _ = answer(own, x, hidden, centred, among)
         grads = torch.autograd.grad((gain * scale).sum(), list(own.values()))
     norm = torch.stack([g.square().sum() for g in grads]).sum().sqrt()
     factor = torch.where(norm > 0, rate / norm, torch.zeros_like(norm)).nan_to_num(0.0, 0.0, 0.0)

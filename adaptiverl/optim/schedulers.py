@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from adaptiverl.optim.controller import Controller
 from adaptiverl.optim.hyperparams import gradient_norm, number
+from adaptiverl.optim.rules import LR_CLOCKS
 
 ALIASES = {
     "lr_min": "min_lr",
@@ -28,15 +29,17 @@ ALIASES = {
 class AdaptiveScheduler(LRScheduler):
     """Moves the rate and momentum of `optimizer` by loss, reward, gradient norm and time.
 
-    `lr_rule` None is trend, variance and patience (and cosine restarts with `use_cosine`);
+    `lr_rule` None is trend, variance and patience; `use_cosine` adds cosine restarts.
     `reward_rule` None is "trend" with `use_reward`, else "none". All other arguments are those of
-    Controller and rules.Options, under their names or the seeds' (ALIASES).
+    Controller and Options, under their names or the seeds' (ALIASES).
 
         scheduler.step_loss(loss, reward=None)      after optimizer.step()
         scheduler.observe(loss=None, R=None, model=None)        the same, by other names
         scheduler.set_metrics(loss, reward=None); scheduler.step()      in two calls
 
-    Each is one step of time. `model` gives the gradient norm that the rule grad_norm reads.
+    Each is one step of time, but for a bare `step()` after signals and before the next step of the
+    optimizer: trainers step the scheduler that they are given, also where it has observed already.
+    `model` gives the gradient norm that the rule grad_norm reads.
     """
 
     def __init__(
@@ -54,18 +57,27 @@ class AdaptiveScheduler(LRScheduler):
     ):
         if last_epoch != -1:
             raise ValueError("last_epoch: continue with load_state_dict, which has all of the past")
-        if lr_rule is None:
-            lr_rule = "trend+variance+patience" + ("+cosine_restart" if use_cosine else "")
+        rules = ["trend", "variance", "patience"] if lr_rule is None else lr_rule.split("+")
+        if use_cosine and "cosine_restart" not in rules:
+            rules.append("cosine_restart")
+        if use_reward and reward_rule == "none":
+            raise ValueError('use_reward contradicts reward_rule "none"')
+        if {*rules} & {*LR_CLOCKS} or eta_min_scale != 0.1:
+            arguments["eta_min_scale"] = eta_min_scale
         self.controller = Controller(
             optimizer,
-            lr_rule=lr_rule,
+            lr_rule="+".join(rules),
             momentum_rule=momentum_rule,
             reward_rule=reward_rule or ("trend" if use_reward else "none"),
-            eta_min_scale=eta_min_scale,
             **{ALIASES.get(name, name): value for name, value in arguments.items()},
         )
         self._pending: dict[str, float | None] = {}
+        self._has_observed = False  # since the optimizer's last step
+        optimizer.register_step_post_hook(self._after_optimizer)
         super().__init__(optimizer)
+
+    def _after_optimizer(self, *_: Any) -> None:
+        self._has_observed = False
 
     def _initial_step(self) -> None:
         """torch would make a step here; there is nothing to react to yet."""
@@ -98,17 +110,21 @@ class AdaptiveScheduler(LRScheduler):
 
     def step(self, epoch: int | None = None) -> list[Any]:  # type: ignore[override]
         """One step of time, with the signals of `set_metrics` if there are any."""
-        self.last_epoch += 1
-        self._step_count += 1
         signals, self._pending = self._pending, {}
-        self.controller.observe(**signals)
-        self.controller.tick()
+        if signals or not self._has_observed:
+            self._has_observed = bool(signals)
+            self.last_epoch += 1
+            self._step_count += 1
+            self.controller.observe(**signals)
+            self.controller.tick()
         self._last_lr = self.get_lr()
         return self._last_lr
 
     def get_lr(self) -> list[Any]:
-        """The rate of each group."""
-        return [float(group["lr"]) for group in self.optimizer.param_groups]
+        """The rate of each group that the optimizer's next step takes."""
+        rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        own = self.controller
+        return rates if own.owns_lr else [own.rate(rate) for rate in rates]
 
     def state_dict(self) -> dict[str, Any]:
         return {"controller": self.controller.state_dict(), "last_epoch": self.last_epoch}
