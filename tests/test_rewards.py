@@ -72,8 +72,8 @@ PATTERNS = [
     r"\bth\w+", r"^\s*[A-Z]", r"[.!?]$", r"(?i)great|good", r"(\w)\1", r"(?P<a>o)(?P=a)", r"x{2,3}",
     r"\d{2}", r"a{,2}b", r"\\boxed{", r"\$\{name\}", r"x{i}", r"x^{e}", r"{d}", r"n{e<=1}", r"[{}]",
     r"\N{DIGIT ONE}", r"(?<!n)o(?=o)", r"(?s)a.b", r"(?m)^b$", r"(?x) a  b  # ab", r"[^\W\d_]+",
-    r"é", r"(?i)STRASSE", r"\.{3}", r"(a)?(?(1)b|c)", r"^$", r"\x41\u0042", r"\Z", r"a++b", r"(?>a+)b",
-    r"\\{e}",
+    r"é", r"(?i)STRASSE", r"\.{3}", r"(a)?(?(1)b|c)", r"^$", r"\x41\u0042", r"\Z", r"a++b",
+    r"(?>a+)b", r"\\{e}",
 ]  # fmt: skip
 WRITTEN = [
     "", "the film", "This is great.", "Good!!", "xx xxx", "a 42", "aab b", r"\boxed{7}", "${name}",
