@@ -73,27 +73,40 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 APART = """
-import json, math, sys
+import json, logging, math, sys
 sys.path.insert(0, {root!r})
 import torch
 from adaptiverl import AdaptiveOptimizer, AdaptiveScheduler, OnlineAdamW
 torch.distributed.init_process_group("gloo")
 rank = torch.distributed.get_rank()
+lines = []
+class Lines(logging.Handler):
+    def emit(self, record):
+        lines.append(record.getMessage()[:17])
+logging.getLogger("adaptiverl").addHandler(Lines())
+lonely = []
+for rule in ("none", "loss_decay"):
+    one = AdaptiveOptimizer(torch.optim.SGD([torch.zeros(1)], lr=1.0), lr_rule=rule)
+    if rank == 0:  # the other process makes no such call, and is not waited for
+        one.step_loss(1.0)
+        one.step_loss(1.0)
+    lonely.append(one.lr)
 rates = []
 for face in ("optimizer", "scheduler"):
     base = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0, momentum=0.9)
-    bare = dict(lr_rule="loss_decay", loss_k=1.0, reward_rule="kelly", memory=1e9, max_drift=1e9)
+    bare = dict(lr_rule="loss_decay", loss_k=1.0, reward_rule="kelly", memory=1e9, max_drift=1e9,
+                mean_over_processes=True)
     one = (AdaptiveOptimizer if face == "optimizer" else AdaptiveScheduler)(base, **bare)
     for loss, reward in [(0.5 + rank, 1.0 * rank), (1.0, math.nan if rank else 2.0)]:
         one.controller.observe(loss=loss, reward=reward)
         one.controller.tick()
         rates.append(one.lr if face == "optimizer" else one.get_lr()[0])
-online = OnlineAdamW([torch.nn.Parameter(torch.ones(9))])
+online = OnlineAdamW([torch.nn.Parameter(torch.ones(9))], mean_over_processes=True)
 for k in (1.0, 2.0):
     reward = math.nan if rank else k
     online.observe(loss=k + rank, reward=reward, kl=0.1 * (rank + k), kl_target=0.1)
 with open({folder!r} + f"/apart{{rank}}.json", "w") as f:
-    json.dump([rates, online.signals], f)
+    json.dump([rates, online.signals, lonely, lines], f)
 torch.distributed.barrier()  # gloo aborts a process whose peer has gone
 torch.distributed.destroy_process_group()
 """
@@ -107,8 +120,11 @@ def test_processes_that_see_different_signals_move_alike(start, settings, tmp_pa
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     both = [json.loads((tmp_path / f"apart{rank}.json").read_text()) for rank in (0, 1)]
-    assert both[0] == both[1]
-    first, signals = both[0]
+    assert both[0][:2] == both[1][:2]
+    first, signals, lonely, lines = both[0]
+    assert lonely == [1.0, pytest.approx(0.9802, rel=1e-3)], "a call by one process does not hang"
+    assert lines == ["several processes"], "once, and not of an optimizer without rules"
+    assert both[1][2:] == [[1.0, 1.0], []]
     assert first[:2] == first[2:]
     # KL 0.25 over 0.1; reward 2 against 1.1, loss 2.5 against 1.6, over their usual 1.05 and 1.55
     assert signals == pytest.approx([math.log(2.5) / 2, 0.9 / 1.05, 0.9 / 1.55, 0.0])
