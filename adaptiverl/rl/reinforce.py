@@ -28,8 +28,9 @@ def advantages(
       batch  the mean over the batch;
       rloo   the mean over the *other* completions of the same prompt (Kool et al. 2019), over the
              other completions of the batch where each prompt has one.
-    The weight is 1, or with `normalize` one over the advantages' root mean square plus 1e-4: where
-    all rewards are the same, their rounding errors must not become advantages.
+    Where all rewards that are compared are equal, batch and rloo give exactly 0: an optimizer that
+    normalises its updates would make whole steps of rounding errors. The weight is 1, or with
+    `normalize` one over the advantages' root mean square plus 1e-4.
     """
     present = ~rewards.isnan()
     known = rewards.nan_to_num(0.0)
@@ -38,12 +39,13 @@ def advantages(
     elif baseline == "ema" and ema is not None:
         base = torch.full_like(known, ema)
     elif baseline in ("ema", "batch"):
-        base = (known.sum() / present.sum().clamp(min=1)).expand_as(known)
+        mean = known.sum() / present.sum().clamp(min=1)
+        base = torch.where(_equal(rewards), known, mean)
     elif baseline == "rloo":
         groups = known.view(-1, group_size if group_size > 1 else len(known))
         count = present.view_as(groups).sum(-1, keepdim=True)
         others = (groups.sum(-1, keepdim=True) - groups) / (count - 1).clamp(min=1)
-        base = torch.where(count > 1, others, groups).reshape(-1)  # alone: nothing to compare with
+        base = torch.where(_equal(rewards.view_as(groups)), groups, others).reshape(-1)
     else:
         raise ValueError(f"baseline must be none, ema, batch or rloo, not {baseline!r}")
     advantage, weight = (known - base) * present, present.to(known)
@@ -58,9 +60,13 @@ def zero_std_share(rewards: Tensor, group_size: int = 1) -> float:
     `rewards` and groups are those of `advantages`: the batch is one where `group_size` is 1.
     """
     groups = rewards.view(-1, group_size if group_size > 1 else len(rewards))
-    lowest = groups.nan_to_num(torch.inf).amin(-1)
-    highest = groups.nan_to_num(-torch.inf).amax(-1)
-    return (highest <= lowest).float().mean().item()
+    return _equal(groups).float().mean().item()
+
+
+def _equal(rewards: Tensor) -> Tensor:
+    """Whether all of a row that are not missing are the same, or it has none: [..., 1]."""
+    lowest = rewards.nan_to_num(torch.inf).amin(-1, keepdim=True)
+    return rewards.nan_to_num(-torch.inf).amax(-1, keepdim=True) <= lowest
 
 
 def kl_per_token(logprobs: Tensor, reference: Tensor, estimator: str = "k1") -> Tensor:
