@@ -15,9 +15,10 @@ SCALES: dict[str, dict[str, float]] = {
     "binary": {"-": -1.0, "+": 1.0},
     "1-5": {"1": -1.0, "2": -0.5, "3": 0.0, "4": 0.5, "5": 1.0},
 }
+NAMES = {"-": "bad", "+": "good", "1": "worst", "5": "best"}  # of answers, as people read them
 
-
-AWAY = 10.0  # seconds after which what somebody looks at is for others
+AWAY = 10.0  # seconds without a word from somebody's page, after which they have gone
+IDLE = 60.0  # seconds without a key or a movement: the page is open, and nobody is at it
 
 
 class Interrupted(Exception):
@@ -42,8 +43,9 @@ class Desk:
         self.changed = threading.Condition()
         self.open: dict[str, Question] = {}
         self.awaited: set[str] = set()  # open, or answered in a batch that still waits for others
-        self.shown: dict[str, str] = {}  # key → who looks at it
+        self.shown: dict[str, str] = {}  # who → key of what they look at
         self.seen: dict[str, float] = {}  # who → when they last asked what to look at
+        self.acted: dict[str, float] = {}  # who → when they last did something
         self.given: dict[str, list[Question]] = {}  # who → what was answered, the last one last
         self.closed = False
 
@@ -59,23 +61,33 @@ class Desk:
             )
             for key in keys:
                 self.open.pop(key, None)
-                self.shown.pop(key, None)
             self.awaited -= keys
             self.changed.notify_all()
             if self.closed and done:
                 raise Interrupted("stopped while people were asked")
 
-    def next(self, who: str) -> Question | None:
-        """What `who` should look at: nothing that somebody who was here lately looks at."""
+    def next(self, who: str, acted: bool = True) -> Question | None:
+        """What `who` should look at: what they look at already, while it is open, or else nothing
+        that somebody who is here looks at. `acted` is whether they have done anything since."""
         with self.changed:
-            now = self.seen[who] = time.monotonic()
-            here = {other for other, then in self.seen.items() if now - then < AWAY} - {who}
-            self.shown = {key: other for key, other in self.shown.items() if other in here}
-            key = next((key for key in self.open if key not in self.shown), None)
+            self.seen[who] = time.monotonic()
+            if acted or who not in self.acted:
+                self.acted[who] = self.seen[who]
+            key = self.shown.pop(who, None)
+            if key not in self.open:
+                taken = {self.shown.get(other) for other in self.here()}
+                key = next((key for key in self.open if key not in taken), None)
             if key is None:
                 return None
-            self.shown[key] = who
+            self.shown[who] = key
             return self.open[key]
+
+    def here(self) -> set[str]:
+        """Who is at a page that is open."""
+        with self.changed:
+            now = time.monotonic()
+            idle = {who for who, then in self.acted.items() if now - then >= IDLE}
+            return {who for who, then in self.seen.items() if now - then < AWAY} - idle
 
     def wait_next(self, who: str) -> Question | None:
         """As `next`, and waits for one; None once the desk is closed."""
@@ -92,7 +104,6 @@ class Desk:
             score = None if value == "skip" else self.values[value]
             self.labels.add(question.prompt, question.completion, score, who)
             del self.open[key]
-            self.shown.pop(key, None)
             self.given.setdefault(who, []).append(question)
             self.changed.notify_all()
             return True
@@ -106,6 +117,7 @@ class Desk:
             question = given.pop()
             self.labels.remove(question.key)
             self.open = {question.key: question} | self.open
+            self.shown[who] = question.key
             self.changed.notify_all()
             return True
 

@@ -14,11 +14,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rewards.desk import Desk, Question
+from rewards.desk import NAMES, Desk, Question
 
 WHO = "terminal"
+ESC = "\033"
+CONSOLE = ESC + "[["  # of the Linux console's F1 to F5, before a letter
 SEEN = 0.2  # seconds after which a question that has gone is noticed
-NAMES = {"-": "bad", "+": "good"}
+PART = 0.05  # seconds within which the bytes of one key follow each other
 ALSO = {"=": "+", "y": "+", "_": "-", "n": "-"}  # the same keys without or with shift; yes and no
 
 
@@ -59,7 +61,7 @@ class Terminal:
         """The first key that means something; None if the question goes away."""
         while self.desk.open.get(question.key) is question and not self.desk.closed:
             if select.select([self.file], [], [], SEEN)[0]:
-                key = os.read(self.file, 1).decode(errors="replace").lower()
+                key = self._read_key()
                 if not key:  # the terminal is gone
                     self.desk.close()
                     return None
@@ -69,6 +71,33 @@ class Terminal:
                     return key
         self._write("gone\n")
         return None
+
+    def _read_key(self) -> str:
+        """One key, lower-case; "" if the terminal is gone. Of a function key, all its bytes.
+
+        These begin with ESC: ESC [ … with a letter or ~ at its end, or ESC O and a letter.
+        """
+        key = self._byte()
+        if key != ESC:
+            return key.lower()
+        key += self._rest()
+        while key.endswith(ESC) and (more := self._rest()):  # Alt with a function key: ESC ESC [ …
+            key += more
+        if key.endswith("O"):
+            key += self._rest()
+        elif key.endswith("["):
+            while more := self._rest():
+                key += more
+                if "@" <= more <= "~" and key != CONSOLE:
+                    break
+        return key
+
+    def _byte(self) -> str:
+        return os.read(self.file, 1).decode("latin-1")
+
+    def _rest(self) -> str:
+        """The next byte of the same key, "" if there is none."""
+        return self._byte() if select.select([self.file], [], [], PART)[0] else ""
 
     def _show(self, question: Question) -> None:
         width = min(shutil.get_terminal_size().columns, 100)
@@ -86,9 +115,9 @@ class Terminal:
 
     @contextmanager
     def _single_keys(self) -> Iterator[None]:
-        """Keys come one by one, unechoed; Ctrl-C is a signal as ever."""
+        """Keys come one by one, unechoed, none from before; Ctrl-C is a signal as ever."""
         before: list[Any] = termios.tcgetattr(self.file)
-        tty.setcbreak(self.file, termios.TCSADRAIN)
+        tty.setcbreak(self.file, termios.TCSAFLUSH)
         try:
             yield
         finally:

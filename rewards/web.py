@@ -1,7 +1,8 @@
 """Labelling on a web page, by one or several people: a small server beside the run.
 
-Whoever has the token may label; nobody else gets an answer. Cross-site requests are refused by the
-cookie (SameSite), the Origin and the Host. The page itself is page.html.
+Whoever has the token may label; nobody else gets an answer. What another site's page sends is
+refused by the cookie (SameSite), the Origin and the Host; a link there may be followed. The page
+itself is page.html.
 """
 
 import os
@@ -18,8 +19,9 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
 from pydantic import BaseModel
+from tqdm import tqdm
 
-from rewards.desk import Desk
+from rewards.desk import NAMES, Desk
 
 PAGE = Path(__file__).with_name("page.html")
 GONE = "nothing to undo: that batch has been trained on"
@@ -83,7 +85,8 @@ class Page:
                 target=self.server.run, kwargs={"sockets": [self.socket]}, daemon=True
             )
             self.thread.start()
-            print(f"label at {self.address}/?token={self.token}", file=sys.stderr, flush=True)
+            # above a progress bar, if there is one
+            tqdm.write(f"label at {self.address}/?token={self.token}", file=sys.stderr)
 
     def close(self) -> None:
         if self.thread:
@@ -109,8 +112,8 @@ class Page:
             if "token" in request.query_params:  # into a cookie, and out of the address bar
                 response: Response = RedirectResponse("/", 303)
                 who = self._who(request) or secrets.token_hex(4)
-                response.set_cookie(
-                    self.cookie, f"{self.token}.{who}", httponly=True, samesite="strict"
+                response.set_cookie(  # "strict" would not be sent after a link on another site
+                    self.cookie, f"{self.token}.{who}", httponly=True, samesite="lax"
                 )
                 return response
             nonce = secrets.token_urlsafe(16)
@@ -122,8 +125,8 @@ class Page:
             return HTMLResponse(text, headers={"Content-Security-Policy": policy})
 
         @app.get("/next")
-        def following(request: Request) -> dict[str, Any]:
-            return self._view(self._labeller(request))
+        def following(request: Request, acted: bool = False) -> dict[str, Any]:
+            return self._view(self._labeller(request), acted=acted)
 
         @app.post("/label")
         def label(request: Request, answer: Answer) -> dict[str, Any]:
@@ -138,9 +141,9 @@ class Page:
 
         return app
 
-    def _view(self, who: str, said: str | None = None) -> dict[str, Any]:
+    def _view(self, who: str, said: str | None = None, acted: bool = True) -> dict[str, Any]:
         """All that the page shows."""
-        question = self.desk.next(who)
+        question = self.desk.next(who, acted)
         shown = question and {
             "key": question.key,
             "prompt": question.prompt,
@@ -149,10 +152,11 @@ class Page:
         return {
             "asked": self.question,
             "values": list(self.desk.values),
+            "names": NAMES,
             "item": shown,
             "left": len(self.desk.open),
             "done": len(self.desk.given.get(who, [])),
-            "people": len(self.desk.given.keys() | set(self.desk.shown.values())),
+            "people": len(self.desk.here() | {who}),
             "agreement": self.agreement(),
             "said": said,
         }

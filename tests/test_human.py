@@ -24,7 +24,7 @@ from rewards.desk import Desk, Interrupted, Question, agreement
 from rewards.human import HumanReward, asking_order
 from rewards.labels import Labels
 from rewards.online import LEAST, OnlineHead
-from rewards.terminal import _wrapped
+from rewards.terminal import ALSO, ESC, Terminal, _wrapped
 
 
 @pytest.fixture
@@ -86,6 +86,32 @@ def test_two_people_share_the_work_and_each_label_counts_once(desk, monkeypatch)
     run.join()
     find = desk.labels.find
     assert [find(q.key) for q in questions(desk, "x", "y", "z")] == [(1.0,), (None,), (-1.0,)]
+
+
+def test_an_open_page_that_nobody_is_at_keeps_nothing(desk, monkeypatch):
+    """It goes on to ask what to show, and shows it still; others may answer it."""
+    clock = [0.0]
+    monkeypatch.setattr("rewards.desk.time.monotonic", lambda: clock[0])
+
+    def polled(who: str, seconds: int, acted: bool = False) -> None:
+        for _ in range(seconds):
+            clock[0] += 1
+            desk.next(who, acted)
+
+    run = asked(desk, "x", "y")
+    first = desk.next("ann")
+    desk.answer("bob", desk.next("bob").key, "+")
+    polled("ann", 50)
+    assert desk.next("bob") is None and desk.here() >= {"ann", "bob"}, "ann may be reading"
+    polled("ann", 1, acted=True)
+    polled("ann", 50)
+    assert desk.next("bob") is None, "she has scrolled"
+    polled("ann", 20)
+    assert desk.next("bob") == first == desk.next("ann", acted=False)
+    assert desk.here() == {"bob"}
+    assert desk.answer("bob", first.key, "-") and not desk.answer("ann", first.key, "+")
+    run.join()
+    assert desk.labels.find(first.key) == (-1.0,)
 
 
 def test_undo_takes_back_ones_own_last_label_while_the_batch_waits(desk):
@@ -339,6 +365,51 @@ def test_the_head_fills_in_once_there_are_labels(human):
 
 def test_a_model_cannot_steer_the_terminal():
     assert _wrapped("\033[2Jhi\x07\nthere\r", 80) == "�[2Jhi�\nthere�"
+
+
+KEYS = {
+    "up": "\033[A", "application up": "\033OA", "delete": "\033[3~", "page up": "\033[5~",
+    "home": "\033[1~", "F5": "\033[15~", "console F1": "\033[[A", "control right": "\033[1;5C",
+    "alt y": "\033y", "alt down": "\033\033[B", "escape": "\033", "é": "é",
+}  # fmt: skip
+
+
+@pytest.fixture
+def pseudo(monkeypatch, tmp_path):
+    """A Terminal of the scale 1-5 on a pseudo terminal, and its other end."""
+    master, slave = os.openpty()
+    monkeypatch.setattr("rewards.terminal.os.open", lambda *_: slave)
+    made = Terminal(Desk(Labels(tmp_path / "labels.sqlite", "Good?", "1-5"), "1-5"), "Good?")
+    yield made, master
+    os.close(master)
+    os.close(slave)
+
+
+@pytest.mark.parametrize("key", KEYS.values(), ids=KEYS)
+def test_a_key_of_several_bytes_is_one_key_and_no_label(pseudo, key):
+    terminal, master = pseudo
+    with terminal._single_keys():
+        os.write(master, f"{key}2".encode())
+        if key == ESC:  # then it is Alt with 2
+            os.write(master, b"2")
+        pressed = [terminal._read_key()]
+        while pressed[-1] != "2":
+            pressed.append(terminal._read_key())
+    assert not {*pressed[:-1]} & {"1", "2", "3", "4", "5", "s", "u", *ALSO}
+
+
+def test_keys_from_before_a_question_are_no_answer_to_it(pseudo):
+    terminal, master = pseudo
+    os.write(master, b"1\n4")
+    with terminal._single_keys():
+        os.write(master, b"5")
+        assert terminal._read_key() == "5"
+
+
+def test_a_scale_of_numbers_says_which_end_is_good(pseudo):
+    terminal, master = pseudo
+    terminal._show(Question("k", "p", "c"))
+    assert "[1] worst  [2]  [3]  [4]  [5] best" in os.read(master, 4096).decode()
 
 
 class Typist:

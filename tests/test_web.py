@@ -10,6 +10,7 @@ import re
 import shutil
 import socket
 import sqlite3
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from conftest import read_jsonl
+from tqdm import tqdm
 
 from adaptiverl.run.config import UserError
 from adaptiverl.run.reading import load_config
@@ -103,7 +105,7 @@ def test_without_the_token_nothing_is_told_or_taken(reward):
 def test_other_sites_and_names_get_nowhere(reward):
     run, client = Waiting(reward, "a"), Client(reward)
     cookie = client.enter()
-    assert "HttpOnly" in cookie and "SameSite=strict" in cookie
+    assert "HttpOnly" in cookie and "SameSite=lax" in cookie
     answer = {"key": reward.desk.next("x").key, "value": "+"}
     for origin in ("http://evil.example", "null", f"http://{client.host}.evil.example", "http://["):
         assert client.post("/label", answer, Origin=origin) == 403
@@ -146,6 +148,36 @@ def test_on_all_addresses_any_name_will_do_with_the_token(tmp_path, monkeypatch,
         assert client.request("GET", "/next", Host="studio.local")[0].status == 200
     finally:
         made.close()
+
+
+def test_the_address_stands_on_a_line_of_its_own(tmp_path, capsys):
+    """Also while a progress bar is shown, as it is when people are first asked."""
+    made = HumanReward(where="web", port=0, labels=str(tmp_path / "labels.sqlite"))
+    with tqdm(total=3, file=sys.stderr):
+        made.labeller.start()
+        err = capsys.readouterr().err
+    made.close()
+    (line,) = [line for line in re.split(r"[\r\n]", err) if "label at" in line]
+    assert line == f"label at {made.labeller.address}/?token={made.labeller.token}"
+
+
+def test_an_idle_page_keeps_nothing_and_is_nobody(reward, monkeypatch):
+    """It asks for news every few seconds, as long as it is open."""
+    run, one, other = Waiting(reward, "a"), Client(reward), Client(reward)
+    reward.desk.seen.clear()
+
+    def view(client: Client, path: str = "/next") -> dict:
+        return json.loads(client.request("GET", path)[1])
+
+    for client in (one, other):
+        client.enter()
+    item = view(one)["item"]
+    assert view(other)["item"] is None and view(other)["people"] == 2
+    monkeypatch.setattr("rewards.desk.IDLE", 0.0)
+    assert view(other, "/next?acted=true")["item"] == item and view(other)["people"] == 1
+    assert view(one)["item"] == item, "it does not change under who comes back"
+    assert other.post("/label", {"key": item["key"], "value": "+"}) == 200
+    run.join()
 
 
 def test_two_cookies_are_two_people(reward):
@@ -230,6 +262,109 @@ def test_what_a_model_writes_is_text(reward, chromium):
     person.page.get_by_role("button", name="good").click()
     run.join()
     assert run.result == [1.0]
+    person.leave()
+
+
+@needs_browser
+def test_the_address_works_from_a_link_on_another_site(reward, chromium):
+    """A chat, say: also for who has been there already, who stays the same labeller."""
+    run, address = Waiting(reward, "a", "b"), f"{reward.labeller.address}/?token=sesame"
+    page = chromium.new_context().new_page()
+    page.route(
+        "http://chat.example/**",
+        lambda route: route.fulfill(
+            body=f"<a href='{address}'>label</a>", content_type="text/html"
+        ),
+    )
+    seen = []
+    for key in ("+", "-"):
+        page.goto("http://chat.example/")
+        page.get_by_role("link").click()
+        page.locator("#completion").filter(has_text=re.compile(".")).wait_for()
+        seen.append(page.locator("#completion").text_content())
+        page.keyboard.press(key)
+        page.locator("#done").filter(has_text=f"{len(seen)} labelled by you").wait_for()
+    run.join()
+    assert sorted(seen) == ["a", "b"]
+    page.context.close()
+
+
+@needs_browser
+def test_the_page_is_read_in_the_dark(reward, chromium):
+    """Text and ground differ by WCAG's 4.5 at least: of what is labelled too."""
+    run = Waiting(reward, "a", "aa")
+    for scheme in ("light", "dark"):
+        page = chromium.new_context(color_scheme=scheme).new_page()
+        page.goto(f"{reward.labeller.address}/?token=sesame")
+        page.locator("#completion").filter(has_text="a").wait_for()
+        text, mark, ground = page.evaluate(
+            """() => {
+                const style = element => getComputedStyle(element);
+                const mark = style(document.getElementById("completion"));
+                const canvas = document.createElement("canvas").getContext("2d");
+                const drawn = colors => {
+                    for (const color of colors) {
+                        canvas.fillStyle = color;
+                        canvas.fillRect(0, 0, 1, 1);
+                    }
+                    return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3);
+                };
+                const dark = matchMedia("(prefers-color-scheme: dark)").matches;
+                const canvasColor = dark ? "#121212" : "#fff";
+                return [
+                    drawn([canvasColor, mark.color]),
+                    drawn([canvasColor, mark.backgroundColor]),
+                    drawn([canvasColor]),
+                ];
+            }"""
+        )
+        assert contrast(text, mark) > 4.5 and contrast(text, ground) > 4.5
+        page.keyboard.press("+")
+        page.locator("#done").filter(has_text="1 labelled by you").wait_for()
+        page.context.close()
+    run.join()
+
+
+def contrast(one: list[int], other: list[int]) -> float:
+    """WCAG's, from 1 to 21."""
+
+    def luminance(color: list[int]) -> float:
+        parts = [x / 255 for x in color]
+        linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts]
+        return sum(w * x for w, x in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    low, high = sorted([luminance(one), luminance(other)])
+    return (high + 0.05) / (low + 0.05)
+
+
+@needs_browser
+def test_a_scale_of_numbers_says_which_end_is_good(tmp_path, monkeypatch, chromium):
+    monkeypatch.setenv("PAGE_TOKEN", "sesame")
+    made = HumanReward(
+        where="web", scale="1-5", port=0, token_env="PAGE_TOKEN", labels=str(tmp_path / "l.sqlite")
+    )
+    made.labeller.start()
+    person = Person(chromium, f"{made.labeller.address}/?token=sesame")
+    person.page.locator("#keys button").first.wait_for()
+    assert person.page.locator("#keys button").all_text_contents() == [
+        "1worst", "2", "3", "4", "5best", "sskip", "uundo"
+    ]  # fmt: skip
+    person.leave()
+    made.close()
+
+
+@needs_browser
+def test_the_page_says_whether_anybody_is_at_it(reward, chromium):
+    person = Person(chromium, f"{reward.labeller.address}/?token=sesame")
+    page, asked = person.page, []
+    page.on("request", lambda request: asked.append(urlsplit(request.url).query))
+    for moves in (False, True, False):
+        if moves:
+            page.mouse.move(len(asked), 30)
+            page.mouse.move(len(asked), 60)
+        with page.expect_request("**/next*"):
+            pass
+    assert asked[0] == "" and "acted=true" in asked and asked[-1] == ""
     person.leave()
 
 
