@@ -26,6 +26,7 @@ from adaptiverl.program import Run
 from adaptiverl.rl.reinforce import advantages, kl_per_token, token_weights
 from adaptiverl.rl.rollout import Rollout
 from adaptiverl.run.config import UserError
+from adaptiverl.run.console import Console, printable
 from adaptiverl.run.process import Clock, Paused, StopSignal, peak_memory
 from adaptiverl.run.tracking import RunLog, table
 
@@ -159,7 +160,9 @@ def dry_run(run: Run) -> int:
 def main(command: Command | None = None) -> int:
     """Does what `command` says, or else the command line; the exit status."""
     config, only_try = command or read_command()
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.basicConfig(
+        level=logging.WARNING, format="%(levelname)s: %(message)s", handlers=[Console()]
+    )
     try:
         run = Run(config)
         with closing(run):
@@ -173,10 +176,10 @@ def main(command: Command | None = None) -> int:
                     return saving.pause(run, reason, stop, log)
                 return saving.finish(run, stop, log)
     except UserError as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
+        print(f"error: {printable(str(mistake))}", file=sys.stderr)
         return 2
     except Paused as reason:  # of a dry run
-        print(f"error: {reason}", file=sys.stderr)
+        print(f"error: {printable(str(reason))}", file=sys.stderr)
         return 3
     except KeyboardInterrupt:
         print("stopped before the first step", file=sys.stderr)

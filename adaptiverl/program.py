@@ -297,7 +297,13 @@ class Run:
         sizes = {text: len(self.tokenizer(text).input_ids) for text in texts}
         most, c = self.sampler.max_prompt, self.config
         if self.is_main and most and (cut := sum(size > most for size in sizes.values())):
-            logging.warning("%d of %d prompts lose all but %d tokens", cut, len(sizes), most)
+            logging.warning(
+                "%d of %d prompts are longer than the %d tokens that MAX_NEW_TOKENS leaves: they "
+                "lose their beginnings",
+                cut,
+                len(sizes),
+                most,
+            )
         texts = sorted(texts, key=lambda text: sizes[text])
         texts = texts[:2] + texts[-2:]
         chance = uniforms(c.SEED, 0, len(texts), min(8, c.MAX_NEW_TOKENS))

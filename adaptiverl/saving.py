@@ -16,6 +16,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from adaptiverl.optim.trust_region import TrustRegion
 from adaptiverl.run import checkpoint
 from adaptiverl.run.config import REWARD_KEYS, Config, UserError
+from adaptiverl.run.console import printable
 from adaptiverl.run.process import Paused, StopSignal
 from adaptiverl.run.tracking import RunLog
 
@@ -156,8 +157,8 @@ def pause(run: "Run", reason: Paused, stop: StopSignal, log: RunLog | None) -> i
     if log:
         log.close()
         print(
-            f"paused before step {run.state.step + 1}: {reason}. Saved in {folder}; "
-            "RESUME=auto tries again",
+            f"paused before step {run.state.step + 1}: {printable(str(reason))}. Saved in "
+            f"{folder}; RESUME=auto tries again",
             file=sys.stderr,
         )
     run.accelerator.end_training()

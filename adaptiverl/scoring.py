@@ -4,10 +4,14 @@ A reward that raises, or a judge that misses too much, pauses the run in every p
 become one number is rewards/composite.py's.
 """
 
+import asyncio
 import logging
+import os
 from collections.abc import Callable
+from concurrent import futures
 from functools import partial
-from types import SimpleNamespace
+from pathlib import Path
+from types import SimpleNamespace, TracebackType
 from typing import Any
 
 from accelerate.utils import gather_object
@@ -17,10 +21,17 @@ from adaptiverl.rl.rollout import Rollout
 from adaptiverl.run.config import Config
 from adaptiverl.run.process import Paused
 from adaptiverl.run.reward_config import JudgeReward
+from rewards import composite
 from rewards.composite import CompositeReward, Scores
 from rewards.desk import Interrupted
 from rewards.judge import Refused
 
+# Where the calls are that lead to a reward
+CALLERS = (
+    __file__,
+    *(str(Path(composite.__file__).with_name(name)) for name in ("composite.py", "scores.py")),
+    *(package.__path__[0] + os.sep for package in (asyncio, futures)),
+)
 Batch = dict[str, list]  # column → one value a completion
 Begun = Callable[[], tuple[Scores, Scores]]
 
@@ -64,7 +75,8 @@ class Scoring:
             failure = str(stopped)
         except Exception as error:
             name = getattr(error, "__notes__", ["a reward"])[0]
-            logging.error("%s failed", name, exc_info=not isinstance(error, Refused))
+            if frames := _own_frames(error):
+                logging.error("%s failed", name, exc_info=(type(error), error, frames))
             failure = f"{name} failed ({type(error).__name__}: {error})"
         parts = gather_object([(own, failure)])
         if failures := [failure for _, failure in parts if failure]:
@@ -99,6 +111,17 @@ class Scoring:
                     result[f"{before}rewards/{name}/quarantined"] = count
             result |= {before + name: value for name, value in rewards.metrics.items()}
         return result
+
+
+def _own_frames(error: Exception) -> TracebackType | None:
+    """What the reward did itself: not the calls that led to it, ours and those of threads.
+
+    None where the error says it all: of a judge that refuses, of a result that is no score.
+    """
+    frames = None if isinstance(error, Refused) else error.__traceback__
+    while frames and frames.tb_frame.f_code.co_filename.startswith(CALLERS):
+        frames = frames.tb_next
+    return frames
 
 
 def _raise(error: Exception) -> Any:

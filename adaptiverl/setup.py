@@ -27,7 +27,7 @@ from adaptiverl.run import checkpoint
 from adaptiverl.run.config import Config, UserError
 from adaptiverl.run.reward_config import CosineReward
 from adaptiverl.run.tracking import is_own
-from rewards import CompositeReward, make_reward
+from rewards import CompositeReward, check_signature, make_reward
 from rewards.balance import Scale
 
 # Names that rewards are called with; a column of that name is not passed on.
@@ -167,7 +167,10 @@ def rewards(
             if spec.TYPE in ("classifier", "cosine", "local_judge"):
                 found(arguments["model"])
                 arguments["device"] = processes.device
-            parts[spec.name] = make_reward(spec.TYPE, **arguments)
+            parts[spec.name] = reward = make_reward(spec.TYPE, **arguments)
+            if spec.TYPE == "python":
+                for rows in files.values():
+                    check_signature(reward, set(rows.column_names) - RESERVED)
     weights = {spec.name: spec.WEIGHT for spec in specs}
     scales = {spec.name: Scale(spec.NORMALIZE, spec.CLIP) for spec in specs}
     return CompositeReward(parts, weights, scales, reserved=is_own)

@@ -4,11 +4,12 @@ They know nothing of adaptiverl: any of them works in TRL, and any TRL reward wo
 """
 
 import importlib
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterable
 
 from rewards.composite import CompositeReward
 
-__all__ = ["CompositeReward", "make_reward"]
+__all__ = ["CompositeReward", "check_signature", "make_reward"]
 
 
 def make_reward(kind: str, **arguments) -> Callable:
@@ -57,3 +58,15 @@ def python_reward(function: str) -> Callable:
     if not callable(found):
         raise ValueError(f"module {module} has no function {name}")
     return found
+
+
+def check_signature(reward: Callable, columns: Iterable[str]) -> None:
+    """Raises ValueError if `reward` cannot be called as rewards are, with `columns` by name."""
+    given = {"prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra"}
+    try:
+        inspect.signature(reward).bind(**dict.fromkeys(given.union(columns)))
+    except TypeError as error:
+        raise ValueError(
+            f"it cannot be called as rewards are, by name: {error}. Let it take what it needs "
+            "(prompts, completions, columns of the prompts) and **columns"
+        ) from error

@@ -1,6 +1,7 @@
 """What train.py says of a user's mistakes: one line and status 2, before a model loads."""
 
 import json
+import logging
 import subprocess
 import sys
 from collections.abc import Callable
@@ -225,6 +226,23 @@ def test_a_python_reward_that_is_no_python(mistake, tmp_path, monkeypatch):
     assert message == f"REWARDS.0: {tmp_path / 'torn.py'}, line 1: expected ':'"
 
 
+def test_a_python_reward_that_cannot_be_called(mistake, tmp_path, monkeypatch):
+    (tmp_path / "narrow.py").write_text(
+        "def narrow(prompts, completions):\n    return []\n"
+        "def wanting(completions, answer, **_):\n    return []\n"
+        "class Unmade:\n    def __call__(self, completions, **_):\n        return []\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, why in (
+        ("narrow", "got an unexpected keyword argument '"),
+        ("wanting", "missing a required argument: 'answer'"),
+        ("Unmade", "got an unexpected keyword argument '"),
+    ):
+        message = mistake({"REWARDS": [{"TYPE": "python", "FUNCTION": f"narrow:{name}"}]})
+        assert message.startswith(f"REWARDS.0: it cannot be called as rewards are, by name: {why}")
+        assert message.endswith("columns of the prompts) and **columns")
+
+
 def test_a_python_reward_by_a_relative_name(mistake):
     rewards = [{"TYPE": "python", "FUNCTION": ".my_module:score"}]
     assert ".my_module" in mistake({"REWARDS": rewards})
@@ -248,3 +266,28 @@ def test_an_output_dir_that_is_a_file(mistake, settings, tmp_path):
 def test_fp16_without_a_gpu(mistake):
     want = "FP16 needs a GPU, and there is none: use BF16 or neither"
     assert mistake({"FP16": True}) == want
+
+
+# While it runs
+
+
+@pytest.mark.parametrize("kind", ["def", "async def"])
+def test_of_what_a_reward_raises_only_its_own_frames_are_shown(
+    settings, main, tmp_path, monkeypatch, caplog, kind
+):
+    (tmp_path / "mine.py").write_text(
+        f"{kind} mine(completions, **_):\n    return lengths(completions)\n"
+        "def lengths(texts):\n    return texts.length\n"
+        f"{kind} short(completions, **_):\n    return [1.0]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    sys.modules.pop("mine", None)
+    keys = settings | {"REWARDS": [{"TYPE": "python", "FUNCTION": "mine:mine"}]}
+    assert main(keys, "--dry-run") == 3
+    (record,) = caplog.records
+    shown = logging.Formatter().format(record).splitlines()
+    files = [line.split(",")[0] for line in shown if line.startswith("  File ")]
+    assert files == [f'  File "{tmp_path / "mine.py"}"'] * 2
+    caplog.clear()
+    assert main(keys | {"REWARDS": [{"TYPE": "python", "FUNCTION": "mine:short"}]}, "--dry-run")
+    assert caplog.records == [], "the error that ends the run says it all"

@@ -318,7 +318,10 @@ def test_prompts_that_lose_their_beginning_are_counted(main, settings, tmp_path,
     long = [{"prompt": "very " * n + "long"} for n in (3, 70, 90)]
     (tmp_path / "prompts.json").write_text(json.dumps(long))
     assert main(settings | {"STEPS": 1}) == 0
-    assert "2 of 3 prompts lose all but 56 tokens" in caplog.text
+    assert (
+        "2 of 3 prompts are longer than the 56 tokens that MAX_NEW_TOKENS leaves: they lose their "
+        "beginnings"
+    ) in caplog.text
 
 
 def test_training_raises_the_reward(main, settings):

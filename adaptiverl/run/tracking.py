@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from adaptiverl.run.checkpoint import FILES
+from adaptiverl.run.console import printable
 
 Row = dict[str, Any]
 # What the program writes to metrics.jsonl and samples.jsonl, and the first parts of such names
@@ -133,6 +134,7 @@ def _cell(value: Any, width: int = 60) -> str:
     if value is None:
         return "missing"
     text = f"{value:.3f}" if isinstance(value, float) else " ".join(str(value).split())
+    text = printable(text)
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
