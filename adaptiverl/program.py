@@ -55,6 +55,7 @@ class Run:
         set_seed(c.SEED)
         transformers_logging.disable_progress_bar()
         self.own_rows = setup.own_rows(c, self.accelerator)
+        setup.hub(c)
         self.prompts, self.eval_prompts = setup.prompts(c)
         self.last_step = setup.last_step(c, len(self.prompts))
         max_prompt = setup.max_prompt(c)

@@ -15,16 +15,18 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from datasets import Dataset
+from huggingface_hub import is_offline_mode
 from torch.optim import Optimizer
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from adaptiverl.optim.controller import Controller
 from adaptiverl.optim.online import OnlineAdamW, OnlineRMSProp, OnlineSGD
-from adaptiverl.rl.data import load_prompts
+from adaptiverl.rl.data import FORMATS, load_prompts
 from adaptiverl.rl.policy import Policy, adapter_config, load_policy, load_tokenizer
 from adaptiverl.rl.vllm import Server
 from adaptiverl.run import checkpoint
-from adaptiverl.run.config import Config, UserError
+from adaptiverl.run.config import REWARD_KEYS, Config, UserError
+from adaptiverl.run.hub import go_offline_without_it
 from adaptiverl.run.reward_config import CosineReward
 from adaptiverl.run.tracking import is_own
 from rewards import CompositeReward, check_signature, make_reward
@@ -35,6 +37,10 @@ RESERVED = {
     "prompt", "prompts", "completion", "completions", "completion_ids", "trainer_state",
     "log_metric", "log_extra",
 }  # fmt: skip
+
+
+WITH_MODEL = ("classifier", "cosine", "local_judge")  # rewards that load one
+SHIPPED = Config.model_fields["MODEL"].default
 
 
 @contextmanager
@@ -53,6 +59,17 @@ def found(model: str) -> str:
     if local and not path.exists():
         raise ValueError(f"there is no folder {model}")
     return model
+
+
+def hub(c: Config) -> None:
+    """Looks whether the hub can be reached if anything in the config is to come from there."""
+    names = [c.MODEL, c.TRAIN_FILE, c.EVAL_FILE]
+    if Path(c.MODEL, "adapter_config.json").exists():
+        names.append((adapter_config(c.MODEL) or {})["base_model_name_or_path"])
+    for key in REWARD_KEYS:
+        names += [spec.MODEL for spec in getattr(c, key) if spec.TYPE in WITH_MODEL]
+    if any(name and not Path(name).exists() and Path(name).suffix not in FORMATS for name in names):
+        go_offline_without_it()
 
 
 def accelerator(c: Config) -> Accelerator:
@@ -107,7 +124,13 @@ def max_prompt(c: Config) -> int | None:
     """How many tokens of a prompt fit before MAX_NEW_TOKENS; None if the model sets no limit."""
     with blame(f"MODEL {c.MODEL}"):
         adapter = adapter_config(found(c.MODEL))
-        limits = AutoConfig.from_pretrained(_base(c, adapter) if adapter else c.MODEL)
+        try:
+            limits = AutoConfig.from_pretrained(_base(c, adapter) if adapter else c.MODEL)
+        except OSError as error:
+            if not is_offline_mode() or Path(c.MODEL).exists():
+                raise
+            hint = f"Without the hub, MODEL={SHIPPED} works: it comes with the program"
+            raise OSError(f"{error} {hint}") from error
     positions = getattr(limits, "max_position_embeddings", None)
     if positions and c.MAXSEQ and positions < c.MAXSEQ:
         raise UserError(f"MAXSEQ {c.MAXSEQ} is beyond the {positions} positions of {c.MODEL}")
@@ -164,7 +187,7 @@ def rewards(
                         raise ValueError(f"{source} has no column {spec.COLUMN!r} (COLUMN)")
             if spec.TYPE == "human" and processes.num_processes > 1:
                 raise ValueError("people are asked by one training process, not by several")
-            if spec.TYPE in ("classifier", "cosine", "local_judge"):
+            if spec.TYPE in WITH_MODEL:
                 found(arguments["model"])
                 arguments["device"] = processes.device
             parts[spec.name] = reward = make_reward(spec.TYPE, **arguments)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -58,6 +59,23 @@ def test_a_label_that_the_classifier_lacks(run, settings):
     assert result.stderr == (
         "error: REWARDS.0: adaptiverl/assets/sentiment has no label 'joy', "
         "only negative, positive\n"
+    )
+    assert told(result.returncode, result.stderr, settings)
+
+
+def test_a_model_of_the_hub_where_there_is_no_network(run, settings, tmp_path, monkeypatch):
+    """Nothing is asked again and again, and what would work is said."""
+    with socket.socket() as free:  # bound and not listening: connections are refused
+        free.bind(("127.0.0.1", 0))
+        hub = f"http://127.0.0.1:{free.getsockname()[1]}"
+        for key, value in (("HF_ENDPOINT", hub), ("HF_HUB_OFFLINE", "0"), ("HF_HOME", tmp_path)):
+            monkeypatch.setitem(ENVIRONMENT, key, str(value))
+        result = run(settings | {"MODEL": "gpt2"})
+    warning, error = result.stderr.splitlines()
+    assert warning.startswith(f"WARNING: {hub} cannot be reached (")
+    assert warning.endswith("): what was downloaded earlier is used")
+    assert error.startswith("error: MODEL gpt2: ") and error.endswith(
+        "Without the hub, MODEL=adaptiverl/assets/policy works: it comes with the program"
     )
     assert told(result.returncode, result.stderr, settings)
 
