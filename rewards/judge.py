@@ -204,8 +204,9 @@ class JudgeReward:
                     async with asyncio.timeout(GRACE if self.stopped else self.timeout):
                         await asyncio.gather(*batch.under_way, return_exceptions=True)
                 self._count(batch, sum(key not in missing for key in keys))
-        alone = len(missing) == 1 and self._known(batch.ledger)  # it may be the text
-        if batch.rejected and batch.rejected == len(set(keys)) and not alone:
+        in_all = set.intersection(*(set(case.values()) for case in missing.values() or [{}]))
+        text = in_all and self._known(batch.ledger)  # it may be what all have in common
+        if batch.rejected and batch.rejected == len(set(keys)) and not text:
             raise Refused(f"the judge rejects every request; the last: {self.trouble}")
         return [batch.ledger.get(key) for key in keys]
 

@@ -6,6 +6,7 @@ itself is page.html.
 """
 
 import os
+import re
 import secrets
 import socket
 import sys
@@ -56,10 +57,8 @@ class Page:
         port: int,
         token_env: str | None,
     ):
-        if token_env and not os.environ.get(token_env):
-            raise ValueError(f"the page's token is not in the environment variable {token_env}")
         self.desk, self.question, self.agreement = desk, question, agreement
-        self.token = os.environ[token_env] if token_env else secrets.token_urlsafe(24)
+        self.token = _token(token_env) if token_env else secrets.token_urlsafe(24)
         self.hosts = None if host in EVERYWHERE else LOOPBACK | {host}
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.socket = socket.socket(family, socket.SOCK_STREAM)
@@ -188,6 +187,19 @@ class Page:
         who = self._who(request)
         assert who, "the middleware lets nobody else in"
         return who
+
+
+def _token(variable: str) -> str:
+    """What the environment holds, without the blanks around it; it is part of an address."""
+    token = os.environ.get(variable, "").strip()
+    if not token:
+        raise ValueError(f"the page's token is not in the environment variable {variable}")
+    if not re.fullmatch(r"[\w.~-]+", token, re.ASCII):
+        raise ValueError(
+            f"the page's token in the environment variable {variable} may hold letters, digits and "
+            "- . _ ~ only: it is part of an address"
+        )
+    return token
 
 
 def _part(name: str, url: str) -> str | None:

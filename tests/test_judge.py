@@ -392,6 +392,28 @@ def test_one_text_that_is_rejected_is_missing_and_ends_nothing(server, judge, mo
     assert ask(judge(), ["nasty"]) == [None], "nor one that asks of nothing else"
 
 
+@pytest.mark.parametrize("pairwise", [False, True])
+def test_a_prompt_or_a_text_that_is_in_all_requests_ends_nothing(
+    server, judge, monkeypatch, pairwise
+):
+    """Of a step with one prompt, say: each continuation would meet it again."""
+    real = Handler.answer
+
+    def answer(self, body, fault):
+        if "nasty" in body["messages"][-1]["content"]:
+            return self.reply(400, {"error": {"message": "filtered"}}, {})
+        return real(self, body, fault)
+
+    monkeypatch.setattr(Handler, "answer", answer)
+    one = judge(pairwise=pairwise)
+    ask(one, ["a", "b c"])
+    if pairwise:
+        assert ask(one, ["nasty", "a"]) == [None, None]
+    assert ask(one, ["a", "b c"], ["nasty"] * 2) == [None, None]
+    with pytest.raises(Refused, match=r"rejects every request; .* filtered"):
+        ask(one, [f"nasty {k}" for k in "abcd"], ["P", "P", "Q", "Q"])
+
+
 @pytest.mark.parametrize("texts", [["a"], ["a", "b"]])
 def test_where_every_request_is_rejected_it_is_no_judge(server, judge, monkeypatch, texts):
     """An option that the endpoint does not have, for example."""

@@ -6,6 +6,7 @@ The browser tests need Debian's chromium, or another, and Playwright; without th
 import asyncio
 import http.client
 import json
+import os
 import re
 import shutil
 import socket
@@ -192,6 +193,15 @@ def test_two_cookies_are_two_people(reward):
     run.join()
 
 
+def test_the_token_is_taken_without_what_a_file_adds(tmp_path, monkeypatch):
+    monkeypatch.setenv("PAGE_TOKEN", "sesame\r\n")
+    labels = str(tmp_path / "labels.sqlite")
+    made = HumanReward(where="web", port=0, token_env="PAGE_TOKEN", labels=labels)
+    made.labeller.start()
+    assert Client(made).enter()
+    made.close()
+
+
 def test_mistakes_are_told_before_a_run_begins(reward, tmp_path, monkeypatch):
     labels = str(tmp_path / "other.sqlite")
     port = urlsplit(reward.labeller.address).port
@@ -199,6 +209,11 @@ def test_mistakes_are_told_before_a_run_begins(reward, tmp_path, monkeypatch):
         HumanReward(where="web", port=port, labels=labels)
     with pytest.raises(ValueError, match="not in the environment variable NO_TOKEN"):
         HumanReward(where="web", port=0, token_env="NO_TOKEN", labels=labels)
+    for odd in (" \n", "open sesame", "sésame", "a;b", "a\nb", "a&b"):
+        monkeypatch.setattr("os.environ", os.environ | {"ODD_TOKEN": odd})
+        with pytest.raises(ValueError, match="environment variable ODD_TOKEN") as caught:
+            HumanReward(where="web", port=0, token_env="ODD_TOKEN", labels=labels)
+        assert odd not in str(caught.value)
     keys = {"REWARDS": [{"TYPE": "human", "PORT": 80}]}
     (tmp_path / "config.json").write_text(json.dumps(keys))
     with pytest.raises(UserError, match=r"REWARDS\.0: PORT needs WHERE web"):
