@@ -26,7 +26,7 @@ class CompositeReward:
     A component that is missing (None) for a completion counts there as that component's mean over
     the other completions of the same prompt, so that it says nothing for or against the completion
     among them; over the batch where the prompt has no other. A completion that every component
-    misses is missing itself. Scores that float32 cannot hold (NaN, infinite, 1e39) become missing,
+    misses is missing itself. Scores that are not finite or beyond 1e16 either way become missing,
     are logged and counted in `quarantined`. `reserved` tells the names that rewards may not report
     by log_metric or log_extra, because the program uses them.
     """
@@ -128,7 +128,7 @@ class CompositeReward:
             )
         ]
         if large := sum(not finite(total) for total in totals if total is not None):
-            log.warning("the weighted sum of %d completions is beyond float32: left out", large)
+            log.warning("the weighted sum of %d completions is beyond 1e16: left out", large)
         return [total if total is None or finite(total) else None for total in totals]
 
     def parts(

@@ -12,6 +12,7 @@ from typing import Any
 from rewards.balance import Scale
 from rewards.desk import SCALES, Desk, Labeller, Question, agreement
 from rewards.labels import Labels
+from rewards.messages import Text, texts_of
 from rewards.online import LAST, LEAST, OnlineHead
 
 Column = Sequence[float | None]
@@ -67,8 +68,8 @@ class HumanReward:
 
     async def __call__(
         self,
-        prompts: list[str],
-        completions: list[str],
+        prompts: Sequence[Text],
+        completions: Sequence[Text],
         *,
         scores: Mapping[str, Column] | None = None,
         log_metric: Callable[[str, float], Any] | None = None,
@@ -76,6 +77,7 @@ class HumanReward:
         **columns: Any,
     ) -> Column:
         """Asks, waits, and fills in. Raises Interrupted once `interrupt` is called."""
+        prompts, completions = texts_of(prompts), texts_of(completions)
         keys = [self.labels.key(p, c) for p, c in zip(prompts, completions, strict=True)]
         others = dict(scores or {})
         head = self._head()

@@ -13,7 +13,7 @@ import random
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import permutations
@@ -23,6 +23,7 @@ from typing import Any
 from rewards.desk import Interrupted
 from rewards.endpoint import KEY_ENV, Refused, Reply, ask, secret
 from rewards.ledger import Ledger
+from rewards.messages import Text, texts_of
 
 log = logging.getLogger(__name__)
 ASK = (
@@ -100,8 +101,8 @@ class JudgeReward:
 
     async def __call__(
         self,
-        prompts: list[str],
-        completions: list[str],
+        prompts: Sequence[Text],
+        completions: Sequence[Text],
         *,
         log_metric: Callable[[str, float], Any] | None = None,
         **columns: Any,
@@ -110,6 +111,7 @@ class JudgeReward:
 
         Raises Refused, and Interrupted once `interrupt` is called.
         """
+        prompts, completions = texts_of(prompts), texts_of(completions)
         with self._interruptible(), self._ledger() as ledger:
             batch = Batch(ledger)
             if self.pairwise:

@@ -1,8 +1,12 @@
 """Reward by a judge in this process: a causal LM, asked yes or no about each completion."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rewards.messages import Text, joined, texts_of
 
 TEMPLATE = "{rubric}\n\nText:\n{text}\n\nAnswer (yes or no):"
 
@@ -46,10 +50,12 @@ class LocalJudgeReward:
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
-    def __call__(self, prompts: list[str], completions: list[str], **columns) -> list[float | None]:
-        texts = completions
+    def __call__(
+        self, prompts: Sequence[Text], completions: Sequence[Text], **columns
+    ) -> list[float | None]:
+        texts = texts_of(completions)
         if self.with_prompt:
-            texts = [p + c for p, c in zip(prompts, completions, strict=True)]
+            texts = [joined(p, c) for p, c in zip(prompts, completions, strict=True)]
         result: list[float | None] = []
         for start in range(0, len(texts), self.batch_size):
             some = texts[start : start + self.batch_size]

@@ -127,7 +127,8 @@ def _online(task: Bandit, weights: recurrent.Weights) -> online.OnlineAdamW:
 
 def _train(task: Bandit, rule: str, optimizer: Any) -> float:
     """The fitness that `optimizer` reaches under `rule`."""
-    control = Controller(optimizer, lr_rule=rule, kl_step_target=0.02, steps=STEPS)
+    target: dict[str, Any] = {} if rule == "none" else {"kl_step_target": 0.02}
+    control = Controller(optimizer, lr_rule=rule, steps=STEPS, **target)
     region = TrustRegion()
     for step in range(STEPS):
         optimizer.zero_grad()

@@ -233,6 +233,17 @@ def test_each_completion_is_asked_once(human):
     assert reward.labeller.seen == ["good", "bad", "odd"], "twice the same, and a skip: once each"
 
 
+def test_conversations_are_labelled_as_their_text(human):
+    """As TRL passes them; what was labelled as plain text is not asked again."""
+    reward = human(lambda text: {"good": "+", "bad": "-"}.get(text))
+    assert call(reward, ["good"]) == [1.0]
+    texts = ["good", "bad"]
+    prompts = [[{"role": "user", "content": "p"}]] * 2
+    talk = [[{"role": "assistant", "content": text}] for text in texts]
+    assert asyncio.run(reward(prompts, talk)) == [1.0, -1.0]
+    assert reward.labeller.seen == texts
+
+
 def test_one_to_five(human):
     assert call(human(lambda text: text, scale="1-5"), list("12345")) == [-1, -0.5, 0, 0.5, 1]
 

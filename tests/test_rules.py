@@ -377,11 +377,14 @@ def test_bounds_that_cross_are_refused():
         Controller(optimizer(), min_momentum=0.5, max_momentum=0.4)
 
 
-@pytest.mark.parametrize("name", [*vars(Options()), "patience", "trend_window", "var_window"])
+OF_SIGNALS = ("patience", "trend_window", "var_window", "reward_beta", "kl_step_target")
+
+
+@pytest.mark.parametrize("name", [*vars(Options()), *OF_SIGNALS, "min_momentum", "max_momentum"])
 def test_what_no_chosen_rule_reads_is_refused_with_what_reads_it(name, caplog):
     readers = KNOWN[name][1]
     value = 0.75 if KNOWN[name][0].endswith((" 1]", " 1)")) else 3
-    for rules in ({}, {"lr_rule": "kl_target"}):
+    for rules in ({}, {"lr_rule": "cyclical" if name == "kl_step_target" else "kl_target"}):
         if name == "cycle_length":  # an example of the documentation has it
             Controller(optimizer(), **rules, **{name: value})
             assert "cycle_length is read by lr_rule cyclical and" in caplog.text
@@ -391,6 +394,21 @@ def test_what_no_chosen_rule_reads_is_refused_with_what_reads_it(name, caplog):
     for reader in readers:
         argument, rule = reader.split()
         Controller(optimizer(), **{argument: rule}, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("kind", "rule", "lacks"),
+    [
+        ("adamw", {"momentum_rule": "inverse"}, "AdamW has no momentum"),
+        ("sgd", {"betas_rule": "relative"}, "SGD has no beta1"),
+        ("sgd", {"alpha_rule": "stable"}, "SGD has no alpha"),
+        ("sgd", {"wd_rule": "trend"}, "SGD has no weight_decay"),
+    ],
+)
+def test_a_rule_for_what_the_optimizer_lacks_is_told(kind, rule, lacks, caplog):
+    own = optimizer(kind, weight_decay=0.0)
+    Controller(own, **rule)
+    assert caplog.messages == [f"{next(iter(rule))} moves nothing: {lacks}"]
 
 
 @pytest.mark.parametrize(
@@ -511,8 +529,8 @@ def test_betas_that_would_hold_for_the_whole_run_are_refused_with_the_figure(cap
     assert not caplog.records
     Controller(optimizer("adamw"), steps=4604, **arguments)
     Controller(optimizer("adamw", betas=(0.9, 0.9)), **arguments)
-    Controller(optimizer("sgd"), steps=10, **arguments)  # has none
     assert not caplog.records
+    Controller(optimizer("sgd"), steps=10, **arguments)  # has none
     Controller(optimizer("adamw"), **arguments)  # of unknown length
     assert "moves nothing in the first 4,603 steps" in caplog.text
 

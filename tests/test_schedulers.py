@@ -1,9 +1,12 @@
 """AdaptiveScheduler and RewardAdaptiveScheduler: the seeds' examples, run as they were written."""
 
 import asyncio
+import copy
 import io
 import math
+import pickle
 import types
+from functools import partial
 
 import pytest
 import torch
@@ -208,6 +211,24 @@ def test_a_bare_step_after_observe_is_no_second_step_of_time():
     assert scheduler.last_epoch == scheduler.controller.step == 5
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_goes_on_as_the_original_does(copied):
+    optimizer = SGD(linear().parameters(), lr=0.5)
+    scheduler = AdaptiveScheduler(optimizer, lr_rule="cyclical", cycle_length=4)
+    optimizer.step()
+    scheduler.observe(loss=1.0)
+    pairs = [(optimizer, scheduler), copied((optimizer, scheduler))]
+    assert pairs[1][1].optimizer is pairs[1][0] is not optimizer
+    rates = []
+    for one, its in pairs:
+        rates.append([])
+        for _ in range(3):  # time passes without news
+            one.step()
+            its.step()
+            rates[-1] += its.get_last_lr()
+    assert rates[0] == rates[1] and len({*rates[0]}) == 3
+
+
 def test_none_everywhere_is_inert():
     optimizer = SGD(linear().parameters(), lr=0.5, momentum=0.5)
     scheduler = AdaptiveScheduler(optimizer, lr_rule="none")
@@ -376,6 +397,10 @@ def test_a_tap_on_an_async_reward_is_async_and_remembers_alike():
     assert asyncio.run(judge(completions=["a"])) == [5.0]
     assert (tap.last(), judge.last()) == (2.0, 5.0)
     assert not inspect.iscoroutinefunction(RewardTap(lambda completions: [1.0]).__call__)
+    bound = RewardTap(partial(Judge(), prompts=[]))
+    assert asyncio.run(bound(completions=["a"])) == [5.0] and bound.last() == 5.0
+    twin = copy.deepcopy(judge)
+    assert type(twin) is type(judge) and twin.last() == 5.0
 
 
 @pytest.mark.filterwarnings("ignore")

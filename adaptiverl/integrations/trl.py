@@ -9,6 +9,7 @@ RLOOTrainer(model, reward_funcs=tap, …, optimizers=(optimizer, None),
 import inspect
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from adaptiverl.integrations.hf import RewardObserveCallback
@@ -20,8 +21,15 @@ class RewardTap:
     """A reward function that remembers the mean of what it returned last; async if `reward` is."""
 
     def __new__(cls, reward: Callable[..., Any]) -> "RewardTap":
-        waits = map(inspect.iscoroutinefunction, (reward, type(reward).__call__))
+        called = reward
+        while isinstance(called, partial):
+            called = called.func
+        waits = map(inspect.iscoroutinefunction, (called, type(called).__call__))
         return super().__new__(_AsyncRewardTap if any(waits) else cls)
+
+    def __getnewargs__(self) -> tuple[Callable[..., Any]]:
+        """For copy and pickle."""
+        return (self.reward,)
 
     def __init__(self, reward: Callable[..., Any]):
         self.reward = reward

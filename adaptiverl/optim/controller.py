@@ -164,6 +164,10 @@ class Controller:
         self.audit: list[dict[str, Any]] = []  # of this step; who reads it empties it
         self._take_in()
         self._check_betas()
+        for name, names in self.value_rules.items():
+            if names and not any(self.base[name]):
+                kind = type(optimizer).__name__
+                log.warning("%s moves nothing: %s has no %s", RULE_OF[name], kind, name)
 
     def _check_betas(self) -> None:
         """A rule whose beta is held for the whole run would do nothing."""

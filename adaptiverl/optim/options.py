@@ -46,6 +46,14 @@ TRENDS = (
 )  # fmt: skip
 WINDOWS = ("lr_rule variance", "reward_rule variance", "betas_rule variance", "alpha_rule stable")
 CYCLES = ("lr_rule cyclical", "lr_rule cosine", "lr_rule cosine_restart")
+FROM_REWARD = (
+    "reward_rule scaling", "reward_rule trend", "reward_rule variance", "reward_rule kelly",
+    "lr_rule learned",
+)  # fmt: skip
+MOMENTUM = (
+    "momentum_rule inverse", "momentum_rule exp", "momentum_rule relative",
+    "momentum_rule normalized", "reward_rule trend",
+)  # fmt: skip
 NUDGES = ("momentum_rule relative", "betas_rule relative", "reward_rule trend")
 # name → its range, and the rules that read it; none named: not one rule's alone
 KNOWN: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -78,14 +86,14 @@ KNOWN: dict[str, tuple[str, tuple[str, ...]]] = {
     "patience": ("[1, inf)", ("lr_rule patience",)),
     "cooldown": ("[1, inf)", ("lr_rule patience",)),
     "loss_beta": ("[0, 1)", ()),
-    "reward_beta": ("[0, 1)", ()),
+    "reward_beta": ("[0, 1)", FROM_REWARD),
     "memory": ("(1, inf]", ()),
     "max_drift": ("[1, inf]", ()),
     "min_lr": ("[0, inf)", ()),
     "max_lr": ("(0, inf)", ()),
-    "min_momentum": ("[0, 1]", ()),
-    "max_momentum": ("[0, 1]", ()),
-    "kl_step_target": ("(0, inf)", ()),
+    "min_momentum": ("[0, 1]", MOMENTUM),
+    "max_momentum": ("[0, 1]", MOMENTUM),
+    "kl_step_target": ("(0, inf)", ("lr_rule kl_target", "lr_rule learned")),
     "steps": ("[1, inf)", ()),
 }
 WHOLE = ("var_window", "trend_window", "patience", "cooldown")
@@ -98,6 +106,10 @@ def check(given: Mapping[str, Any], defaults: Mapping[str, Any], chosen: set[str
 
     `given` are numbers by name, None where there is none; `chosen` are like "lr_rule trend".
     """
+    for low, high in (("min_lr", "max_lr"), ("min_momentum", "max_momentum")):
+        one, other = given[low], given[high]
+        if one is not None and other is not None and one > other:
+            raise ValueError(f"{low} {one:g} is above {high} {other:g}")
     for name, value in given.items():
         interval, readers = KNOWN[name]
         if value is None or (value == defaults.get(name) and name in defaults):
@@ -110,10 +122,6 @@ def check(given: Mapping[str, Any], defaults: Mapping[str, Any], chosen: set[str
             if name not in TOLERATED:
                 raise ValueError(message)
             log.warning(message)
-    for low, high in (("min_lr", "max_lr"), ("min_momentum", "max_momentum")):
-        one, other = given[low], given[high]
-        if one is not None and other is not None and one > other:
-            raise ValueError(f"{low} {one:g} is above {high} {other:g}")
 
 
 def _inside(value: float, interval: str) -> bool:

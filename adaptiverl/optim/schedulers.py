@@ -76,6 +76,11 @@ class AdaptiveScheduler(LRScheduler):
         optimizer.register_step_post_hook(self._after_optimizer)
         super().__init__(optimizer)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """For copy and pickle, which leave hooks of the optimizer behind."""
+        self.__dict__.update(state)
+        self.optimizer.register_step_post_hook(self._after_optimizer)
+
     def _after_optimizer(self, *_: Any) -> None:
         self._has_observed = False
 
