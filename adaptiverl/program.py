@@ -216,7 +216,8 @@ class Run:
         # One sampled token says little: k3 of 8 of them is off by a factor of three either way. The
         # tables [tokens, V] of more would fill memory, and k3 of 64 is near enough. Coarse
         # log-probabilities are compared with those of sampling, which has the sampled words' only.
-        exact = c.BATCH_SIZE // stride * c.MAX_NEW_TOKENS < FEW_TOKENS and not self.coarse
+        tokens = self.accelerator.reduce(probe.completion_mask.sum(), "sum").item()
+        exact = tokens < FEW_TOKENS and not self.coarse
         policy = self.sampler.policy
         words = policy.distributions if exact else policy.logprobs
 
@@ -231,9 +232,7 @@ class Run:
             kl = kl_per_token(old, new, "k3")
             if exact:  # the expectation of k3; a word that neither can say is no difference
                 kl = torch.where(old == new, 0.0, old.exp() * kl)
-            sums = torch.stack([kl.sum(), probe.completion_mask.sum()])
-            total, tokens = self.accelerator.reduce(sums, "sum").tolist()
-            return total / tokens
+            return self.accelerator.reduce(kl.sum(), "sum").item() / tokens
 
         before = probe.logprobs if self.exact and not exact else measure()
         self.controller.kl_floor = 2 * nats(probe.logprobs, before) if self.coarse else 0.0
