@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -313,10 +314,11 @@ def load_policy(
     `quantize` is None, "4bit" (NF4) or "8bit"; both freeze the model under a LoRA adapter. `lora`
     are peft's: r, lora_alpha, target_modules. Raises Untargeted if these are to be others.
     """
-    if quantize and full_tune:
-        raise ValueError("quantised weights cannot be trained: use LoRA")
     adapter = adapter_config(model)
     base = adapter["base_model_name_or_path"] if adapter else model
+    stored = AutoConfig.from_pretrained(base).to_dict().get("quantization_config")
+    if (quantize or stored) and full_tune:
+        raise ValueError("quantised weights cannot be trained: use LoRA")
     # What is not trained needs no more precision than it is computed in.
     frozen = compute_dtype if not full_tune else torch.float32
     kwargs: dict[str, Any] = {"dtype": frozen, "device_map": {"": device}}
@@ -340,9 +342,9 @@ def load_policy(
         lm = AutoModelForCausalLM.from_pretrained(checkpoint, **kwargs)
     else:
         lm = begun()
-    if quantize == "4bit":
+    if quantize == "4bit" or (stored and stored.get("load_in_4bit")):
         _keep_differentiable(lm)
-    if not quantize:
+    if not (quantize or stored):
         # A file's weights are aligned to 8 bytes, tensors to 64, and rounding may depend on that: a
         # resumed run must not differ in the last bit.
         for parameter in lm.parameters():
