@@ -94,7 +94,9 @@ class Sampler:
         for kept in self.kept:  # a last part of an evaluation is smaller
             if kept.rows >= rows and kept.length >= length and kept.width >= width:
                 return kept
-        self.kept.clear()  # one at a time: its cache, graphs and copies fill memory
+        # One at a time: its cache, graphs and copies fill memory, during the update too. A graph is
+        # bound to the addresses of its cache, so letting go of that means capturing anew.
+        self.kept.clear()
         decoder = Decoder(
             lm.transformer,
             lm.get_output_embeddings(),
