@@ -26,10 +26,10 @@ from adaptiverl.optim.hyperparams import get
 from adaptiverl.optim.online import Online
 from adaptiverl.optim.trust_region import LastUpdate, TrustRegion, alignment, tells
 from adaptiverl.report import Metrics
-from adaptiverl.rl.data import indices_at
+from adaptiverl.rl.data import indices_at, wordless
 from adaptiverl.rl.reinforce import adapt_kl_coef, kl_per_token
 from adaptiverl.rl.rollout import Rollout, uniforms
-from adaptiverl.rl.sampler import Sampler
+from adaptiverl.rl.sampler import Sampler, Unreadable, no_tokens
 from adaptiverl.run import checkpoint
 from adaptiverl.run.config import REWARD_KEYS, Config, UserError
 from adaptiverl.run.process import StopSignal
@@ -131,7 +131,10 @@ class Run:
 
     def complete(self, texts: list[str], chance: Tensor) -> Rollout:
         """A completion of each of `texts`; raises UserError if the policy gives NaN anywhere."""
-        rollout = self.without_gradient(partial(self.sampler, texts, chance))
+        try:
+            rollout = self.without_gradient(partial(self.sampler, texts, chance))
+        except Unreadable as error:
+            raise UserError(f"{self.config.PROMPT_COLUMN}: {error}") from error
         self.refuse(rollout.logprobs.isnan().any(), "log-probabilities are")
         return rollout
 
@@ -217,7 +220,8 @@ class Run:
         # One sampled token says little: k3 of 8 of them is off by a factor of three either way. The
         # tables [tokens, V] of more would fill memory, and k3 of 64 is near enough. Coarse
         # log-probabilities are compared with those of sampling, which has the sampled words' only.
-        exact = c.BATCH_SIZE // stride * c.MAX_NEW_TOKENS < FEW_TOKENS and not self.coarse
+        tokens = self.accelerator.reduce(probe.completion_mask.sum(), "sum").item()
+        exact = tokens < FEW_TOKENS and not self.coarse
         policy = self.sampler.policy
         words = policy.distributions if exact else policy.logprobs
 
@@ -232,9 +236,7 @@ class Run:
             kl = kl_per_token(old, new, "k3")
             if exact:  # the expectation of k3; a word that neither can say is no difference
                 kl = torch.where(old == new, 0.0, old.exp() * kl)
-            sums = torch.stack([kl.sum(), probe.completion_mask.sum()])
-            total, tokens = self.accelerator.reduce(sums, "sum").tolist()
-            return total / tokens
+            return self.accelerator.reduce(kl.sum(), "sum").item() / tokens
 
         before = probe.logprobs if self.exact and not exact else measure()
         self.controller.kl_floor = 2 * nats(probe.logprobs, before) if self.coarse else 0.0
@@ -294,9 +296,13 @@ class Run:
 
         On the two shortest and the two longest of the first prompts, so that there is padding.
         """
-        texts = self.prompts[: min(256, len(self.prompts))][self.config.PROMPT_COLUMN]
-        sizes = {text: len(self.tokenizer(text).input_ids) for text in texts}
         most, c = self.sampler.max_prompt, self.config
+        texts = self.prompts[: min(256, len(self.prompts))][c.PROMPT_COLUMN]
+        for source, rows in ((c.TRAIN_FILE, self.prompts), (c.EVAL_FILE, self.eval_prompts)):
+            for text in wordless(rows, c.PROMPT_COLUMN) if rows else []:
+                if not self.tokenizer(text).input_ids:
+                    raise UserError(f"{source}: {no_tokens(text)}")
+        sizes = {text: len(self.tokenizer(text).input_ids) for text in texts}
         if self.is_main and most and (cut := sum(size > most for size in sizes.values())):
             logging.warning(
                 "%d of %d prompts are longer than the %d tokens that MAX_NEW_TOKENS leaves: they "

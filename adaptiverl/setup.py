@@ -22,7 +22,14 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from adaptiverl.optim.controller import Controller
 from adaptiverl.optim.online import OnlineAdamW, OnlineRMSProp, OnlineSGD
 from adaptiverl.rl.data import FORMATS, load_prompts
-from adaptiverl.rl.policy import Policy, adapter_config, load_policy, load_tokenizer
+from adaptiverl.rl.policy import (
+    Policy,
+    Untargeted,
+    adapter_config,
+    fit_tokenizer,
+    load_policy,
+    load_tokenizer,
+)
 from adaptiverl.rl.vllm import Server
 from adaptiverl.run import checkpoint
 from adaptiverl.run.config import REWARD_KEYS, Config, UserError
@@ -267,13 +274,19 @@ def policy(
 ) -> tuple[PreTrainedTokenizerBase, Policy]:
     """The model, with the weights of `checkpoint` if there is one."""
     with blame(f"MODEL {c.MODEL}"):
-        return load_tokenizer(c.MODEL), load_policy(
-            c.MODEL,
-            checkpoint=checkpoint,
-            full_tune=c.FULLTUNE,
-            quantize="4bit" if c.LOAD_4BIT else "8bit" if c.LOAD_8BIT else None,
-            compute_dtype=torch.bfloat16 if c.BF16 else torch.float32,
-            reference=c.KL_COEF > 0,
-            device=device,
-            lora={"r": c.LORA_R, "lora_alpha": c.LORA_ALPHA, "target_modules": c.LORA_TARGETS},
-        )
+        tokenizer = load_tokenizer(c.MODEL)
+        try:
+            result = load_policy(
+                c.MODEL,
+                checkpoint=checkpoint,
+                full_tune=c.FULLTUNE,
+                quantize="4bit" if c.LOAD_4BIT else "8bit" if c.LOAD_8BIT else None,
+                compute_dtype=torch.bfloat16 if c.BF16 else torch.float32,
+                reference=c.KL_COEF > 0,
+                device=device,
+                lora={"r": c.LORA_R, "lora_alpha": c.LORA_ALPHA, "target_modules": c.LORA_TARGETS},
+            )
+        except Untargeted as error:
+            raise UserError(f"LORA_TARGETS: {error}") from error
+        fit_tokenizer(tokenizer, result.base)
+        return tokenizer, result

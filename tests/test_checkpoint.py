@@ -1,6 +1,8 @@
 """Checkpoints: whole or not there, damaged ones passed over, killed runs resumed exactly."""
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import random
@@ -329,6 +331,45 @@ def test_two_runs_do_not_write_to_one_folder(main, settings, capsys):
     os.close(held)
     assert main(settings) == 0
     os.close(checkpoint.lock(Path(settings["OUTPUT_DIR"])))
+
+
+def patch_flock(monkeypatch, flock) -> None:
+    """For runs alone: `datasets` locks files, too."""
+    flags = {"LOCK_EX": fcntl.LOCK_EX, "LOCK_NB": fcntl.LOCK_NB}
+    monkeypatch.setattr(checkpoint, "fcntl", SimpleNamespace(flock=flock, **flags))
+
+
+@pytest.mark.parametrize("problem", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_locks_refuses_no_run(main, settings, monkeypatch, caplog, problem):
+    def flock(*_):
+        raise OSError(problem, "no locks here")
+
+    patch_flock(monkeypatch, flock)
+    assert main(settings) == 0
+    out = settings["OUTPUT_DIR"]
+    assert f"{out} is on a file system without locks (no locks here)" in caplog.text
+
+
+def test_what_is_locked_is_open_for_writing(main, settings, monkeypatch):
+    """NFS gives an exclusive lock on nothing else."""
+    flock = fcntl.flock
+
+    def of_nfs(descriptor, how):
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "bad file descriptor")
+        flock(descriptor, how)
+
+    patch_flock(monkeypatch, of_nfs)
+    assert main(settings) == 0
+
+
+def test_a_lock_that_fails_otherwise_is_told(main, settings, monkeypatch, capsys):
+    def flock(*_):
+        raise OSError(errno.EIO, "the disk is broken")
+
+    patch_flock(monkeypatch, flock)
+    assert main(settings) == 2
+    assert "the disk is broken" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_resuming_as_another_kind_of_run_is_refused_before_it_loads(main, settings, capsys):

@@ -385,7 +385,7 @@ def test_the_automatic_rate_starts_within_its_bounds(load, keys, rate):
     config = load(keys)
     optimizer = setup.optimizer(config, [("weight", torch.nn.Parameter(torch.zeros(1)))])
     assert optimizer.param_groups[0]["lr"] == rate
-    setup.check_rules(config)  # raises where the rate is outside of its bounds
+    setup.check_rules(config, config.STEPS)  # raises where the rate is outside of its bounds
 
 
 def test_a_rate_that_no_rule_moves_has_no_bounds(load):

@@ -73,7 +73,7 @@ def test_rounding_is_not_taken_for_an_update(main, settings, monkeypatch, frozen
         for module in policy.modules():
             if type(module).__name__ == "Linear4bit":
                 module.compute_dtype = torch.float32
-        return policy.logprobs(rollout)
+        return policy.distributions(rollout)
 
     def spy(run, rollout, grad_norm):
         now["run"], now["probe"] = run, rollout.part(torch.arange(0, len(rollout), 8))
@@ -83,7 +83,8 @@ def test_rounding_is_not_taken_for_an_update(main, settings, monkeypatch, frozen
     def shrink(region, measure, rescale, target, most):
         rescale(scale)
         log_ratio = exact(now["run"], now["probe"]) - now["before"]
-        kl = (log_ratio.exp() - 1 - log_ratio).sum() / now["probe"].completion_mask.sum()
+        k3 = now["before"].exp() * (log_ratio.exp() - 1 - log_ratio)
+        kl = k3.sum() / now["probe"].completion_mask.sum()
         seen.append((measure(), kl.item(), target))
         return 1.0, target
 
@@ -143,23 +144,31 @@ def test_without_rules_the_rate_is_the_one_that_was_typed(main, settings):
 
 
 @pytest.mark.parametrize(
-    ("batch", "length", "rows"),
+    ("batch", "length", "rows", "few"),
     [
-        (4, 32, range(4)),  # all where there are few: k3 of the sampled tokens
-        (8, 32, range(0, 8, 2)),  # four at least
-        (64, 8, range(0, 64, 8)),  # one in eight of many
-        (8, 2, range(0, 8, 2)),  # of few tokens the KL over the vocabulary
-        (16, 15, range(0, 16, 4)),
+        (4, 32, range(4), False),  # all where there are few: k3 of the sampled tokens
+        (8, 32, range(0, 8, 2), False),  # four at least
+        (64, 8, range(0, 64, 8), False),  # one in eight of many
+        (8, 2, range(0, 8, 2), True),  # of few tokens the KL over the vocabulary
+        (16, 15, range(0, 16, 4), True),
+        (8, 50, range(0, 8, 2), True),  # they may be few because completions end early
     ],
 )
 def test_a_kl_of_the_update_is_that_of_the_two_policies(
-    main, settings, monkeypatch, batch, length, rows
+    main, settings, monkeypatch, batch, length, rows, few
 ):
     """By the model's own passes before and after the step."""
     from adaptiverl.program import Run
 
-    step, seen, few = Run.step, [], len(rows) * length < 64
+    step, sample, seen = Run.step, Run.sample, []
     rows = torch.tensor([*rows])
+
+    def ending_early(run, batch, step):
+        """After a token, where they may have 50."""
+        rollout = sample(run, batch, step)
+        if length == 50:
+            rollout.completion_mask[:, 1:], rollout.logprobs[:, 1:] = 0, 0
+        return rollout
 
     def table(run, part) -> torch.Tensor:
         ids = torch.cat([part.prompt_ids[part.prompt_of], part.completion_ids], 1)
@@ -182,6 +191,7 @@ def test_a_kl_of_the_update_is_that_of_the_two_policies(
         return taken
 
     monkeypatch.setattr(Run, "step", spy)
+    monkeypatch.setattr(Run, "sample", ending_early)
     keys = {"BATCH_SIZE": batch, "MAX_NEW_TOKENS": length, "LRATE": 0.1, "STEPS": 2}
     assert main(settings | keys) == 0
     recorded = [row["kl_step"] for row in run_of(settings)[0]]

@@ -172,7 +172,8 @@ def test_an_evaluation_without_a_reward_says_so(
 
 
 @pytest.mark.parametrize(
-    "name", ["reward", "step", "loss", "eval/reward", "rewards/mine/mean", "kl_coef"]
+    "name",
+    ["reward", "step", "loss", "eval/reward", "rewards/mine/mean", "kl_coef", "sampling/mine"],
 )
 def test_a_reward_may_not_report_under_the_runs_own_names(main, settings, capsys, reward, name):
     def mine(completions, log_metric, **_):

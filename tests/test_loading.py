@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import read_jsonl, without_clock
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import normalizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    PreTrainedTokenizerFast,
+)
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:fan_in_fan_out is set to False"  # peft corrects it itself
@@ -97,3 +104,147 @@ def test_a_lora_run_that_is_resumed_otherwise_is_told_to_start_from_its_checkpoi
     assert main(settings | keys) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert f"start a new run with MODEL={adapter} and another OUTPUT_DIR" in error
+
+
+# Odd tokenizers
+
+
+def tokenizer_that_drops(tiny: Path, folder: Path, text: str) -> Path:
+    """The folder of a model whose tokenizer makes nothing of `text`, nor of spaces alone."""
+    shutil.copytree(tiny, folder)
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    steps = [normalizers.Replace(text, ""), normalizers.Strip()]
+    backend = tokenizer.backend_tokenizer
+    backend.normalizer = normalizers.Sequence(steps)
+    end = tokenizer.eos_token
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=end).save_pretrained(folder)
+    return folder
+
+
+def prompts(path: Path, texts: list[str]) -> str:
+    path.write_text(json.dumps([{"prompt": text} for text in texts]))
+    return str(path)
+
+
+@pytest.mark.parametrize("key", ["TRAIN_FILE", "EVAL_FILE"])
+@pytest.mark.parametrize("text", [" ", "\u200b"])
+def test_a_prompt_of_no_tokens_is_told_before_the_first_step(
+    main, settings, tiny, tmp_path, capsys, key, text
+):
+    """Beyond the first 256, of which lengths are looked at."""
+    model = tokenizer_that_drops(tiny, tmp_path / "model", "\u200b")
+    file = prompts(tmp_path / "a.json", ["This", "!"] * 150 + [text])
+    assert main(settings | {"MODEL": str(model)} | {key: file}) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"error: {file}: the tokenizer makes no token of the prompt {text!r} (to start from "
+        "nothing, write the model's beginning-of-text token)"
+    )
+    assert not Path(settings["OUTPUT_DIR"]).exists()
+
+
+def test_a_prompt_of_words_but_no_tokens_is_told_when_it_is_met(
+    main, settings, tiny, tmp_path, capsys
+):
+    model = tokenizer_that_drops(tiny, tmp_path / "model", "xyz")
+    file = prompts(tmp_path / "a.json", ["This"] * 256 + ["xyz"] * 800)
+    assert main(settings | {"MODEL": str(model), "TRAIN_FILE": file}) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: prompt: the tokenizer makes no token of the prompt 'xyz' (")
+
+
+def test_a_pad_token_that_the_model_lacks_is_none(main, settings, tiny, tmp_path):
+    """What pads is masked: another token does not change a number."""
+    rows = []
+    for pad in (None, "[PAD]"):
+        tokenizer = AutoTokenizer.from_pretrained(tiny)
+        if pad:
+            tokenizer.add_special_tokens({"pad_token": pad})
+        folder = tmp_path / f"model{pad}"
+        shutil.copytree(tiny, folder)
+        tokenizer.save_pretrained(folder)
+        assert main(settings | {"MODEL": str(folder)}) == 0
+        out = Path(settings["OUTPUT_DIR"])
+        rows.append(without_clock(read_jsonl(out / "metrics.jsonl")))
+        saved = AutoTokenizer.from_pretrained(out / "final")
+        assert saved.pad_token_id == saved.eos_token_id
+    assert rows[0] == rows[1]
+
+
+def test_a_prompt_of_tokens_that_the_model_lacks(main, settings, tiny, tmp_path, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.add_tokens(["<chat>"])
+    folder = tmp_path / "model"
+    shutil.copytree(tiny, folder)
+    tokenizer.save_pretrained(folder)
+    file = prompts(tmp_path / "a.json", ["This", "<chat> is it"] * 3)
+    assert main(settings | {"MODEL": str(folder), "TRAIN_FILE": file}) == 2
+    words = len(tokenizer) - 1
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"error: prompt: the prompt '<chat> is it' has the token '<chat>' ({words}), but the model "
+        f"has {words} tokens: it does not belong to this tokenizer"
+    )
+
+
+def test_an_end_of_text_that_the_model_lacks(main, settings, tiny, tmp_path, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.add_special_tokens({"eos_token": "[END]"})
+    folder = tmp_path / "model"
+    shutil.copytree(tiny, folder)
+    tokenizer.save_pretrained(folder)
+    assert main(settings | {"MODEL": str(folder)}) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: MODEL {folder}: its tokenizer ends texts with '[END]', token ")
+
+
+# Unusual architectures
+
+
+@pytest.fixture
+def llama4(tiny, tmp_path) -> str:
+    """Its `base_model` is itself: it names a part that it does not have."""
+    folder = tmp_path / "llama4"
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = Llama4TextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        intermediate_size_mlp=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_local_experts=2,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+        pad_token_id=None,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    Llama4ForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_model_that_is_its_own_base(main, settings, llama4):
+    assert main(settings | {"MODEL": llama4}) == 0
+    metrics = read_jsonl(Path(settings["OUTPUT_DIR"]) / "metrics.jsonl")
+    assert all(row["grad_norm"] > 0 for row in metrics)
+    gaps = [row["sampling/sampling_logp_difference/max"] for row in metrics]
+    assert max(gaps) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("targets", "reason"),
+    [
+        (None, "peft has no layers in mind for a model of type llama4_text."),
+        (["q"], "Target modules {'q'} not found in the base model."),
+    ],
+)
+def test_layers_for_adapters_that_have_to_be_named(main, settings, llama4, capsys, targets, reason):
+    assert main(settings | {"MODEL": llama4, "FULLTUNE": False, "LORA_TARGETS": targets}) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: LORA_TARGETS: {reason}")
+    assert error.endswith(
+        "Name some of down_proj, gate_proj, k_proj, o_proj, q_proj, router, up_proj, v_proj"
+    )

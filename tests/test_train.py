@@ -26,7 +26,7 @@ def test_a_run_leaves_all_it_says(run, settings):
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     assert sorted(p.name for p in out.iterdir()) == [
-        "config.json", "controller.jsonl", "final", "metrics.jsonl", "samples.jsonl",
+        ".lock", "config.json", "controller.jsonl", "final", "metrics.jsonl", "samples.jsonl",
         "step-000002", "step-000004",
     ]  # fmt: skip
     resolved = json.loads((out / "config.json").read_text())
@@ -356,7 +356,7 @@ def test_only_what_a_run_wrote_is_set_aside(main, settings):
         assert main(settings) == 0
     assert {p.name for p in out.iterdir()} == {
         "config.json", "metrics.jsonl", "samples.jsonl", "controller.jsonl", "final", "earlier-001",
-        "other", "labels.sqlite", "notes.jsonl",
+        ".lock", "other", "labels.sqlite", "notes.jsonl",
     }  # fmt: skip
     (out / "earlier-001").rename(out / "earlier-007")
     assert main(settings) == 0

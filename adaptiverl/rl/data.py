@@ -90,6 +90,13 @@ def _not_text(rows: Dataset, column: str) -> int | None:
     return None if first < 0 else first
 
 
+def wordless(rows: Dataset, column: str) -> list[str]:
+    """The texts of `column` without a letter or a digit: a tokenizer may make nothing of them."""
+    texts = rows.data.column(column)
+    words = pyarrow.compute.match_substring_regex(texts, r"[\pL\pN]")
+    return texts.filter(pyarrow.compute.invert(words)).unique().to_pylist()
+
+
 def indices_at(step: int, count: int, total: int, seed: int) -> list[int]:
     """The rows of step `step` (from 0): `count` of `total`, each row once an epoch, shuffled.
 

@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.pytorch_utils import Conv1D
@@ -51,6 +53,26 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def fit_tokenizer(tokenizer: PreTrainedTokenizerBase, lm: PreTrainedModel) -> None:
+    """Makes it pad with a token that the model has; raises ValueError if none ends a text.
+
+    What pads is masked, so any token will do.
+    """
+    words = len(lm.get_input_embeddings().weight)
+    if tokenizer.eos_token_id >= words:
+        raise ValueError(
+            f"its tokenizer ends texts with {tokenizer.eos_token!r}, token "
+            f"{tokenizer.eos_token_id}, but the model has {words} tokens: they do not belong "
+            "together"
+        )
+    if tokenizer.pad_token_id >= words:
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+class Untargeted(Exception):
+    """No layers are named that could get an adapter."""
 
 
 class Policy(nn.Module):
@@ -265,6 +287,8 @@ def has_plain_head(base: Any) -> bool:
     head = base.get_output_embeddings()
     if type(head) is not nn.Linear:  # a quantised one, or one with an adapter
         return False
+    if base.base_model is base:  # Llama 4 names a part that it does not have
+        return False
     ids = torch.arange(4, device=head.weight.device)[None]
     states = base.base_model(input_ids=ids).last_hidden_state
     # Narrow: a soft cap of 30 moves a logit of 0.5 by 5e-5, and one of 20 by 2.5.
@@ -288,12 +312,13 @@ def load_policy(
     the adapter; the reference is the adapted model either way.
 
     `quantize` is None, "4bit" (NF4) or "8bit"; both freeze the model under a LoRA adapter. `lora`
-    are peft's: r, lora_alpha, target_modules.
+    are peft's: r, lora_alpha, target_modules. Raises Untargeted if these are to be others.
     """
-    if quantize and full_tune:
-        raise ValueError("quantised weights cannot be trained: use LoRA")
     adapter = adapter_config(model)
     base = adapter["base_model_name_or_path"] if adapter else model
+    stored = AutoConfig.from_pretrained(base).to_dict().get("quantization_config")
+    if (quantize or stored) and full_tune:
+        raise ValueError("quantised weights cannot be trained: use LoRA")
     # What is not trained needs no more precision than it is computed in.
     frozen = compute_dtype if not full_tune else torch.float32
     kwargs: dict[str, Any] = {"dtype": frozen, "device_map": {"": device}}
@@ -317,9 +342,9 @@ def load_policy(
         lm = AutoModelForCausalLM.from_pretrained(checkpoint, **kwargs)
     else:
         lm = begun()
-    if quantize == "4bit":
+    if quantize == "4bit" or (stored and stored.get("load_in_4bit")):
         _keep_differentiable(lm)
-    if not quantize:
+    if not (quantize or stored):
         # A file's weights are aligned to 8 bytes, tensors to 64, and rounding may depend on that: a
         # resumed run must not differ in the last bit.
         for parameter in lm.parameters():
@@ -341,4 +366,15 @@ def load_policy(
         return Policy(lm)
     turned = any(isinstance(module, Conv1D) for module in lm.modules())  # GPT-2's
     kind = LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=turned, **(lora or {}))
-    return Policy(get_peft_model(lm, kind))
+    names = {
+        name.rpartition(".")[-1]
+        for name, module in lm.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not lm.get_output_embeddings()
+    }
+    try:
+        return Policy(get_peft_model(lm, kind))
+    except ValueError as error:
+        reason = str(error).splitlines()[0]
+        if kind.target_modules is None:
+            reason = f"peft has no layers in mind for a model of type {lm.config.model_type}."
+        raise Untargeted(f"{reason} Name some of {', '.join(sorted(names))}") from error

@@ -13,6 +13,18 @@ from adaptiverl.rl.rollout import Choice, Rollout, check_logprobs
 from adaptiverl.rl.vllm import Server
 
 
+def no_tokens(text: str) -> str:
+    """What is wrong with such a prompt."""
+    return (
+        f"the tokenizer makes no token of the prompt {text!r} (to start from nothing, write the "
+        "model's beginning-of-text token)"
+    )
+
+
+class Unreadable(Exception):
+    """A prompt that a model cannot be given: which, and why."""
+
+
 @dataclass(frozen=True)
 class Sampler:
     """Samples from `policy` and measures what was sampled, always at the same temperature.
@@ -40,7 +52,10 @@ class Sampler:
         return self.device.type == "cuda"
 
     def __call__(self, prompts: list[str], uniform: Tensor) -> Rollout:
-        """A completion of each prompt, from the random numbers `uniform` [B, T]."""
+        """A completion of each prompt, from the random numbers `uniform` [B, T].
+
+        Raises Unreadable.
+        """
         number = {text: i for i, text in enumerate(dict.fromkeys(prompts))}
         batch = self.tokenizer(
             list(number),
@@ -48,7 +63,9 @@ class Sampler:
             truncation=self.max_prompt is not None,
             max_length=self.max_prompt,
             return_tensors="pt",
-        ).to(self.device)
+        )
+        self._refuse(list(number), batch.input_ids, batch.attention_mask)
+        batch = batch.to(self.device)
         prompt_of = torch.tensor([number[text] for text in prompts], device=self.device)
         inputs = batch.input_ids, batch.attention_mask, prompt_of, uniform.to(self.device)
         if self.server:
@@ -57,6 +74,19 @@ class Sampler:
             return self._decoder(batch.input_ids.shape[1], *uniform.shape)(*inputs)
         return generate(self.policy.base, self._choice(), *inputs, synced=self.synced)
 
+    def _refuse(self, texts: list[str], ids: Tensor, mask: Tensor) -> None:
+        """Before the device sees them: on CUDA an id that is too large ends the process."""
+        if not (lengths := mask.sum(-1)).all():
+            raise Unreadable(no_tokens(texts[int(lengths.argmin())]))
+        words = len(self.policy.base.get_input_embeddings().weight)
+        largest = (ids * mask).amax(-1)
+        if (largest >= words).any():
+            text, token = texts[int(largest.argmax())], int(largest.max())
+            raise Unreadable(
+                f"the prompt {text!r} has the token {self.tokenizer.decode([token])!r} ({token}), "
+                f"but the model has {words} tokens: it does not belong to this tokenizer"
+            )
+
     def _decoder(self, prompt: int, rows: int, length: int) -> Decoder:
         lm, width = self.policy.base, prompt + length
         if self.static:
@@ -64,7 +94,9 @@ class Sampler:
         for kept in self.kept:  # a last part of an evaluation is smaller
             if kept.rows >= rows and kept.length >= length and kept.width >= width:
                 return kept
-        self.kept.clear()  # one at a time: its cache, graphs and copies fill memory
+        # One at a time: its cache, graphs and copies fill memory, during the update too. A graph is
+        # bound to the addresses of its cache, so letting go of that means capturing anew.
+        self.kept.clear()
         decoder = Decoder(
             lm.transformer,
             lm.get_output_embeddings(),

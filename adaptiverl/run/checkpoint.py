@@ -4,6 +4,7 @@ A checkpoint is written beside its place under a hidden name, every file is sync
 their hashes is written last, and the folder is renamed. What it holds is the caller's business.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -20,6 +21,8 @@ import torch
 
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
+LOCK = ".lock"
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 FILES = ("metrics.jsonl", "samples.jsonl", "controller.jsonl", "dynamics.jsonl")
 WRITTEN = (  # all that a run leaves in its folder
     *FILES, "config.json", "lr_vs_reward.png", "tensorboard", "step-*", "final", ".old-*", ".new-*",
@@ -67,15 +70,26 @@ def newest(output_dir: Path) -> tuple[Path, int] | None:
 def lock(output_dir: Path) -> int:
     """Makes `output_dir` and keeps it for this process; raises OSError where another writes to it.
 
-    Closing what is returned, or the end of the process, gives it back.
+    Closing what is returned, or the end of the process, gives it back. Where a file system has no
+    locks, a warning takes their place.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(output_dir, os.O_RDONLY)
+    # A file that is open for writing: NFS has exclusive locks on nothing else, folders included.
+    descriptor = os.open(output_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            log.warning(
+                "%s is on a file system without locks (%s): see that no other run writes there",
+                output_dir,
+                error.strerror,
+            )
+            return descriptor
         os.close(descriptor)
-        raise OSError(f"another run is writing to {output_dir}") from error
+        if isinstance(error, BlockingIOError):
+            raise OSError(f"another run is writing to {output_dir}") from error
+        raise
     return descriptor
 
 

@@ -27,7 +27,7 @@ OWN_NAMES = {
     "loss", "lr", "momentum", "prompt", "reward", "reward_std", "skipped", "step",
     "tokens_per_second",
 }  # fmt: skip
-OWN_PREFIXES = ("completions/", "eval/", "held_out/", "rewards/", "seconds/")
+OWN_PREFIXES = ("completions/", "eval/", "held_out/", "rewards/", "sampling/", "seconds/")
 
 
 def is_own(name: str) -> bool:
