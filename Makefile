@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 
-train: .venv/run
+train: .venv/run config.schema.json
 	.venv/bin/python train.py config.json
 
 test: .venv/dev
@@ -21,8 +21,13 @@ check: .venv/dev
 	$(PIP) -r requirements.txt
 	touch $@
 
+# For editors, which read it where a config names it as its "$$schema"
+config.schema.json: adaptiverl/config/schema.py adaptiverl/training/keys.py $(wildcard rewards/*.py) | .venv/run
+	.venv/bin/python -m adaptiverl schema > $@
+
 .venv/dev: requirements-dev.txt .venv/run
 	$(PIP) -r requirements-dev.txt
 	touch $@
 
+.DELETE_ON_ERROR:
 .PHONY: train test check

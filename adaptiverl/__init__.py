@@ -8,27 +8,32 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from adaptiverl.optim.adaptive import AdaptiveOptimizer
+    from adaptiverl.optim.controller import Controller
+    from adaptiverl.optim.hyperparams import mean_over_processes
     from adaptiverl.optim.online import OnlineAdamW, OnlineRMSProp, OnlineSGD
     from adaptiverl.optim.schedulers import AdaptiveScheduler, RewardAdaptiveScheduler
-    from adaptiverl.optim.trust_region import LastUpdate, TrustRegion, alignment
+    from adaptiverl.optim.trust_region import TrustRegion, UpdateInfo
 
 __version__ = "0.1.0"
 __all__ = [
     "AdaptiveOptimizer",
     "AdaptiveScheduler",
-    "LastUpdate",
+    "Controller",
     "OnlineAdamW",
     "OnlineRMSProp",
     "OnlineSGD",
     "RewardAdaptiveScheduler",
     "TrustRegion",
-    "alignment",
+    "UpdateInfo",
+    "mean_over_processes",
 ]
 _MODULES = {
     "adaptive": ("AdaptiveOptimizer",),
+    "controller": ("Controller",),
+    "hyperparams": ("mean_over_processes",),
     "online": ("OnlineAdamW", "OnlineRMSProp", "OnlineSGD"),
     "schedulers": ("AdaptiveScheduler", "RewardAdaptiveScheduler"),
-    "trust_region": ("LastUpdate", "TrustRegion", "alignment"),
+    "trust_region": ("TrustRegion", "UpdateInfo"),
 }
 
 

@@ -2,8 +2,8 @@
 
     python benchmarks/control_cost.py        writes control_cost.json, prints a line each
 
-1. A step of the default run, and the trust region's share of it: the pass over an eighth of the
-   completions, the alignment, and what scales an update.
+1. A step of the default run, and the trust region's share of it: the optimizer's step less that of
+   the AdamW inside, so the pass over an eighth of the completions, the alignment and the scaling.
 2. A step of fused AdamW on GPT-2's 148 tensors, bare and inside AdaptiveOptimizer with rules for
    rate, betas and weight decay, in turn: the wrapper's overhead. And one without rules.
 3. The same beside OnlineAdamW, fused too, which learns as it goes.
@@ -19,8 +19,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -29,10 +30,12 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
-from adaptiverl import AdaptiveOptimizer, OnlineAdamW, program  # noqa: E402
-from adaptiverl.program import Run  # noqa: E402
-from adaptiverl.run.process import StopSignal  # noqa: E402
-from adaptiverl.run.reading import load_config  # noqa: E402
+from adaptiverl import AdaptiveOptimizer, OnlineAdamW  # noqa: E402
+from adaptiverl.config.loading import load_config  # noqa: E402
+from adaptiverl.files.process import StopSignal  # noqa: E402
+from adaptiverl.training.build import build  # noqa: E402
+from adaptiverl.training.folder import RunFolder  # noqa: E402
+from adaptiverl.training.keys import RunConfig  # noqa: E402
 
 
 def ratio(one: Callable[[], float], other: Callable[[], float], pairs: int) -> dict[str, float]:
@@ -50,28 +53,27 @@ def training_step(steps: int) -> dict[str, float]:
     """The default run's; two of them would write different texts, so the parts are timed."""
     spent: list[float] = []
 
-    def timed(work: Callable) -> Callable:
-        def wrapped(*arguments: Any) -> Any:
-            start = time.perf_counter()
-            result = work(*arguments)
-            spent[-1] += time.perf_counter() - start
-            return result
+    def timed(optimizer: torch.optim.Optimizer, sign: int) -> None:
+        def add(at: int) -> None:
+            spent[-1] += at * sign * time.perf_counter()
 
-        return wrapped
+        optimizer.register_step_pre_hook(lambda *_: add(-1))
+        optimizer.register_step_post_hook(lambda *_: add(1))
 
-    with tempfile.TemporaryDirectory() as folder:
-        keys = [f"OUTPUT_DIR={folder}", "STEPS=100", "SAVE_EVERY=0", "LOG_EVERY=0"]
-        run = Run(load_config(ROOT / "config.json", keys))
-        log, stop = run.start(), StopSignal()
-        program.alignment = timed(program.alignment)
-        program.LastUpdate = timed(program.LastUpdate)
-        run.region.fit = timed(run.region.fit)  # type: ignore[method-assign]
+    with tempfile.TemporaryDirectory() as place:
+        keys = [f"OUTPUT_DIR={place}", "STEPS=100", "SAVE_EVERY=0", "LOG_EVERY=0"]
+        config = load_config(ROOT / "config.json", keys, schema=RunConfig)
+        parts, stop = build(config), StopSignal()
+        timed(parts.optimizer, 1)
+        timed(parts.optimizer.base, -1)
         seconds = []
-        for step in range(1, steps + 1):
-            spent.append(0.0)
-            run.last_step, start = step, time.perf_counter()
-            train.train(run, log, stop)
-            seconds.append(time.perf_counter() - start)
+        with closing(RunFolder(config, parts)) as folder:
+            folder.open()
+            for step in range(1, steps + 1):
+                spent.append(0.0)
+                start = time.perf_counter()
+                train.train(config, replace(parts, last_step=step), folder, stop)
+                seconds.append(time.perf_counter() - start)
     share = [part / whole for part, whole in zip(spent, seconds, strict=True)]
     return {
         "seconds": statistics.median(seconds),

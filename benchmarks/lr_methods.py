@@ -1,6 +1,7 @@
 """Every way of setting the rate that lr_robustness.py compares: baselines, ours, placebos.
 
-Each is called after a step with what was seen, and sets the next step's rate.
+Each makes a step and is told its reward. The trust region is the one that ships; its variants are
+subclasses that override its public methods.
 """
 
 import math
@@ -14,11 +15,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from adaptiverl.optim import recurrent
-from adaptiverl.optim.controller import Controller
-from adaptiverl.optim.online import FEATURES, OnlineAdamW
-from adaptiverl.optim.rules import kl_target
-from adaptiverl.optim.trust_region import LastUpdate, TrustRegion, alignment
+from adaptiverl.optim.adaptive import AdaptiveOptimizer
+from adaptiverl.optim.online import OnlineAdamW, recurrent
+from adaptiverl.optim.online.optimizers import FEATURES
+from adaptiverl.optim.trust_region import TrustRegion
 
 STEPS = 60
 DECADES = [10.0**k for k in range(-7, 1)]
@@ -35,7 +35,7 @@ class Method:
         self.rate, self.optimizer = rate, self.make(parameters, rate)
         self.scheduler = self.schedule()
         self.random = random.Random(seed)
-        self.region, self.braked = TrustRegion(settled=True), 0
+        self.updates_scaled = 0  # updates that were scaled down
         self.loss = 0.0  # of the step that is being made
 
     def make(self, parameters: list, rate: float) -> torch.optim.Optimizer:
@@ -50,6 +50,10 @@ class Method:
     def after(self, step: int, reward: float) -> None:
         if self.scheduler:
             self.scheduler.step()
+
+    @property
+    def next_rate(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
 
     def set(self, rate: float) -> None:
         self.rate = min(max(rate, 1e-9), 10.0)
@@ -113,7 +117,7 @@ class Prodigy(Method):
 
 
 class BangBang(Method):
-    """The rule of rl_games, rsl_rl and skrl, at its target in nats a token."""
+    """The rule of rl_games, rsl_rl and skrl, at its target in nats per token."""
 
     target = 0.003
     steers = True
@@ -134,45 +138,61 @@ class RandomWalk(Method):
         self.set(self.rate * math.exp(self.random.gauss(0, 0.15)))
 
 
-class KLTarget(Method):
+class InTrustRegion(Method):
     """The program's default."""
 
-    target, falls, brakes, learns = 0.004, True, True, True
+    target, falls = 0.004, True
+    kind: type[TrustRegion] = TrustRegion
     steers = True
 
     def __init__(self, parameters, rate, seed):
         super().__init__(parameters, rate, seed)
-        self.region = TrustRegion()
-
-    def share(self) -> float:
-        """Of the target, by the evidence that updates lead uphill."""
-        return self.region.confidence(alignment(self.optimizer)) if self.learns else 1.0
-
-    def signal(self, kl: float) -> float:
-        return kl
+        steps = STEPS if self.falls else None
+        self.region = self.kind(self.optimizer, kl=self.target, steps=steps)
+        if isinstance(self.region, _Placebo):
+            self.region.random = self.random
 
     def step(self, step, measure):
-        left = (STEPS - step + 1) / STEPS if self.falls else 1.0
-        target, factor = self.target * left * self.share(), 1.0
-        update = LastUpdate(self.optimizer)
-        self.optimizer.step()
-        if self.brakes:
-            factor, kl = self.region.fit(measure, update.rescale, target)
-            self.braked += factor < 1
-        else:
-            kl = measure()
-        self.set(kl_target(self.rate * factor, self.signal(kl), target))
-        self.moved = kl, target
+        self.info = self.region.step(measure)
+        self.updates_scaled += self.info.scale < 1
+
+    @property
+    def next_rate(self) -> float:
+        return self.rate * self.region.ratio
 
 
-class NoBrake(KLTarget):
-    brakes = False
+class _Placebo(TrustRegion):
+    random = random.Random(0)
 
 
-class Falling(KLTarget):
-    """Without the evidence."""
+class _NoLineSearch(_Placebo):
+    def line_search(self, measure_kl, rescale, target, max_scale=math.inf):
+        return 1.0, measure_kl()
 
-    learns = False
+
+class _Certain(TrustRegion):
+    confidence = 1.0
+
+
+class _RandomEvidence(_Placebo):
+    def observe_alignment(self, cosine):
+        super().observe_alignment(self.random.gauss(0, 0.02))
+
+
+class _ShuffledKL(_NoLineSearch):
+    def steer(self, base, kl, target):
+        self.seen = [*getattr(self, "seen", []), kl]
+        super().steer(base, self.random.choice(self.seen), target)
+
+
+class NoLineSearch(InTrustRegion):
+    kind = _NoLineSearch
+
+
+class Falling(InTrustRegion):
+    """Without the signal-to-noise ratio."""
+
+    kind = _Certain
 
 
 class Fixed(Falling):
@@ -181,35 +201,32 @@ class Fixed(Falling):
     falls = False
 
 
-class RandomEvidence(KLTarget):
+class RandomEvidence(InTrustRegion):
     """Placebo: alignments of pure noise."""
 
-    def share(self):
-        return self.region.confidence(self.random.gauss(0, 0.02))
+    kind = _RandomEvidence
 
 
-class ShuffledKL(NoBrake):
+class ShuffledKL(NoLineSearch):
     """Placebo: steered by the KL of another step, drawn among those seen."""
 
-    def signal(self, kl):
-        self.seen = [*getattr(self, "seen", []), kl]
-        return self.random.choice(self.seen)
+    kind = _ShuffledKL
 
 
-class Online(KLTarget):
-    """The rate by kl_target, each tensor's updates by OnlineAdamW with its defaults."""
+class Online(InTrustRegion):
+    """The rate by the trust region, each tensor's updates by OnlineAdamW with its defaults."""
 
-    kind: type[OnlineAdamW] = OnlineAdamW
+    optimizer_kind: type[OnlineAdamW] = OnlineAdamW
     learns_online = True
 
     def make(self, parameters, rate):
-        return self.kind(parameters, lr=rate, weight_decay=0.0, learn=self.learns_online)
+        return self.optimizer_kind(parameters, lr=rate, weight_decay=0.0, learn=self.learns_online)
 
     def after(self, step, reward):
-        kl, target = self.moved
         self.optimizer.observe(
-            loss=self.loss, reward=reward, kl=kl, kl_target=target, done=step / STEPS
-        )
+            loss=self.loss, reward=reward, kl=self.info.kl, kl_target=self.info.target,
+            done=step / STEPS,
+        )  # fmt: skip
 
 
 class Frozen(Online):
@@ -225,25 +242,25 @@ class _Untrained(OnlineAdamW):
         head = recurrent.trained("tensors")["head"]
         chance = torch.Generator().manual_seed(0)
         weights["head"] = head[torch.randperm(len(head), generator=chance)]
-        self._place(weights, weights)
+        self.place(weights)
 
 
 class Untrained(Frozen):
     """Placebo: a GRU of random weights, with a head as long as the trained one's."""
 
-    kind = _Untrained
+    optimizer_kind = _Untrained
 
 
 class _Shuffled(OnlineAdamW):
-    def _features(self, *arguments):
-        x = super()._features(*arguments)
+    def features(self, *arguments):
+        x = super().features(*arguments)
         return x[torch.randperm(len(x), generator=self.chance)]
 
 
 class ShuffledFeatures(Online):
-    """Placebo: each tensor is told of another one."""
+    """Placebo: each tensor gets the features of another one."""
 
-    kind = _Shuffled
+    optimizer_kind = _Shuffled
 
     def __init__(self, parameters, rate, seed):
         super().__init__(parameters, rate, seed)
@@ -251,7 +268,7 @@ class ShuffledFeatures(Online):
 
 
 class _Walk(OnlineAdamW):
-    def _answer(self, x):
+    def answer(self, x):
         """As far from 1 as the trained GRU goes."""
         noise = torch.randn(len(x), generator=self.chance)
         self.walk = 0.95 * getattr(self, "walk", 0.0) + SPREAD * math.sqrt(1 - 0.95**2) * noise
@@ -261,32 +278,36 @@ class _Walk(OnlineAdamW):
 class RandomScales(ShuffledFeatures):
     """Placebo: scales that walk at random."""
 
-    kind = _Walk
+    optimizer_kind = _Walk
 
 
 class LearnedRate(Method):
-    """The rule "learned" moves the rate; no brake, no target in the end."""
+    """The rule "learned" moves the rate; no line search, and its target falls."""
 
     steers = True
 
     def __init__(self, parameters, rate, seed):
         super().__init__(parameters, rate, seed)
-        self.control = Controller(self.optimizer, lr_rule="learned", steps=STEPS)
+        self.adaptive = AdaptiveOptimizer(self.optimizer, lr_rule="learned", steps=STEPS)
 
     def step(self, step, measure):
-        aligned = alignment(self.optimizer)
-        self.optimizer.step()
-        self.control.observe(kl=measure(), alignment=aligned)
+        self.adaptive.observe(loss=self.loss)
+        self.adaptive.step(measure_kl=measure)
+
+    @property
+    def next_rate(self) -> float:
+        return self.adaptive.lr
 
     def after(self, step, reward):
-        self.control.observe(loss=self.loss, reward=reward)
-        self.control.tick()
+        self.adaptive.observe(reward=reward)
 
 
 SPREAD = 0.6  # of log scales: the standard deviation of the trained GRU's on the tuning task
 
 
-def with_target(kind: type[KLTarget], target: float) -> tuple[type[KLTarget], list[float]]:
+def with_target(
+    kind: type[InTrustRegion], target: float
+) -> tuple[type[InTrustRegion], list[float]]:
     return type(kind.__name__, (kind,), {"target": target}), [1e-4]
 
 
@@ -297,12 +318,12 @@ TUNING = {
     "0.001, falling": with_target(Falling, 0.001),
     "0.003, falling": with_target(Falling, 0.003),
     "0.002, fixed": with_target(Fixed, 0.002),
-    "0.003, by evidence": with_target(KLTarget, 0.003),
-    "0.004, by evidence": with_target(KLTarget, 0.004),
+    "0.003, by signal-to-noise": with_target(InTrustRegion, 0.003),
+    "0.004, by signal-to-noise": with_target(InTrustRegion, 0.004),
 }
-OURS = ("kl_target", "OnlineAdamW", "placebo", "LR_RULE learned")
+OURS = ("trust_region", "OnlineAdamW", "placebo", "LR_RULE learned")
 ONLINE = {
-    "kl_target": (KLTarget, [1e-4]),
+    "trust_region": (InTrustRegion, [1e-4]),
     "OnlineAdamW": (Online, [1e-4]),
     "placebo: frozen GRU": (Frozen, [1e-4]),
     "placebo: untrained GRU": (Untrained, [1e-4]),
@@ -311,7 +332,7 @@ ONLINE = {
     "LR_RULE learned": (LearnedRate, [1e-5, 1e-4, 1e-3]),
 }
 METHODS: dict[str, tuple[type[Method], list[float]]] = {
-    "kl_target": (KLTarget, DECADES),
+    "trust_region": (InTrustRegion, DECADES),
     "constant": (Method, sorted({*DECADES, *SWEEP})),
     "warm-up + linear": (Linear, SWEEP),
     "cosine": (Cosine, SWEEP),
@@ -321,10 +342,10 @@ METHODS: dict[str, tuple[type[Method], list[float]]] = {
     "Schedule-Free": (ScheduleFree, [1e-4, 3e-4, 1e-3, 3e-3]),
     "Prodigy": (Prodigy, [0.3, 1.0]),
     "bang-bang KL": (BangBang, FEW),
-    "kl_target, target falls, no evidence": (Falling, [1e-4]),
-    "kl_target, target fixed, no evidence": (Fixed, [1e-4]),
-    "kl_target, no brake": (NoBrake, FEW),
-    "placebo: random evidence": (RandomEvidence, [1e-4]),
+    "trust_region, linear target, full confidence": (Falling, [1e-4]),
+    "trust_region, constant target, full confidence": (Fixed, [1e-4]),
+    "trust_region, no line search": (NoLineSearch, FEW),
+    "placebo: random signal-to-noise": (RandomEvidence, [1e-4]),
     "placebo: KL of another step": (ShuffledKL, FEW),
     "placebo: random walk": (RandomWalk, [1e-4, 3e-4]),
 }

@@ -77,19 +77,19 @@ def report(rows: list[dict[str, Any]]) -> str:
         rival = max(rivals, key=lambda method: rivals[method][0])
         lines += [
             "",
-            f"`kl_target` by start rate, beside the best baseline ({rival}, "
+            f"`trust_region` by start rate, beside the best baseline ({rival}, "
             f"{rivals[rival][0]:.3f} at a KL of {rivals[rival][1]:.1f}):",
             "",
             "| start rate | score [95 %] | of the best | KL |",
             "|---|---|---|---|",
         ]
         for rate in DECADES:
-            runs = cells["kl_target", rate]
+            runs = cells["trust_region", rate]
             low, high = interval([score_of(row, floor) for row in runs])
-            share = iqm(("kl_target", rate)) / rivals[rival][0]
+            share = iqm(("trust_region", rate)) / rivals[rival][0]
             shares[rate].append(share)
             lines.append(
-                f"| {rate:g} | {iqm(('kl_target', rate)):.3f} [{low:.3f}, {high:.3f}] "
+                f"| {rate:g} | {iqm(('trust_region', rate)):.3f} [{low:.3f}, {high:.3f}] "
                 f"| {share:.1%} | {middle([row['kl'] for row in runs]):.1f} |"
             )
         lines.append("")
@@ -121,7 +121,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
                 if scores:
                     points[rate] = middle(scores)
             style: dict[str, Any] = {"linewidth": 1, "marker": ".", "color": colours[method]}
-            if method == "kl_target":
+            if method == "trust_region":
                 style = {"linewidth": 3, "marker": "o", "color": "black", "zorder": 3}
             axes.plot(list(points), list(points.values()), label=method, **style)
         axes.set(xscale="log", xlabel="start rate", title=task)
@@ -146,7 +146,7 @@ def report_tuning(rows: list[dict[str, Any]]) -> str:
 
 
 def report_online(rows: list[dict[str, Any]]) -> str:
-    """Each method's score, and its difference to kl_target alone, seed by seed."""
+    """Each method's score, and its difference to trust_region alone, seed by seed."""
     lines, tasks = [], list(dict.fromkeys(row["task"] for row in rows))
     scores: dict[tuple[str, str, float], dict[int, float]] = {}
     for row in rows:
@@ -157,10 +157,10 @@ def report_online(rows: list[dict[str, Any]]) -> str:
             "",
             f"### {task}",
             "",
-            "| | score | difference to kl_target [95 %] |",
+            "| | score | difference to trust_region [95 %] |",
             "|---|---|---|",
         ]
-        plain = scores[task, "kl_target", 1e-4]
+        plain = scores[task, "trust_region", 1e-4]
         for method, (_, rates) in ONLINE.items():
             for rate in rates:
                 found = scores.get((task, method, rate))
@@ -171,18 +171,18 @@ def report_online(rows: list[dict[str, Any]]) -> str:
                 name = method if len(rates) == 1 else f"{method}, from {rate:g}"
                 told = (
                     ""
-                    if method == "kl_target"
+                    if method == "trust_region"
                     else f"{middle(more):+.3f} [{low:+.3f}, {high:+.3f}]"
                 )
                 lines.append(
                     f"| {name} ({len(found)} seeds) | {middle([*found.values()]):.3f} | {told} |"
                 )
-    lines += ["", "### All tasks", "", "| | mean difference to kl_target [95 %] |", "|---|---|"]
+    lines += ["", "### All tasks", "", "| | mean difference to trust_region [95 %] |", "|---|---|"]
     for method, (_, rates) in ONLINE.items():
-        if method == "kl_target" or len(rates) > 1:
+        if method == "trust_region" or len(rates) > 1:
             continue
         more = [
-            score - scores[task, "kl_target", 1e-4][seed]
+            score - scores[task, "trust_region", 1e-4][seed]
             for task in tasks
             for seed, score in scores.get((task, method, rates[0]), {}).items()
         ]

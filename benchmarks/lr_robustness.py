@@ -34,11 +34,12 @@ sys.path.insert(0, str(HERE.parent))
 from lr_methods import METHODS, ONLINE, STEPS, TUNING, Method, ScheduleFree  # noqa: E402
 from lr_report import plot, read, report, report_online, report_tuning  # noqa: E402
 
-from adaptiverl.rl.policy import Policy, load_policy, load_tokenizer  # noqa: E402
+from adaptiverl.rl.loading import load_policy, load_tokenizer  # noqa: E402
+from adaptiverl.rl.policy import Policy  # noqa: E402
 from adaptiverl.rl.reinforce import advantages, kl_per_token, token_weights  # noqa: E402
 from adaptiverl.rl.rollout import Rollout, uniforms  # noqa: E402
-from adaptiverl.rl.sampler import Sampler  # noqa: E402
-from rewards import make_reward  # noqa: E402
+from adaptiverl.rl.sampling.sampler import Sampler  # noqa: E402
+from rewards import ClassifierReward, LengthReward, RegexReward  # noqa: E402
 
 MODEL = str(HERE / "policy-small")
 BATCH, GROUP, TOKENS, TEMPERATURE, KL_COEF = 32, 4, 24, 0.7, 0.02
@@ -64,11 +65,9 @@ class Task:
 
 
 def tasks() -> dict[str, Task]:
-    sentiment = make_reward(
-        "classifier", model=str(HERE.parent / "adaptiverl/assets/sentiment"), label="positive"
-    )
-    length = make_reward("length", target=10, unit="words")
-    sparse = make_reward("regex", patterns=[r"\bgreat\b"])
+    sentiment = ClassifierReward(model=str(HERE.parent / "adaptiverl/assets/sentiment"))
+    length = LengthReward(target=10, unit="words")
+    sparse = RegexReward(patterns=[r"\bgreat\b"])
     return {
         "sentiment": Task([(1.0, sentiment)]),
         "length": Task([(1.0, length)]),
@@ -98,8 +97,8 @@ class Bench:
     def run(self, name: str, method: str, rate: float, seed: int) -> dict[str, Any]:
         task, start, tokens = self.tasks[name], time.perf_counter(), 0
         lm = copy.deepcopy(self.first.lm)
-        policy = Policy(lm, copy.deepcopy(self.first.lm).requires_grad_(False))
-        sampler = Sampler(policy, self.tokenizer, temperature=TEMPERATURE)
+        policy = Policy(lm, copy.deepcopy(self.first.lm).requires_grad_(False), TEMPERATURE)
+        sampler = Sampler(policy, self.tokenizer)
         way = (METHODS | ONLINE | TUNING)[method][0](list(policy.parameters()), rate, seed)
         chance = random.Random(seed)
         noise = torch.Generator().manual_seed(seed)
@@ -113,28 +112,35 @@ class Bench:
             tokens += int(rollout.completion_mask.sum())
             true = self.rewards(task, prompts, sampler, rollout)
             reward = true + task.noise * torch.randn(BATCH, generator=noise)
-            reference = sampler.reference_logprobs(rollout)
+            reference = sampler.policy.reference_logprobs(rollout)
             kl = kl_per_token(rollout.logprobs, reference).sum(-1)
             advantage, _ = advantages(
                 reward - KL_COEF * kl, "rloo", group_size=GROUP, normalize=True
             )
             weights = token_weights(rollout.logprobs, rollout.completion_mask, advantage)
-            gain, _, entropy = sampler.weighted_logprobs(rollout, weights)
-            (-gain).backward()
+            measured = policy(rollout.with_weights(weights))
+            (-measured.score).backward()
             norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-            way.loss = -gain.item()
+            way.loss = -measured.score.item()
             if norm.isfinite():
                 way.step(step, partial(moved, sampler, rollout))
             way.optimizer.zero_grad()
             way.after(step, float((reward - KL_COEF * kl).mean()))
             trace.append(
-                [round(float(x), 5) for x in (true.mean(), kl.mean(), entropy.sum() / BATCH)]
-                + [float(f"{way.optimizer.param_groups[0]['lr']:.3g}")]
+                [
+                    round(float(x), 5)
+                    for x in (true.mean(), kl.mean(), measured.entropy.sum() / BATCH)
+                ]
+                + [float(f"{way.next_rate:.3g}")]
             )
         result = self.judge(task, sampler, way)
         result |= {"task": name, "method": method, "rate": rate, "seed": seed}
         result |= {"tokens": tokens, "seconds": round(time.perf_counter() - start, 2)}
-        return result | {"braked": way.braked, "steps": len(trace), "trace": trace[::4]}
+        return result | {
+            "updates_scaled": way.updates_scaled,
+            "steps": len(trace),
+            "trace": trace[::4],
+        }
 
     @torch.no_grad()
     def judge(self, task: Task, sampler: Sampler, way: Method) -> dict[str, Any]:
@@ -148,7 +154,7 @@ class Bench:
             if not rollout.logprobs.isfinite().all():
                 return {"score": None, "reward": None, "kl": None, "entropy": None}
             reward = self.rewards(task, prompts, sampler, rollout)
-            kl = (rollout.logprobs - sampler.reference_logprobs(rollout)).sum(-1)
+            kl = (rollout.logprobs - sampler.policy.reference_logprobs(rollout)).sum(-1)
             scores.append((reward - KL_COEF * kl).mean().item())
             rewards.append(reward.mean().item())
             kls.append(kl.mean().item())
@@ -159,8 +165,8 @@ class Bench:
 
 def moved(sampler: Sampler, rollout: Rollout) -> float:
     """The KL of the last update on a few of the completions, nats a token."""
-    part = rollout.part(torch.arange(0, BATCH, BATCH // PROBE))
-    now = sampler.policy.logprobs(part, sampler.temperature)
+    part = rollout.select(torch.arange(0, BATCH, BATCH // PROBE))
+    now = sampler.policy.logprobs(part)
     kl = kl_per_token(part.logprobs, now, "k3")  # exact in expectation over the sampled tokens
     return (kl.sum() / part.completion_mask.sum()).item()
 

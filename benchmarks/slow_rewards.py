@@ -18,6 +18,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, closing
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -25,9 +27,11 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import train  # noqa: E402
-from adaptiverl.program import Run  # noqa: E402
-from adaptiverl.run.process import StopSignal  # noqa: E402
-from adaptiverl.run.reading import load_config  # noqa: E402
+from adaptiverl.config.loading import load_config  # noqa: E402
+from adaptiverl.files.process import StopSignal  # noqa: E402
+from adaptiverl.training.build import build  # noqa: E402
+from adaptiverl.training.folder import RunFolder  # noqa: E402
+from adaptiverl.training.keys import RunConfig  # noqa: E402
 from rewards.judge import JudgeReward  # noqa: E402
 
 LATENCY = 0.5
@@ -60,8 +64,8 @@ def judgements(concurrency: int) -> float:
     os.environ["BENCHMARK_KEY"] = "none"
     with tempfile.TemporaryDirectory() as folder:
         judge = JudgeReward(
-            "m",
-            "Good?",
+            model="m",
+            rubric="Good?",
             base_url=f"http://127.0.0.1:{server.server_address[1]}/v1",
             key_env="BENCHMARK_KEY",
             cache=f"{folder}/judge.sqlite",
@@ -90,19 +94,23 @@ waits_0, waits_005, waits_01, waits_05 = map(_waiting, WAITS.values())
 def steps() -> dict[str, dict[str, float]]:
     """What each wait adds to a step, and the seconds of the reference pass."""
     stop = StopSignal()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
 
         def runner(name: str) -> Callable[[], tuple[float, float]]:
             function = f"slow_rewards:waits_{name.replace('.', '')}"
             reward = json.dumps([{"TYPE": "python", "FUNCTION": function}])
             keys = [f"OUTPUT_DIR={folder}/{name}", "STEPS=1000000", "SAVE_EVERY=0", "LOG_EVERY=0"]
-            run = Run(load_config(HERE.parent / "config.json", [*keys, f"REWARDS={reward}"]))
-            log = run.start()
+            overrides = [*keys, f"REWARDS={reward}"]
+            c = load_config(HERE.parent / "config.json", overrides, schema=RunConfig)
+            parts = build(c)
+            stack.enter_context(closing(parts.scoring))
+            run_folder = stack.enter_context(closing(RunFolder(c, parts)))
+            run_folder.open()
 
             def one() -> tuple[float, float]:
-                run.last_step = run.state.step + 1
+                until = replace(parts, last_step=parts.progress.step + 1)
                 start = time.perf_counter()
-                train.train(run, log, stop)
+                train.train(c, until, run_folder, stop)
                 seconds = time.perf_counter() - start
                 last = (Path(folder) / name / "metrics.jsonl").read_text().splitlines()[-1]
                 return seconds, json.loads(last)["seconds/reference"]

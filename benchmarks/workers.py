@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +82,20 @@ def memory(device: str) -> dict[str, int]:
 
 def ours(size: Size, folder: Path, pace: Pace, scratch: Path) -> None:
     sys.path.insert(0, str(ROOT))
-    from adaptiverl.program import Run
-    from adaptiverl.run.process import StopSignal
-    from adaptiverl.run.reading import load_config
+    from adaptiverl.config.loading import load_config
+    from adaptiverl.files.process import StopSignal
+    from adaptiverl.training.build import build
+    from adaptiverl.training.folder import RunFolder
+    from adaptiverl.training.keys import RunConfig
     from train import train
+
+    class Paced(RunFolder):
+        def record(self, metrics, samples):
+            super().record(metrics, samples)
+            laps = {lap: metrics[f"seconds/{lap}"] for lap in PHASES if f"seconds/{lap}" in metrics}
+            pace.done(pace.seconds(), laps, metrics["completions/mean_length"])
+            if not pace.wait():
+                stop.number = signal.SIGTERM
 
     config = {
         "MODEL": str(folder),
@@ -106,20 +116,14 @@ def ours(size: Size, folder: Path, pace: Pace, scratch: Path) -> None:
         "LOG_EVERY": 0,
     }
     (scratch / "config.json").write_text(json.dumps(config))
-    run = Run(load_config(scratch / "config.json", []))
-    log, stop, record = run.start(), StopSignal(), run.record
-
-    def record_and_wait(metrics, samples, log):
-        record(metrics, samples, log)
-        laps = {lap: metrics[f"seconds/{lap}"] for lap in PHASES if f"seconds/{lap}" in metrics}
-        pace.done(pace.seconds(), laps, metrics["completions/mean_length"])
-        if not pace.wait():
-            stop.number = signal.SIGTERM
-
-    run.record = record_and_wait  # type: ignore[method-assign]
-    pace.ready()
-    if pace.wait():
-        train(run, log, stop)
+    c = load_config(scratch / "config.json", schema=RunConfig)
+    parts = build(c)
+    stop = StopSignal(parts.scoring.interrupt)
+    with closing(parts.scoring), closing(Paced(c, parts)) as run_folder:
+        run_folder.open()
+        pace.ready()
+        if pace.wait():
+            train(c, parts, run_folder, stop)
 
 
 def trl(size: Size, folder: Path, pace: Pace, scratch: Path) -> None:

@@ -1,72 +1,62 @@
 """Rewards: callables with TRL's signature, `f(prompts, completions, **columns) -> list`.
 
-They know nothing of adaptiverl: any of them works in TRL, and any TRL reward works here.
+They know nothing of adaptiverl: any of them works in TRL, and any TRL reward works here. Importing
+this package loads no model and no torch; `python -m rewards` writes the README's table of rewards.
 """
 
-import importlib
-import inspect
-from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Annotated, Any
 
-from rewards.composite import CompositeReward
+from pydantic import Field
 
-__all__ = ["CompositeReward", "check_signature", "make_reward"]
+from rewards.base import FatalJudgeError, Interrupted, Reward
+from rewards.checks import check_rewards
+from rewards.classifier import ClassifierReward
+from rewards.function import PythonReward
+from rewards.human import HumanReward
+from rewards.judge import JudgeReward
+from rewards.local_judge import LocalJudgeReward
+from rewards.similarity import CosineReward
+from rewards.text import LengthReward, RegexReward
 
+if TYPE_CHECKING:
+    from rewards.composite import CompositeReward
 
-def make_reward(kind: str, **arguments) -> Callable:
-    """The reward that a config's TYPE names; raises ValueError for arguments that cannot work."""
-    match kind:
-        case "regex":
-            from rewards.text import RegexReward
+AnyReward = Annotated[
+    RegexReward
+    | LengthReward
+    | CosineReward
+    | ClassifierReward
+    | JudgeReward
+    | LocalJudgeReward
+    | HumanReward
+    | PythonReward,
+    Field(discriminator="type"),
+]
+REWARD_TYPES: tuple[type[Reward], ...] = AnyReward.__origin__.__args__  # type: ignore[attr-defined]
 
-            return RegexReward(**arguments)
-        case "length":
-            from rewards.text import LengthReward
-
-            return LengthReward(**arguments)
-        case "cosine":
-            from rewards.similarity import CosineReward
-
-            return CosineReward(**arguments)
-        case "classifier":
-            from rewards.classifier import ClassifierReward
-
-            return ClassifierReward(**arguments)
-        case "judge":
-            from rewards.judge import JudgeReward
-
-            return JudgeReward(**arguments)
-        case "human":
-            from rewards.human import HumanReward
-
-            return HumanReward(**arguments)
-        case "local_judge":
-            from rewards.local_judge import LocalJudgeReward
-
-            return LocalJudgeReward(**arguments)
-        case "python":
-            return python_reward(**arguments)
-    raise ValueError(f"no reward is called {kind!r}")
-
-
-def python_reward(function: str) -> Callable:
-    """The reward function that "my_module:my_reward" names."""
-    module, _, name = function.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), name, None)
-    except SyntaxError as error:
-        raise ValueError(f"{error.filename}, line {error.lineno}: {error.msg}") from error
-    if not callable(found):
-        raise ValueError(f"module {module} has no function {name}")
-    return found
+__all__ = [
+    "REWARD_TYPES",
+    "AnyReward",
+    "ClassifierReward",
+    "CompositeReward",
+    "CosineReward",
+    "FatalJudgeError",
+    "HumanReward",
+    "Interrupted",
+    "JudgeReward",
+    "LengthReward",
+    "LocalJudgeReward",
+    "PythonReward",
+    "RegexReward",
+    "Reward",
+    "check_rewards",
+]
 
 
-def check_signature(reward: Callable, columns: Iterable[str]) -> None:
-    """Raises ValueError if `reward` cannot be called as rewards are, with `columns` by name."""
-    given = {"prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra"}
-    try:
-        inspect.signature(reward).bind(**dict.fromkeys(given.union(columns)))
-    except TypeError as error:
-        raise ValueError(
-            f"it cannot be called as rewards are, by name: {error}. Let it take what it needs "
-            "(prompts, completions, columns of the prompts) and **columns"
-        ) from error
+def __getattr__(name: str) -> Any:
+    """CompositeReward imports torch, which takes seconds, so it is imported when it is used."""
+    if name == "CompositeReward":
+        from rewards.composite import CompositeReward
+
+        return CompositeReward
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,20 +1,25 @@
 """How components of a composite are brought to one scale, and whether they pull together.
 
-Scores are raw in every log; what is trained on is weight · clip(normalised score).
+Scores are raw in every log; what is trained on is weight · clip(normalised score). Tensors are
+float64: a column of scores is [B], all of them are [B, R]; NaN is missing.
 """
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import combinations
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
+from rewards.base import Weight
+
 log = logging.getLogger(__name__)
-Column = Sequence[float | None]
-Weight = float | Sequence[tuple[int, float]]
-MEMORY = 0.95  # of a running mean, a batch
-WATCHED = 20  # batches that a warning rests on
+MEMORY = 0.95  # of a running mean, per batch
+WARN_AFTER = 20  # batches in a row that a warning rests on
 DOMINATES, CONFLICTS = 0.95, -0.5
 
 
@@ -22,11 +27,8 @@ def weight_at(weight: Weight, step: int) -> float:
     """A number, or points (step, weight) with straight lines between them."""
     if isinstance(weight, int | float):
         return float(weight)
-    points = sorted(weight)
-    for (begin, low), (end, high) in pairwise(points):
-        if begin <= step < end:
-            return low + (high - low) * (step - begin) / (end - begin)
-    return points[0][1] if step < points[0][0] else points[-1][1]
+    steps, weights = zip(*sorted(weight), strict=True)
+    return float(np.interp(step, steps, weights))
 
 
 @dataclass
@@ -37,10 +39,11 @@ class Scale:
     clip: tuple[float, float] | None = None
     state: dict[str, float] = field(default_factory=dict)  # weight, mean, square
 
-    def __call__(self, column: Column, learn: bool) -> list[float | None]:
-        """The column, normalised and clipped; missing stays missing."""
-        known = [x for x in column if x is not None]
-        if self.kind == "zscore" and known:
+    def __call__(self, column: Tensor, learn: bool) -> Tensor:
+        """The column [B], normalised and clipped; missing stays missing."""
+        missing = column.isnan()
+        known = column[~missing]
+        if self.kind == "zscore" and len(known):
             state = self._with(known) if learn or not self.state else self.state
             if learn:
                 self.state = state
@@ -48,24 +51,19 @@ class Scale:
             deviation = math.sqrt(max(state["square"] - mean * mean, 0.0))
             # What is equal but for rounding has no deviation.
             small = deviation <= 1e-6 * max(abs(mean), 1e-6)
-            result = [
-                None if x is None else 0.0 if small else (x - mean) / deviation for x in column
-            ]
+            column = torch.zeros_like(column) if small else (column - mean) / deviation
         elif self.kind == "rank":
-            result = [None if x is None else _rank(x, known) for x in column]
-        else:
-            result = list(column)
-        if self.clip is None:
-            return result
-        low, high = self.clip
-        return [None if x is None else min(max(x, low), high) for x in result]
+            # The lowest is below n − 1 others; ties have the middle of their places.
+            column = (column[:, None] - known).sign().sum(-1) / max(len(known) - 1, 1)
+        if self.clip is not None:
+            column = column.clamp(*self.clip)
+        return column.masked_fill(missing, torch.nan)
 
-    def _with(self, known: list[float]) -> dict[str, float]:
+    def _with(self, known: Tensor) -> dict[str, float]:
         """The running moments with this batch in them."""
         old = self.state or {"weight": 0.0, "mean": 0.0, "square": 0.0}
         weight = MEMORY * old["weight"] + 1
-        mean = sum(known) / len(known)
-        square = sum(x * x for x in known) / len(known)
+        mean, square = known.mean().item(), known.square().mean().item()
         return {
             "weight": weight,
             "mean": old["mean"] + (mean - old["mean"]) / weight,
@@ -73,103 +71,81 @@ class Scale:
         }
 
 
-def _rank(x: float, known: list[float]) -> float:
-    """−1 for the lowest, 1 for the highest, the middle of its place for what is tied."""
-    below, above = sum(y < x for y in known), sum(y > x for y in known)
-    return (below - above) / max(len(known) - 1, 1)
+def filled(scores: Tensor, groups: int | Sequence[int]) -> Tensor:
+    """[B, R] with each missing value replaced by its reward's mean over its group.
 
-
-def filled(column: Column, groups: int | Sequence[int]) -> list[float]:
-    """The column with each missing value replaced by the mean of its group.
-
-    By that of the column where its whole group is missing, and by 0 where everything is. `groups`
-    are sizes: one for all, or one for each group in order.
+    By the mean over the batch where the whole group is missing, and by 0 where everything is.
+    `groups` are sizes: one for all, or one for each group in order.
     """
-    sizes = [groups] * (len(column) // groups) if isinstance(groups, int) else groups
-    whole, result, start = _mean(column, 0.0), [], 0
-    for size in sizes:
-        group = column[start : start + size]
-        mean = _mean(group, whole)
-        result += [mean if x is None else x for x in group]
-        start += size
-    return result
+    whole = scores.nanmean(0).nan_to_num(0.0)
+    sizes = groups if isinstance(groups, int) else list(groups)
+    result = []
+    for group in scores.split(sizes):
+        mean = group.nanmean(0)
+        mean = torch.where(mean.isnan(), whole, mean)
+        result.append(torch.where(group.isnan(), mean, group))
+    return torch.cat(result)
 
 
-def _mean(column: Column, otherwise: float) -> float:
-    """Over what is not missing; `otherwise` where everything is."""
-    known = [x for x in column if x is not None]
-    return sum(known) / len(known) if known else otherwise
-
-
-def shares(parts: Mapping[str, Column], group_size: int) -> dict[str, float]:
-    """Each part's share of the variance of the parts' sum within groups; they sum to 1.
+def shares(parts: Tensor, group_size: int) -> Tensor:
+    """[R]: each part's share of the variance of the parts' sum within groups; they sum to 1.
 
     Negative where a part goes against the sum; all 0 where the sum does not vary.
     """
-    centred = {name: _centred(column, group_size) for name, column in parts.items()}
-    total = [sum(row) for row in zip(*centred.values(), strict=True)]
-    variance = sum(x * x for x in total)
-    if not variance:
-        return dict.fromkeys(parts, 0.0)
-    return {
-        name: sum(x * y for x, y in zip(column, total, strict=True)) / variance
-        for name, column in centred.items()
-    }
+    centred = _centred(parts, group_size)
+    total = centred.sum(1)
+    variance = total @ total
+    return total @ centred / variance if variance else torch.zeros_like(centred[0])
 
 
-def correlations(parts: Mapping[str, Column], group_size: int) -> dict[tuple[str, str], float]:
-    """Of each pair within groups, where both vary."""
-    centred = {name: _centred(column, group_size) for name, column in parts.items()}
-    sizes = {name: math.sqrt(sum(x * x for x in column)) for name, column in centred.items()}
-    names = [name for name in parts if sizes[name]]
-    return {
-        (one, other): sum(x * y for x, y in zip(centred[one], centred[other], strict=True))
-        / (sizes[one] * sizes[other])
-        for i, one in enumerate(names)
-        for other in names[i + 1 :]
-    }
+def correlations(parts: Tensor, group_size: int) -> Tensor:
+    """[R, R], of each pair within groups; NaN where one of them does not vary."""
+    centred = _centred(parts, group_size)
+    norm = centred.norm(dim=0)
+    return centred.T @ centred / (norm[:, None] * norm)
 
 
-def _centred(column: Column, group_size: int) -> list[float]:
+def _centred(parts: Tensor, group_size: int) -> Tensor:
     """Less the mean of its group, or of the batch where groups are of one; missing is 0."""
-    size = group_size if group_size > 1 else len(column)
-    result: list[float] = []
-    for start in range(0, len(column), size):
-        group = column[start : start + size]
-        mean = _mean(group, 0.0)
-        result += [0.0 if x is None else x - mean for x in group]
-    return result
+    groups = parts.split(group_size if group_size > 1 else len(parts))
+    return torch.cat([(group - group.nanmean(0)).nan_to_num(0.0) for group in groups])
 
 
-class Watch:
-    """Warns, once each, of what WATCHED batches in a row have shown."""
+class BalanceMonitor:
+    """Warns, once each, of what WARN_AFTER batches in a row have shown."""
 
     def __init__(self) -> None:
-        self.state: dict[str, Any] = {"seen": {}, "said": []}
+        self.state: dict[str, Any] = {"counts": {}, "warned": []}
 
-    def see(self, parts: Mapping[str, Column], raw: Mapping[str, Column], group_size: int) -> None:
-        seen: dict[str, float] = {}
-        for name, column in raw.items() if len(raw) > 1 else ():  # one alone is seen in the sum
-            known = [x for x in column if x is not None]
-            if known and max(known) == min(known):
-                seen[f"reward {name!r} is saturated: it gives all completions the same score"] = 1.0
-        if len(parts) > 1:
-            for name, share in shares(parts, group_size).items():
-                if share > DOMINATES:
-                    seen[
-                        f"reward {name!r} dominates: it makes {share:.0%} of the advantages' "
-                        "variance; NORMALIZE or a smaller WEIGHT would let the others count"
-                    ] = share
-            for (one, other), value in correlations(parts, group_size).items():
-                if value < CONFLICTS:
-                    seen[
-                        f"rewards {one!r} and {other!r} conflict: their correlation is {value:.2f}"
-                    ] = value
-        # By what is said up to its first colon: the figures after it change.
-        kinds = {text.split(":")[0]: text for text in seen}
-        counts = {kind: self.state["seen"].get(kind, 0) + 1 for kind in kinds}
-        self.state["seen"] = counts
+    def observe(self, names: Sequence[str], parts: Tensor, raw: Tensor, group_size: int) -> None:
+        """`parts` and `raw` are [B, R]: as trained on, and as the rewards gave them."""
+        if len(names) < 2:  # one alone shows in the sum
+            return
+        # Keyed by the text up to its first colon: the figures after it change.
+        found = {text.split(":")[0]: text for text in _imbalances(names, parts, raw, group_size)}
+        counts = {kind: self.state["counts"].get(kind, 0) + 1 for kind in found}
+        self.state["counts"] = counts
         for kind, count in counts.items():
-            if count >= WATCHED and kind not in self.state["said"]:
-                self.state["said"].append(kind)
-                log.warning("%s (%d steps in a row)", kinds[kind], WATCHED)
+            if count >= WARN_AFTER and kind not in self.state["warned"]:
+                self.state["warned"].append(kind)
+                log.warning("%s (%d steps in a row)", found[kind], WARN_AFTER)
+
+
+def _imbalances(names: Sequence[str], parts: Tensor, raw: Tensor, group_size: int) -> Iterator[str]:
+    for name, column in zip(names, raw.T, strict=True):
+        known = column[~column.isnan()]
+        if len(known) and known.max() == known.min():
+            yield f"reward {name!r} is saturated: it gives all completions the same score"
+    for name, share in zip(names, shares(parts, group_size).tolist(), strict=True):
+        if share > DOMINATES:
+            yield (
+                f"reward {name!r} dominates: it makes {share:.0%} of the advantages' variance; "
+                "NORMALIZE or a smaller WEIGHT would let the others count"
+            )
+    matrix = correlations(parts, group_size)
+    for i, j in combinations(range(len(names)), 2):
+        if matrix[i, j] < CONFLICTS:
+            yield (
+                f"rewards {names[i]!r} and {names[j]!r} conflict: their correlation is "
+                f"{matrix[i, j]:.2f}"
+            )

@@ -1,16 +1,18 @@
 """Reward by a sequence classifier: sentiment, toxicity, helpfulness."""
 
 from collections.abc import Sequence
-from functools import partial
+from typing import Any, ClassVar, Literal
 
-import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from pydantic import Field
 
+from rewards.base import Reward
 from rewards.messages import Text, joined, texts_of
 
+SENTIMENT = "adaptiverl/assets/sentiment"
 
-class ClassifierReward:
-    """Probability, or logit, that `model` gives to the class *named* `label`.
+
+class ClassifierReward(Reward):
+    """Probability, or logit, that a sequence classifier gives to the class named LABEL.
 
     By name, because the order of classes differs between models. The probability is a softmax over
     the classes, or a sigmoid where labels do not exclude each other (config's `problem_type`) or
@@ -18,40 +20,51 @@ class ClassifierReward:
     beginning, which is furthest from what was written last.
     """
 
-    def __init__(
-        self,
-        model: str,
-        label: str,
-        output: str = "probability",
-        with_prompt: bool = False,
-        device: str | torch.device | None = None,
-    ):
-        config = AutoConfig.from_pretrained(model)  # the label first: weights may be large
-        names = {name.lower(): index for index, name in config.id2label.items()}
-        if label.lower() not in names:
-            labels = ", ".join(config.id2label.values())
-            raise ValueError(f"{model} has no label {label!r}, only {labels}")
-        self.index = names[label.lower()]
-        self.output = output
-        self.with_prompt = with_prompt
-        self.tokenizer = AutoTokenizer.from_pretrained(model, truncation_side="left")
-        self.model = AutoModelForSequenceClassification.from_pretrained(model, dtype=torch.float32)
-        self.model.eval().to(device or "cpu")
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        if self.tokenizer.pad_token is None:
-            raise ValueError(f"the tokenizer of {model} has neither a pad nor an end-of-text token")
-        if self.model.config.pad_token_id is None:
-            self.model.config.pad_token_id = self.tokenizer.pad_token_id
-        limits = [self.tokenizer.model_max_length, _positions(self.model)]
-        self.longest = min((n for n in limits if n and n < 10**9), default=None)
-        one = config.num_labels == 1 or config.problem_type == "multi_label_classification"
-        self.probability = torch.sigmoid if one else partial(torch.softmax, dim=-1)
+    loads_model: ClassVar[bool] = True
+    type: Literal["classifier"] = "classifier"
+    model: str = Field(SENTIMENT, description="A sequence classifier: hub id or folder")
+    label: str = Field("positive", description="Name of the label that is rewarded")
+    output: Literal["probability", "logit"] = Field("probability", description="What is returned")
+    with_prompt: bool = Field(False, description="Classify prompt + completion")
+    _index: int
+    _tokenizer: Any
+    _classifier: Any
+    _max_length: int | None
+    _is_sigmoid: bool
 
-    @torch.no_grad()
+    def _load(self, device: Any) -> None:
+        import torch
+        from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+        config = AutoConfig.from_pretrained(self.model)  # the label first: weights may be large
+        names = {name.lower(): index for index, name in config.id2label.items()}
+        if self.label.lower() not in names:
+            labels = ", ".join(config.id2label.values())
+            raise ValueError(f"{self.model} has no label {self.label!r}, only {labels}")
+        self._index = names[self.label.lower()]
+        one = config.num_labels == 1 or config.problem_type == "multi_label_classification"
+        self._is_sigmoid = one
+        tokenizer = AutoTokenizer.from_pretrained(self.model, truncation_side="left")
+        model = AutoModelForSequenceClassification.from_pretrained(self.model, dtype=torch.float32)
+        model.eval().to(device or "cpu")
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        if tokenizer.pad_token is None:
+            raise ValueError(
+                f"the tokenizer of {self.model} has neither a pad nor an end-of-text token"
+            )
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = tokenizer.pad_token_id
+        limits = [tokenizer.model_max_length, _positions(model)]
+        self._max_length = min((n for n in limits if n and n < 10**9), default=None)
+        self._tokenizer, self._classifier = tokenizer, model
+
     def __call__(
-        self, prompts: Sequence[Text], completions: Sequence[Text], **columns
+        self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any
     ) -> list[float | None]:
+        import torch
+
+        self.start()
         texts = texts_of(completions)
         if self.with_prompt:
             texts = [
@@ -61,22 +74,23 @@ class ClassifierReward:
         rows = [i for i, text in enumerate(texts) if text.strip()]
         if not rows:
             return result
-        batch = self.tokenizer(
+        batch = self._tokenizer(
             [texts[i] for i in rows],
             padding=True,
-            truncation=self.longest is not None,
-            max_length=self.longest,
+            truncation=self._max_length is not None,
+            max_length=self._max_length,
             return_tensors="pt",
-        ).to(self.model.device)
-        logits = self.model(**batch).logits.float()  # [rows, classes]
+        ).to(self._classifier.device)
+        with torch.no_grad():
+            scores = self._classifier(**batch).logits.float()  # [rows, classes]
         if self.output == "probability":
-            logits = self.probability(logits)
-        for i, value in zip(rows, logits[:, self.index].tolist(), strict=True):
+            scores = scores.sigmoid() if self._is_sigmoid else scores.softmax(-1)
+        for i, value in zip(rows, scores[:, self._index].tolist(), strict=True):
             result[i] = value
         return result
 
 
-def _positions(model: torch.nn.Module) -> int | None:
+def _positions(model: Any) -> int | None:
     """How many tokens the model can place, None if its config sets no limit."""
     limit = getattr(model.config, "max_position_embeddings", None)
     for name, module in model.named_modules():

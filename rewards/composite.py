@@ -1,59 +1,74 @@
-"""Several rewards as one: missing values, weights, scales, and what each of them said."""
+"""Several rewards as one: missing values, weights, scales, and what each of them reported."""
 
-import asyncio
 import copy
-import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from rewards.balance import Scale, Watch, Weight, filled, shares, weight_at
+import torch
+from torch import Tensor
+
+from rewards.balance import BalanceMonitor, Scale, filled, shares, weight_at
+from rewards.base import Reward, Weight
+from rewards.calling import begin_calls
 from rewards.messages import Text
-from rewards.scores import checked, finite
+from rewards.scores import LARGEST, as_list, as_tensor, checked, mean
 
 log = logging.getLogger(__name__)
 
 TAKEN = "the run logs something of its own under this name; choose another"
-Scores = dict[str, list[float | None]]  # reward's name → one raw score per completion
 
 
 class CompositeReward:
-    """A weighted sum of named rewards, callable as one TRL reward.
+    """A weighted sum of rewards, callable as one TRL reward.
+
+    `rewards` are declarations, or callables with TRL's signature by name. A declaration brings its
+    weight and scale; `weights` and `scales`, by name, are for other callables or replace them.
 
     A component that is missing (None) for a completion counts there as that component's mean over
     the other completions of the same prompt, so that it says nothing for or against the completion
     among them; over the batch where the prompt has no other. A completion that every component
     misses is missing itself. Scores that are not finite or beyond 1e16 either way become missing,
-    are logged and counted in `quarantined`. `reserved` tells the names that rewards may not report
-    by log_metric or log_extra, because the program uses them.
+    are logged and counted in `quarantined`. `reserved` says of a name whether the program uses it,
+    so that rewards may not report under it by log_metric or log_extra.
     """
 
     def __init__(
         self,
-        rewards: dict[str, Callable],
+        rewards: Sequence[Reward] | Mapping[str, Callable],
         weights: Mapping[str, Weight] | None = None,
         scales: Mapping[str, Scale] | None = None,
         reserved: Callable[[str], bool] = lambda name: False,
     ):
+        by_name = rewards if isinstance(rewards, Mapping) else {r.name: r for r in rewards}
+        self.rewards: dict[str, Callable] = dict(by_name)
+        if len(self.rewards) < len(rewards):
+            raise ValueError("two rewards have the same name: give one of them another `name`")
         for given in (weights or {}, scales or {}):
-            if unknown := given.keys() - rewards.keys():
+            if unknown := given.keys() - self.rewards.keys():
                 raise ValueError(
                     f"weights for rewards that are not there: {', '.join(sorted(unknown))}"
                 )
-        self.rewards = rewards
-        self.weights: dict[str, Weight] = {name: (weights or {}).get(name, 1.0) for name in rewards}
-        self.scales = {name: (scales or {}).get(name) or Scale() for name in rewards}
-        self.watch = Watch()
-        self.quarantined = dict.fromkeys(rewards, 0)
+        declared = {name: r for name, r in self.rewards.items() if isinstance(r, Reward)}
+        self.weights: dict[str, Weight] = dict.fromkeys(self.rewards, 1.0)
+        self.weights |= {name: r.weight for name, r in declared.items()} | dict(weights or {})
+        self.scales = {name: Scale() for name in self.rewards}
+        self.scales |= {name: Scale(r.normalize, r.clip) for name, r in declared.items()}
+        self.scales |= scales or {}
+        self.monitor = BalanceMonitor()
+        self.quarantined = dict.fromkeys(self.rewards, 0)
         self.metrics: dict[str, float] = {}  # what rewards reported through log_metric last
         self.extras: dict[str, list] = {}  # and through log_extra: one value per completion
         self.reserved = reserved
 
+    @property
+    def names(self) -> list[str]:
+        """Of the rewards, in the order of the columns of scores."""
+        return list(self.rewards)
+
     def __call__(
-        self, prompts: Sequence[Text], completions: Sequence[Text], **columns
+        self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any
     ) -> list[float | None]:
         """The weighted sums; completions of one prompt stand side by side, as in TRL's batches.
 
@@ -62,114 +77,100 @@ class CompositeReward:
         state = columns.get("trainer_state")
         groups = [len(list(same)) for _, same in groupby(prompts)]
         scores = self.score(prompts, completions, **columns)
-        return self.combine(scores, None if state is None else state.global_step, groups)
+        return as_list(self.combine(scores, None if state is None else state.global_step, groups))
 
-    def score(self, prompts: Sequence[Text], completions: Sequence[Text], **columns) -> Scores:
-        """What each reward says, raw."""
+    def score(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> Tensor:
+        """[B, R]: what each reward gives, raw; NaN where it is missing."""
         return self.begin(prompts, completions, **columns)()
 
     def begin(
-        self, prompts: Sequence[Text], completions: Sequence[Text], **columns
-    ) -> Callable[[], Scores]:
-        """Starts to score; what is returned waits for the rest.
+        self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any
+    ) -> Callable[[], Tensor]:
+        """Starts to score; what is returned waits for the rest and gives the scores.
 
-        Coroutine functions run at once and together in a thread of their own, so that their
-        waiting costs nothing while something else is computed; the others have run on return. A
-        reward whose `after_others` is true (a coroutine function too) is called last, with the
-        others' scores as the column `scores`.
+        Rewards that are coroutine functions run at once and together in a thread of their own, so
+        that their waiting costs nothing while something else is computed; the others have run on
+        return.
         """
+        if len(prompts) != len(completions):
+            raise ValueError(f"{len(prompts)} prompts for {len(completions)} completions")
         self.metrics, self.extras = {}, {}
         # TRL's trainer passes its own log_metric and log_extra; without one, they are kept here
         given = self._reports(len(completions)) | columns
         given |= {"prompts": prompts, "completions": completions}
-        waits = [name for name, reward in self.rewards.items() if _waits(reward)]
-        order = sorted(self.rewards.items(), key=lambda item: not _is_async(item[1]))
-        answers: dict[str, Any] = {}
-        thread = ThreadPoolExecutor(1)
-        later: Future | None = None
-        for name, reward in order:
-            if name in waits:
-                continue
-            if later is None and not _is_async(reward):
-                later = _started(thread, answers)
-            with _blamed(name):
-                answers[name] = reward(**given)
-        last = _started(thread, answers)
 
-        def everything() -> Scores:
-            for future in (later, last):  # the thread is one: it has done them by now
-                if future is not None:
-                    answers.update(future.result())
-            known = {name: self._checked(name, answers[name], completions) for name in answers}
-            if waits:
-                asked = given | {"scores": dict(known)}
-                told = asyncio.run(_gather({name: self.rewards[name](**asked) for name in waits}))
-                known |= {name: self._checked(name, told[name], completions) for name in waits}
-            return {name: known[name] for name in self.rewards}
+        def check(name: str, answer: Any) -> list[float | None]:
+            scores, odd = checked(name, answer, completions)
+            self.quarantined[name] += odd
+            return scores
 
-        future = thread.submit(everything)
-        thread.shutdown(wait=False)  # takes nothing more, and ends by itself
-        return future.result
+        wait = begin_calls(self.rewards, given, check)
+        return lambda: as_tensor(list(wait().values()), len(completions))
 
     def combine(
-        self, scores: Scores, step: int | None = None, groups: int | Sequence[int] = 1
-    ) -> list[float | None]:
-        """The weighted sum for each completion, None where every component is missing.
+        self, scores: Tensor, step: int | None = None, groups: int | Sequence[int] = 1
+    ) -> Tensor:
+        """[B]: the weighted sum for each completion, NaN where every component is missing.
 
         `step` is that of training, for scheduled weights; running scales learn from it. Without
         one they stay as they are, and weights are the first. `groups` is how many completions side
         by side have the same prompt: one number for all prompts, or one for each.
         """
-        parts = self.parts(scores, step, groups, learn=step is not None)
-        totals = [
-            None if all(score is None for score in row) else sum(part)
-            for row, part in zip(
-                zip(*scores.values(), strict=True), zip(*parts.values(), strict=True), strict=True
-            )
-        ]
-        if large := sum(not finite(total) for total in totals if total is not None):
+        parts = self._parts(scores, step, groups, learn=step is not None)
+        totals = parts.sum(1)
+        if large := int((totals.abs() > LARGEST).sum()):
             log.warning("the weighted sum of %d completions is beyond 1e16: left out", large)
-        return [total if total is None or finite(total) else None for total in totals]
+        left_out = (totals.abs() > LARGEST) | scores.isnan().all(1)
+        return totals.masked_fill(left_out, torch.nan)
 
-    def parts(
-        self,
-        scores: Scores,
-        step: int | None = None,
-        groups: int | Sequence[int] = 1,
-        learn: bool = False,
-    ) -> dict[str, list[float]]:
-        """Each component's part of the sum; where it is missing, its mean over its prompt."""
-        result = {}
-        for name, column in scores.items():
-            weight = weight_at(self.weights[name], step or 0)
-            scaled = self.scales[name](column, learn)
-            result[name] = [weight * value for value in filled(scaled, groups)]
-        return result
+    def _parts(
+        self, scores: Tensor, step: int | None, groups: int | Sequence[int], learn: bool = False
+    ) -> Tensor:
+        """[B, R]: each component's part of the sum; where it is missing, its mean over its prompt.
 
-    def balance(self, scores: Scores, step: int, group_size: int) -> dict[str, float]:
+        The columns are scaled one by one, because each scale has a state of its own.
+        """
+        scales = zip(self.scales.values(), scores.T, strict=True)
+        scaled = torch.stack([scale(column, learn) for scale, column in scales], 1)
+        return self._weights(step) * filled(scaled, groups)
+
+    def _weights(self, step: int | None) -> Tensor:
+        weights = [weight_at(self.weights[name], step or 0) for name in self.rewards]
+        return torch.tensor(weights, dtype=torch.float64)
+
+    def report(self, scores: Tensor) -> dict[str, float | None]:
+        """Each reward's mean over what is not missing, the share that is, and what it reported."""
+        result: dict[str, float | None] = {}
+        for name, column in zip(self.rewards, scores.T, strict=True):
+            result[f"rewards/{name}/mean"] = mean(column)
+            known = int((~column.isnan()).sum())
+            if known < len(column):
+                result[f"rewards/{name}/missing"] = 1 - known / len(column)
+            if count := self.quarantined[name]:
+                result[f"rewards/{name}/quarantined"] = count
+        return result | self.metrics
+
+    def balance(self, scores: Tensor, step: int, group_size: int) -> dict[str, float]:
         """After `combine` of the same step: each component's share of the advantages' variance,
         as trained on and raw, and its mean as trained on; warns where they do not balance."""
-        parts = self.parts(scores, step, group_size)
-        self.watch.see(parts, scores, group_size)
-        if len(scores) < 2:
+        parts = self._parts(scores, step, group_size)
+        self.monitor.observe(self.names, parts, scores, group_size)
+        if len(self.rewards) < 2:
             return {}
-        weighed = {
-            name: [None if x is None else weight_at(self.weights[name], step) * x for x in column]
-            for name, column in scores.items()
-        }
-        used, raw = shares(parts, group_size), shares(weighed, group_size)
+        used = shares(parts, group_size).tolist()
+        raw = shares(self._weights(step) * scores, group_size).tolist()
         result = {}
-        for name in scores:
-            result[f"rewards/{name}/share"] = used[name]
+        for i, name in enumerate(self.rewards):
+            result[f"rewards/{name}/share"] = used[i]
             if self.scales[name].kind != "none" or self.scales[name].clip:
-                result[f"rewards/{name}/share_raw"] = raw[name]
-                result[f"rewards/{name}/scaled"] = sum(parts[name]) / len(parts[name])
+                result[f"rewards/{name}/share_raw"] = raw[i]
+                result[f"rewards/{name}/scaled"] = parts[:, i].mean().item()
         return result
 
     def state_dict(self) -> dict[str, Any]:
         """What running scales and warnings have learned and what was counted, in plain numbers."""
         scales = {name: dict(scale.state) for name, scale in self.scales.items()}
-        state = {"scales": scales, "watch": self.watch.state, "quarantined": self.quarantined}
+        state = {"scales": scales, "monitor": self.monitor.state, "quarantined": self.quarantined}
         return copy.deepcopy(state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -177,18 +178,18 @@ class CompositeReward:
         for name in self.rewards.keys() & state["scales"].keys():
             self.scales[name].state = dict(state["scales"][name])
             self.quarantined[name] = state["quarantined"][name]
-        self.watch.state = copy.deepcopy(state["watch"])
+        self.monitor.state = copy.deepcopy(state["monitor"])
 
     def interrupt(self) -> None:
         """Ends the waiting of rewards that wait for people; safe in a signal handler."""
         for reward in self.rewards.values():
-            if hasattr(reward, "interrupt"):
+            if isinstance(reward, Reward):
                 reward.interrupt()
 
     def close(self) -> None:
         """Gives back what rewards hold: a terminal, a port."""
         for reward in self.rewards.values():
-            if hasattr(reward, "close"):
+            if isinstance(reward, Reward):
                 reward.close()
 
     def _reports(self, rows: int) -> dict[str, Callable]:
@@ -207,43 +208,3 @@ class CompositeReward:
             self.extras[name] = list(values)
 
         return {"log_metric": log_metric, "log_extra": log_extra}
-
-    def _checked(self, name: str, answer: Any, completions: Sequence[Text]) -> list[float | None]:
-        with _blamed(name):
-            scores, odd = checked(name, answer, completions)
-        self.quarantined[name] += odd
-        return scores
-
-
-def _is_async(reward: Callable) -> bool:
-    return any(map(inspect.iscoroutinefunction, (reward, type(reward).__call__)))
-
-
-def _waits(reward: Callable) -> bool:
-    return getattr(reward, "after_others", False)
-
-
-def _started(thread: ThreadPoolExecutor, answers: dict[str, Any]) -> Future | None:
-    """Runs those of `answers` that are coroutines and not yet taken."""
-    waiting = {name: answer for name, answer in answers.items() if inspect.isawaitable(answer)}
-    for name in waiting:
-        answers[name] = None
-    return thread.submit(asyncio.run, _gather(waiting)) if waiting else None
-
-
-async def _gather(waiting: dict[str, Any]) -> dict[str, list]:
-    async def one(name: str) -> Any:
-        with _blamed(name):
-            return await waiting[name]
-
-    return dict(zip(waiting, await asyncio.gather(*map(one, waiting)), strict=True))
-
-
-@contextmanager
-def _blamed(name: str) -> Iterator[None]:
-    """Notes on what a reward raises whose it is."""
-    try:
-        yield
-    except Exception as error:
-        error.add_note(f"reward {name!r}")
-        raise

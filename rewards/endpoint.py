@@ -1,6 +1,6 @@
 """One request to an OpenAI-compatible endpoint, and what came of it.
 
-Nothing that a server sends is an exception here, and nothing that is told holds the key.
+Nothing that a server sends is an exception here, and no text that leaves here holds the key.
 """
 
 import asyncio
@@ -14,13 +14,9 @@ from urllib.parse import urlsplit
 
 KEY_ENV = "OPENAI_API_KEY"
 NO_KEY = "none"  # what a server on this machine is sent where there is no key
-SAID = 200  # characters of a server's words that are told
+MAX_SHOWN = 200  # characters of a server's words that are shown
 REJECTED = (400, 413, 422)  # this request; another one may be answered
-AGAIN = (408, 409, 429)  # and 500 and above: worth another try
-
-
-class Refused(ValueError):
-    """The endpoint will not answer however often it is asked: a wrong key, model or address."""
+RETRYABLE_STATUS = (408, 409, 429)  # and 500 and above: worth another try
 
 
 @dataclass
@@ -66,7 +62,7 @@ async def ask(client: Any, request: dict[str, Any], seconds: float) -> Reply:
     except TimeoutError:
         return Reply("fault", fault=f"it timed out after {seconds:g} s")
     except openai.APIStatusError as error:
-        again = error.status_code in AGAIN or error.status_code >= 500
+        again = error.status_code in RETRYABLE_STATUS or error.status_code >= 500
         rejected = error.status_code in REJECTED
         return Reply(
             "fault" if again else "rejected" if rejected else "refused",
@@ -82,7 +78,7 @@ def shown(text: str, key: str) -> str:
     """Some of a server's words: on one line, without the key, nothing that steers a terminal."""
     text = text if key == NO_KEY else text.replace(key, "[the key]")
     text = "".join(c if c.isprintable() else "�" for c in " ".join(text.split()))
-    return text if len(text) <= SAID else text[: SAID - 1] + "…"
+    return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 1] + "…"
 
 
 def _read(body: bytes, kind: str) -> Reply:

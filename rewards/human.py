@@ -1,70 +1,103 @@
 """Reward by people: what the run samples is labelled on the terminal or on a web page.
 
-Labels are kept as they are given, and a completion that has one is not asked again. Which of a
-batch are asked, for how long is waited, and what stands in for those that nobody labelled.
+Labels are kept as they are given, and a completion that has one is not asked again. Here stands
+which completions of a batch are asked, how long the run waits, and what stands in for a label that
+nobody gave.
 """
 
 import asyncio
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from rewards.balance import Scale
-from rewards.desk import SCALES, Desk, Labeller, Question, agreement
+from pydantic import Field, model_validator
+
+from rewards.base import Reward
+from rewards.label_queue import FrontEnd, LabelQueue, Question
 from rewards.labels import Labels
 from rewards.messages import Text, texts_of
-from rewards.online import LAST, LEAST, OnlineHead
+
+if TYPE_CHECKING:  # numpy, which a config is validated without
+    from rewards.head import RidgeHead
 
 Column = Sequence[float | None]
-AGREED_ON = 200  # labels that agreement is taken over
+AGREEMENT_WINDOW = 200  # labels that agreement is taken over
 
 
-class HumanReward:
-    """−1 to 1 by what people answer to `question`: bad or good, or 1 to 5; None if they skip.
+class HumanReward(Reward):
+    """What people answer to QUESTION about the completion, −1 to 1; missing where they skip it.
 
-    `where` is "terminal" or "web" (`host`, `port`, `token`: see web.py). The caller waits for all
-    that are asked, or `timeout` seconds: what has no label then is missing. `ask` limits how many
-    of a batch are asked to those on which the other rewards (`scores`) disagree most. With
-    `reward_model` "online" a head that learns from the labels fills in for the missing, from the
-    20th label on. Raises ValueError where people could not be asked.
+    The caller waits for all that are asked, or TIMEOUT seconds: what has no label then is missing.
+    With REWARD_MODEL "online" a head that learns from the labels fills in for the missing, from the
+    20th label on. Starting it raises ValueError where people could not be asked.
     """
 
-    after_others = True  # CompositeReward calls it with their scores
+    one_process: ClassVar[bool] = True
+    free_keys: ClassVar[frozenset[str]] = frozenset({
+        "TIMEOUT", "WHERE", "HOST", "PORT", "TOKEN_ENV", "LABELS"
+    })  # fmt: skip
 
-    def __init__(
-        self,
-        question: str = "Is this completion good?",
-        *,
-        scale: str = "binary",
-        where: str = "terminal",
-        host: str = "127.0.0.1",
-        port: int = 8765,
-        token_env: str | None = None,
-        labels: str = "labels.sqlite",
-        timeout: float | None = None,
-        ask: int | None = None,
-        reward_model: str | None = None,
-    ):
-        if scale not in SCALES:
-            raise ValueError(f"the scale {scale!r} is not one of {', '.join(SCALES)}")
-        if reward_model not in (None, "online"):
-            raise ValueError(f'the reward model is "online" or none, not {reward_model!r}')
-        self.timeout, self.limit, self.online = timeout, ask, reward_model == "online"
-        self.labels = Labels(labels, question, scale)
-        self.desk = Desk(self.labels, scale)
-        # The last labels of this run, beside what the other rewards say
-        self.compared: deque[tuple[float, dict[str, float]]] = deque(maxlen=AGREED_ON)
-        self.labeller: Labeller
-        if where == "terminal":
+    type: Literal["human"] = "human"
+    question: str = Field("Is this completion good?", description="What people are asked")
+    scale: Literal["binary", "1-5"] = Field("binary", description="Their answers: − and +, or 1-5")
+    where: Literal["terminal", "web"] = Field("terminal", description="How they are asked")
+    host: str = Field("127.0.0.1", description="Address that the web page is at")
+    port: int = Field(8765, ge=0, lt=65536, description="Its port; 0: any that is free")
+    token_env: str | None = Field(None, description="Variable with its token; null: random")
+    labels: str = Field("labels.sqlite", description="Where labels are kept")
+    timeout: float | None = Field(
+        None, gt=0, description="Seconds to wait for a batch's labels; null: until all are there"
+    )
+    ask: int | None = Field(None, ge=1, description="Of a batch, those most disputed; null: all")
+    reward_model: Literal["online"] | None = Field(
+        None, description='"online": a head that learns from the labels fills in for the missing'
+    )
+    _labels: Labels
+    _queue: LabelQueue
+    _front_end: FrontEnd
+    # The last labels of this run, beside the scores of the other rewards
+    _compared: deque[tuple[float, dict[str, float]]]
+
+    @model_validator(mode="after")
+    def _page_keys(self) -> "HumanReward":
+        if self.where == "terminal" and (web := self.changed() & {"HOST", "PORT", "TOKEN_ENV"}):
+            raise ValueError(f"{', '.join(sorted(web))} needs WHERE web")
+        return self
+
+    def _load(self, device: Any) -> None:
+        self._labels = Labels(self.labels, self.question, self.scale)
+        self._queue = LabelQueue(self._labels, self.scale)
+        self._compared = deque(maxlen=AGREEMENT_WINDOW)
+        if self.where == "terminal":
             from rewards.terminal import Terminal
 
-            self.labeller = Terminal(self.desk, question)
-        elif where == "web":
-            from rewards.web import Page
-
-            self.labeller = Page(self.desk, question, self.agreement, host, port, token_env)
+            self._front_end = Terminal(self._queue, self.question)
         else:
-            raise ValueError(f'where is "terminal" or "web", not {where!r}')
+            from rewards.web import Page  # a second to import
+
+            self._front_end = Page(
+                self._queue, self.question, self.agreement, self.host, self.port, self.token_env
+            )
+
+    @property
+    def after_others(self) -> bool:
+        return True
+
+    @property
+    def uses_terminal(self) -> bool:
+        return self.where == "terminal"
+
+    @property
+    def queue(self) -> LabelQueue:
+        """What is asked, and where answers are given; starts the reward."""
+        self.start()
+        return self._queue
+
+    @property
+    def front_end(self) -> FrontEnd:
+        """The terminal or the page that shows the queue; starts the reward."""
+        self.start()
+        return self._front_end
 
     async def __call__(
         self,
@@ -77,28 +110,31 @@ class HumanReward:
         **columns: Any,
     ) -> Column:
         """Asks, waits, and fills in. Raises Interrupted once `interrupt` is called."""
+        from rewards.opinions import asking_order
+
+        self.start()
         prompts, completions = texts_of(prompts), texts_of(completions)
-        keys = [self.labels.key(p, c) for p, c in zip(prompts, completions, strict=True)]
+        keys = [self._labels.key(p, c) for p, c in zip(prompts, completions, strict=True)]
         others = dict(scores or {})
         head = self._head()
         opinions = list(others.values()) + ([head(completions)] if head else [])
-        rows = [i for i in asking_order(opinions, len(keys)) if self.labels.find(keys[i]) is None]
+        rows = [i for i in asking_order(opinions, len(keys)) if self._labels.find(keys[i]) is None]
         questions: dict[str, Question] = {}
         for i in rows:
-            if self.limit is None or len(questions) < self.limit:
-                said = {name: x for name, col in others.items() if (x := col[i]) is not None}
-                question = Question(keys[i], prompts[i], completions[i], said)
+            if self.ask is None or len(questions) < self.ask:
+                given = {name: x for name, col in others.items() if (x := col[i]) is not None}
+                question = Question(keys[i], prompts[i], completions[i], given)
                 questions.setdefault(keys[i], question)
         if questions:
-            self.labeller.start()
-            await asyncio.to_thread(self.desk.ask, list(questions.values()), self.timeout)
+            self._front_end.start()
+            await asyncio.to_thread(self._queue.ask, list(questions.values()), self.timeout)
 
-        found = [self.labels.find(key) for key in keys]
+        found = [self._labels.find(key) for key in keys]
         result = [None if label is None else label[0] for label in found]
         for key, question in questions.items():
-            label = self.labels.find(key)
+            label = self._labels.find(key)
             if label and label[0] is not None:
-                self.compared.append((label[0], question.scores))
+                self._compared.append((label[0], question.scores))
         sources = ["nobody" if x is None else "people" for x in result]
         if head := self._head():
             guesses = head(completions)
@@ -110,14 +146,18 @@ class HumanReward:
             log_extra("labelled_by", sources)
         return result
 
-    def _head(self) -> OnlineHead | None:
+    def _head(self) -> "RidgeHead | None":
         """Learned from all labels that there are; None while they are too few."""
-        known = self.labels.learned(LAST) if self.online else []
-        return OnlineHead(*zip(*known, strict=True)) if len(known) >= LEAST else None
+        from rewards.head import MAX_LABELS, MIN_LABELS, RidgeHead
+
+        known = self._labels.learned(MAX_LABELS) if self.reward_model == "online" else []
+        return RidgeHead(*zip(*known, strict=True)) if len(known) >= MIN_LABELS else None
 
     def agreement(self) -> dict[str, float]:
-        """Of each other reward, over this run's last labels: see desk.agreement."""
-        last, result = list(self.compared), {}
+        """Of each other reward, over this run's last labels: see opinions.agreement."""
+        from rewards.opinions import agreement
+
+        last, result = list(self._compared), {}
         for name in {name for _, scores in last for name in scores}:
             both = [(label, scores[name]) for label, scores in last if name in scores]
             share = agreement(*zip(*both, strict=True))
@@ -126,7 +166,7 @@ class HumanReward:
         return dict(sorted(result.items()))
 
     def _report(
-        self, log: Callable[[str, float], Any], asked: int, found: list, head: OnlineHead | None
+        self, log: Callable[[str, float], Any], asked: int, found: list, head: "RidgeHead | None"
     ) -> None:
         log("human/asked", asked)
         log("human/labelled", sum(label is not None for label in found) / len(found))
@@ -138,28 +178,10 @@ class HumanReward:
             log("human/head_slope", head.slope)
 
     def interrupt(self) -> None:
-        """Ends all waiting: who waits gets Interrupted. May be called from a signal handler."""
-        self.desk.close()
+        if self._started:
+            self._queue.close()
 
     def close(self) -> None:
-        """Gives the terminal or the port back."""
-        self.desk.close()
-        self.labeller.close()
-
-
-def asking_order(opinions: Sequence[Column], count: int) -> list[int]:
-    """Rows 0 … count − 1, those first on which `opinions` disagree most.
-
-    Disagreement is the variance of a row's ranks in each opinion, since scales differ. What fewer
-    than two have an opinion of comes last, in the order of the batch.
-    """
-    ranks = [Scale("rank")(column, learn=False) for column in opinions]
-
-    def disagreement(row: int) -> float:
-        known = [x for column in ranks if (x := column[row]) is not None]
-        mean = sum(known) / len(known) if known else 0.0
-        if len(known) < 2:
-            return -1.0
-        return round(sum((x - mean) ** 2 for x in known) / len(known), 9)  # rounding is no order
-
-    return sorted(range(count), key=disagreement, reverse=True)  # stable
+        if self._started:
+            self._queue.close()
+            self._front_end.close()

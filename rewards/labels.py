@@ -1,4 +1,4 @@
-"""What people said, on disk as it is given: a kill loses none, and nothing is asked twice."""
+"""What people answered, on disk as it is given: a kill loses none, and nothing is asked twice."""
 
 import hashlib
 import json

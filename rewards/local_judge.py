@@ -1,82 +1,99 @@
 """Reward by a judge in this process: a causal LM, asked yes or no about each completion."""
 
 from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
 
-import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from pydantic import Field, field_validator
 
+from rewards.base import Reward
 from rewards.messages import Text, joined, texts_of
 
 TEMPLATE = "{rubric}\n\nText:\n{text}\n\nAnswer (yes or no):"
 
 
-class LocalJudgeReward:
-    """log P(yes) − log P(no) after `template`, which names {rubric} and {text}.
+class LocalJudgeReward(Reward):
+    """Log-odds of a causal LM's yes against its no, asked about the completion.
 
-    `yes` and `no` are the answers as the model would go on with them, usually with a leading space;
-    each may take several tokens. Long texts lose their beginning, the question does not.
+    log P(yes) − log P(no) after TEMPLATE. Each answer may take several tokens. Long texts lose
+    their beginning, the question does not.
     """
 
-    def __init__(
-        self,
-        model: str,
-        rubric: str,
-        *,
-        template: str = TEMPLATE,
-        yes: str = " yes",
-        no: str = " no",
-        with_prompt: bool = True,
-        batch_size: int = 16,
-        device: str | torch.device | None = None,
-    ):
+    loads_model: ClassVar[bool] = True
+    type: Literal["local_judge"] = "local_judge"
+    model: str = Field(description="A causal LM: hub id or folder")
+    rubric: str = Field(min_length=1, description="The question, in words")
+    template: str = Field(TEMPLATE, description="What is asked, with {rubric} and {text} in it")
+    yes: str = Field(" yes", description="The answer that is rewarded, as the model would go on")
+    no: str = Field(" no", description="The other answer")
+    with_prompt: bool = Field(True, description="Judge prompt + completion")
+    batch_size: int = Field(16, ge=1, description="Texts that are judged at once")
+    _tokenizer: Any
+    _lm: Any
+    _before: list[int]
+    _after: list[int]
+    _answers: list[list[int]]
+    _room: int | None
+
+    @field_validator("template")
+    @classmethod
+    def _complete(cls, template: str) -> str:
         if "{rubric}" not in template or "{text}" not in template:
             raise ValueError("the template must name {rubric} and {text}")
-        self.tokenizer = AutoTokenizer.from_pretrained(model)
-        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-        self.model.eval().to(device or "cpu")
-        before, after = template.replace("{rubric}", rubric).split("{text}")
-        self.before, self.after = self._ids(before), self._ids(after)
-        self.answers = [self._ids(yes), self._ids(no)]
-        if self.answers[0] == self.answers[1] or not all(self.answers):
-            raise ValueError(f"{yes!r} and {no!r} are the same tokens to {model}, or none")
-        self.with_prompt, self.batch_size = with_prompt, batch_size
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        used = len(self.before) + len(self.after) + max(map(len, self.answers))
+        return template
+
+    def _load(self, device: Any) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self._tokenizer = AutoTokenizer.from_pretrained(self.model)
+        self._lm = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32)
+        self._lm.eval().to(device or "cpu")
+        before, after = self.template.replace("{rubric}", self.rubric).split("{text}")
+        self._before, self._after = self._ids(before), self._ids(after)
+        self._answers = [self._ids(self.yes), self._ids(self.no)]
+        if self._answers[0] == self._answers[1] or not all(self._answers):
+            raise ValueError(
+                f"{self.yes!r} and {self.no!r} are the same tokens to {self.model}, or none"
+            )
+        limit = getattr(self._lm.config, "max_position_embeddings", None)
+        used = len(self._before) + len(self._after) + max(map(len, self._answers))
         if limit and used >= limit:
             raise ValueError(f"the rubric leaves no room for a text in the {limit} positions")
-        self.room = limit and limit - used
+        self._room = limit and limit - used
 
     def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+        return self._tokenizer(text, add_special_tokens=False).input_ids
 
     def __call__(
-        self, prompts: Sequence[Text], completions: Sequence[Text], **columns
+        self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any
     ) -> list[float | None]:
+        self.start()
         texts = texts_of(completions)
         if self.with_prompt:
             texts = [joined(p, c) for p, c in zip(prompts, completions, strict=True)]
         result: list[float | None] = []
         for start in range(0, len(texts), self.batch_size):
             some = texts[start : start + self.batch_size]
-            yes, no = (self._logprobs(some, answer) for answer in self.answers)
+            yes, no = (self._logprobs(some, answer) for answer in self._answers)
             result += (yes - no).tolist()
         return result
 
-    @torch.no_grad()
-    def _logprobs(self, texts: list[str], answer: list[int]) -> Tensor:
-        """log P(answer) after each text; padded on the right, where nothing looks at it."""
+    def _logprobs(self, texts: list[str], answer: list[int]) -> Any:
+        """log P(answer) after each text [B]; padded on the right, where nothing looks at it."""
+        import torch
+
         rows = []
         for text in texts:
             own = self._ids(text)
-            own = own[-self.room :] if self.room else own
-            rows.append([*self.before, *own, *self.after, *answer])
+            own = own[-self._room :] if self._room else own
+            rows.append([*self._before, *own, *self._after, *answer])
         longest = max(map(len, rows))
         ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
         mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
         inputs = {"input_ids": ids, "attention_mask": mask}
-        inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
-        table = self.model(**inputs).logits.float().log_softmax(-1).cpu()
+        inputs = {name: tensor.to(self._lm.device) for name, tensor in inputs.items()}
+        with torch.no_grad():
+            table = self._lm(**inputs).logits.float().log_softmax(-1).cpu()  # [B, T, V]
         places = torch.tensor(
             [[len(row) - len(answer) + k for k in range(len(answer))] for row in rows]
         )

@@ -1,9 +1,14 @@
-"""What a reward returned, as one finite score or None for each completion."""
+"""Scores: what rewards return, as one float64 tensor [B, R] with NaN for what is missing.
+
+B completions, R rewards: `rewards_per_func` in TRL. Rewards themselves return lists with None.
+"""
 
 import logging
-import math
 from collections.abc import Mapping, Sequence, Set, Sized
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from rewards.messages import Text, text_of
 
@@ -11,13 +16,8 @@ log = logging.getLogger(__name__)
 LARGEST = 1e16  # training computes in float32, which holds no sum of squares of larger ones
 
 
-def finite(value: float) -> bool:
-    """Whether it is a number, and one that training can compute with."""
-    return abs(value) <= LARGEST
-
-
 def checked(name: str, answer: Any, completions: Sequence[Text]) -> tuple[list[float | None], int]:
-    """The scores that the reward `name` answered, and how many were not `finite`: now None.
+    """The scores that the reward `name` answered, and how many cannot be used: now None.
 
     These are logged in one line. Raises ValueError for what is not one score per completion.
     """
@@ -32,9 +32,9 @@ def checked(name: str, answer: Any, completions: Sequence[Text]) -> tuple[list[f
         raise ValueError(
             f"reward {name!r} returned {len(values)} scores for {len(completions)} completions"
         )
-    told = [None if value is None else _number(value) for value in values]
-    odd = [i for i, score in enumerate(told) if score is not None and not finite(score)]
-    scores = [None if i in odd else score for i, score in enumerate(told)]
+    given = [None if value is None else _number(value) for value in values]
+    odd = [i for i, score in enumerate(given) if score is not None and not abs(score) <= LARGEST]
+    scores = [None if i in odd else score for i, score in enumerate(given)]
     if odd:
         log.warning(
             "reward %r is not finite, or beyond %g, for %d of %d completions and is left out "
@@ -43,7 +43,7 @@ def checked(name: str, answer: Any, completions: Sequence[Text]) -> tuple[list[f
             LARGEST,
             len(odd),
             len(scores),
-            told[odd[0]],
+            given[odd[0]],
             text_of(completions[odd[0]])[:80],
         )
     return scores, len(odd)
@@ -54,4 +54,21 @@ def _number(value: Any) -> float:
     try:
         return float(value)
     except OverflowError:
-        return math.inf if value > 0 else -math.inf
+        return torch.inf if value > 0 else -torch.inf
+
+
+def as_tensor(columns: Sequence[Sequence[float | None]], count: int) -> Tensor:
+    """[B, R] from R columns of B = `count` scores, None for what is missing; R may be 0."""
+    rows = [[torch.nan if x is None else x for x in column] for column in columns]
+    return torch.tensor(rows, dtype=torch.float64).reshape(len(rows), count).T.contiguous()
+
+
+def as_list(column: Tensor) -> list[float | None]:
+    """One column or sum [B], with None for what is missing."""
+    return [None if x != x else x for x in column.tolist()]
+
+
+def mean(column: Tensor) -> float | None:
+    """Over what is not missing; None where everything is."""
+    known = column[~column.isnan()].tolist()
+    return sum(known) / len(known) if known else None

@@ -1,26 +1,39 @@
 """Reward by meaning: cosine similarity of sentence embeddings to a reference text."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
+from typing import Any, ClassVar, Literal
 
+from pydantic import Field
+
+from rewards.base import Reward
 from rewards.messages import Text, texts_of
 
 
-class CosineReward:
-    """Cosine, in [-1, 1], between the embeddings of a completion and of column `column`.
+class CosineReward(Reward):
+    """Cosine similarity, −1 to 1, of sentence embeddings of the completion and a reference.
 
-    `model` is a sentence-transformers hub id or folder. A row whose reference is absent or empty is
-    not applicable: None.
+    A row whose reference is absent or empty is not applicable: None.
     """
 
-    def __init__(self, model: str, column: str = "reference", device: str | None = None):
+    loads_model: ClassVar[bool] = True
+    type: Literal["cosine"] = "cosine"
+    model: str = Field("all-MiniLM-L6-v2", description="A sentence-transformers id or folder")
+    column: str = Field("reference", description="Column that holds the reference text")
+    _encoder: Any
+
+    def _load(self, device: Any) -> None:
         from sentence_transformers import SentenceTransformer  # seconds to import
 
-        self.model = SentenceTransformer(str(model), device=device)
-        self.column = column
+        self._encoder = SentenceTransformer(self.model, device=device and str(device))
+
+    def check_columns(self, columns: Set[str], source: str) -> None:
+        if self.column not in columns:
+            raise ValueError(f"{source} has no column {self.column!r} (COLUMN)")
 
     def __call__(
-        self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Sequence
+        self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any
     ) -> list[float | None]:
+        self.start()
         if self.column not in columns:
             raise ValueError(f"the prompts have no column {self.column!r} to compare with")
         references = columns[self.column]
@@ -28,7 +41,7 @@ class CosineReward:
         result: list[float | None] = [None] * len(completions)
         if rows:
             texts = texts_of([completions[i] for i in rows] + [references[i] for i in rows])
-            embedded = self.model.encode(
+            embedded = self._encoder.encode(
                 texts, normalize_embeddings=True, convert_to_tensor=True, show_progress_bar=False
             )
             ours, theirs = embedded.split(len(rows))

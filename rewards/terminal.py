@@ -1,4 +1,4 @@
-"""Labelling on the terminal: one key a completion.
+"""Labelling on the terminal: one key per completion.
 
 + good   - bad   (or 1 to 5)   s skip   u undo
 """
@@ -14,27 +14,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rewards.desk import NAMES, Desk, Question
+from rewards.label_queue import NAMES, UNDO_EXPIRED, LabelQueue, Question
 
 WHO = "terminal"
 ESC = "\033"
 CONSOLE = ESC + "[["  # of the Linux console's F1 to F5, before a letter
-SEEN = 0.2  # seconds after which a question that has gone is noticed
+POLL = 0.2  # seconds after which a question that has gone is noticed
 PART = 0.05  # seconds within which the bytes of one key follow each other
-ALSO = {"=": "+", "y": "+", "_": "-", "n": "-"}  # the same keys without or with shift; yes and no
+KEY_ALIASES = {"=": "+", "y": "+", "_": "-", "n": "-"}  # shift or not; yes and no
 
 
 class Terminal:
-    """A labeller at the controlling terminal; raises ValueError where there is none."""
+    """Shows the queue on `device`, the controlling terminal; raises ValueError without one."""
 
-    def __init__(self, desk: Desk, question: str):
+    def __init__(self, queue: LabelQueue, question: str, device: str = "/dev/tty"):
         try:
-            self.file = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY)
+            self.file = os.open(device, os.O_RDWR | os.O_NOCTTY)
         except OSError as error:
             raise ValueError(
                 'people cannot be asked: this process has no terminal; "WHERE": "web" needs none'
             ) from error
-        self.desk, self.question = desk, question
+        self.queue, self.question = queue, question
         self.thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -47,26 +47,26 @@ class Terminal:
             self.thread.join()
 
     def _labelling(self) -> None:
-        while question := self.desk.wait_next(WHO):
+        while question := self.queue.wait_next(WHO):
             with self._single_keys():  # before it is shown: a quick key is not echoed either
                 self._show(question)
                 key = self._key_for(question)
             if key == "u":
-                if not self.desk.undo(WHO):
-                    self._write("nothing to undo: that batch has been trained on\n")
+                if not self.queue.undo(WHO):
+                    self._write(f"{UNDO_EXPIRED}\n")
             elif key:
-                self.desk.answer(WHO, question.key, "skip" if key == "s" else key)
+                self.queue.answer(WHO, question.key, "skip" if key == "s" else key)
 
     def _key_for(self, question: Question) -> str | None:
         """The first key that means something; None if the question goes away."""
-        while self.desk.open.get(question.key) is question and not self.desk.closed:
-            if select.select([self.file], [], [], SEEN)[0]:
+        while self.queue.open.get(question.key) is question and not self.queue.closed:
+            if select.select([self.file], [], [], POLL)[0]:
                 key = self._read_key()
                 if not key:  # the terminal is gone
-                    self.desk.close()
+                    self.queue.close()
                     return None
-                key = ALSO.get(key, key)
-                if key in self.desk.values or key in ("s", "u"):
+                key = KEY_ALIASES.get(key, key)
+                if key in self.queue.values or key in ("s", "u"):
                     self._write(f"{key}\n")
                     return key
         self._write("gone\n")
@@ -102,9 +102,9 @@ class Terminal:
     def _show(self, question: Question) -> None:
         width = min(shutil.get_terminal_size().columns, 100)
         bold, plain = ("", "") if "NO_COLOR" in os.environ else ("\033[1m", "\033[0m")
-        keys = "  ".join(f"[{k}] {NAMES[k]}" if k in NAMES else f"[{k}]" for k in self.desk.values)
+        keys = "  ".join(f"[{k}] {NAMES[k]}" if k in NAMES else f"[{k}]" for k in self.queue.values)
         self._write(
-            f"\n{self.question}  ({len(self.desk.open)} left)\n"
+            f"\n{self.question}  ({len(self.queue.open)} left)\n"
             f"{_wrapped(question.prompt, width)}\n"
             f"{bold}{_wrapped(question.completion, width)}{plain}\n"
             f"{keys}  [s] skip  [u] undo  "
@@ -124,7 +124,11 @@ class Terminal:
             termios.tcsetattr(self.file, termios.TCSADRAIN, before)
 
 
+def printable(text: str) -> str:
+    """Without control characters, with which a model could steer the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else "�" for c in text)
+
+
 def _wrapped(text: str, width: int) -> str:
-    """Without what a model could steer the terminal with."""
-    lines = "".join(c if c.isprintable() or c == "\n" else "�" for c in text).split("\n")
+    lines = printable(text).split("\n")
     return "\n".join(textwrap.fill(line, width, subsequent_indent="") for line in lines)

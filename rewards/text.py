@@ -3,115 +3,117 @@
 import logging
 import re
 from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
 import regex  # searches as `re` does, and can be told when to give up
+from pydantic import BeforeValidator, Field, model_validator
 
+from rewards.base import Reward
 from rewards.messages import Text, texts_of
 
 log = logging.getLogger(__name__)
-SECONDS = 1.0  # of processor time, for one pattern in one completion
 # A brace that is no repetition is a plain character to `re`; `regex` would match approximately.
 PLAIN_BRACE = re.compile(r"\\N\{[^}]*\}|\\.|\{(?!\d+\}|\d*,\d*\})", re.DOTALL)
 
 
-class RegexReward:
-    """1.0 where `match` ("any" or "all") of the patterns is found in the completion, else 0.0.
+class RegexReward(Reward):
+    """1 where the completion matches, else 0; missing where a search takes longer than TIMEOUT.
 
-    Patterns are Python's (`re`). `literal` patterns are plain substrings; `negate` turns the answer
-    round. A completion on which a pattern takes longer than SECONDS is missing (None), and that is
-    said once.
+    Patterns are Python's (`re`). The first search that takes too long is logged.
     """
 
-    def __init__(
-        self,
-        patterns: str | list[str],
-        literal: bool = False,
-        match: str = "any",
-        negate: bool = False,
-        ignore_case: bool = False,
-    ):
-        patterns = [patterns] if isinstance(patterns, str) else patterns
-        if not patterns or not all(patterns):
+    type: Literal["regex"] = "regex"
+    patterns: Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)] = (
+        Field(
+            description="One or several patterns", json_schema_extra={"type": ["array", "string"]}
+        )
+    )
+    literal: bool = Field(False, description="Patterns are plain substrings")
+    match: Literal["any", "all"] = Field("any", description="How many patterns must match")
+    negate: bool = Field(False, description="Reward the absence instead")
+    ignore_case: bool = Field(False, description="Upper and lower case are the same")
+    timeout: float = Field(
+        1.0, gt=0, description="Seconds of processor time for one pattern in one completion"
+    )
+    _compiled: list[tuple[str, Any]]
+    _warned: bool = False
+
+    @model_validator(mode="after")
+    def _searchable(self) -> "RegexReward":
+        if not self.patterns or not all(self.patterns):
             raise ValueError("PATTERNS needs at least one pattern, none of them empty")
-        self.patterns = []
-        for pattern in patterns:
-            source = re.escape(pattern) if literal else pattern
-            try:
-                re.compile(source)  # whose errors users know, and whose syntax `regex` exceeds
-                source = PLAIN_BRACE.sub(lambda m: "\\{" if m[0] == "{" else m[0], source)
-                flags = regex.IGNORECASE if ignore_case else 0
-                self.patterns.append((pattern, regex.compile(source, flags)))
-            except (re.error, regex.error) as error:
-                raise ValueError(
-                    f"pattern {pattern!r} is no regular expression: {error}"
-                ) from error
-        if match not in ("any", "all"):
-            raise ValueError(f"match is any or all, not {match!r}")
-        self.enough = any if match == "any" else all
-        self.negate = negate
-        self.announced = False
+        for pattern in self.patterns:
+            self._compile(pattern)
+        return self
+
+    def _compile(self, pattern: str) -> Any:
+        source = re.escape(pattern) if self.literal else pattern
+        try:
+            re.compile(source)  # whose errors users know, and whose syntax `regex` exceeds
+            source = PLAIN_BRACE.sub(lambda m: "\\{" if m[0] == "{" else m[0], source)
+            return regex.compile(source, regex.IGNORECASE if self.ignore_case else 0)
+        except (re.error, regex.error) as error:
+            raise ValueError(f"pattern {pattern!r} is no regular expression: {error}") from error
+
+    def _load(self, device: Any) -> None:
+        self._compiled = [(pattern, self._compile(pattern)) for pattern in self.patterns]
 
     def __call__(
-        self, prompts: Sequence[Text], completions: Sequence[Text], **columns
+        self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any
     ) -> list[float | None]:
+        self.start()
         return [self._score(text) for text in texts_of(completions)]
 
     def _score(self, text: str) -> float | None:
+        enough = any if self.match == "any" else all
         try:
-            return float(
-                self.enough(self._finds(*one, text) for one in self.patterns) != self.negate
-            )
+            return float(enough(self._finds(*one, text) for one in self._compiled) != self.negate)
         except TimeoutError:
             return None
 
-    def _finds(self, pattern: str, compiled: regex.Pattern, text: str) -> bool:
+    def _finds(self, pattern: str, compiled: Any, text: str) -> bool:
         try:
-            return compiled.search(text, timeout=SECONDS) is not None
+            return compiled.search(text, timeout=self.timeout) is not None
         except TimeoutError:
-            if not self.announced:
-                self.announced = True
+            if not self._warned:
+                self._warned = True
                 log.warning(
                     "pattern %r takes more than %g s on %r: completions like it are left out. "
                     "Repetitions inside of a repetition are the usual cause",
                     pattern,
-                    SECONDS,
+                    self.timeout,
                     text[:80],
                 )
             raise
 
 
-class LengthReward:
-    """1.0 at `target`, or from `min` to `max`, falling linearly outside and never below 0.0.
+class LengthReward(Reward):
+    """1 at TARGET or inside MIN…MAX, falling linearly to 0 outside.
 
-    It reaches 0 at twice the upper limit and at length 0. `unit` is tokens (of the policy, its EOS
-    included) or words.
+    It reaches 0 at twice the upper limit and at length 0. Tokens are those of the policy, its EOS
+    included.
     """
 
-    def __init__(
-        self,
-        target: int | None = None,
-        min: int | None = None,
-        max: int | None = None,
-        unit: str = "tokens",
-    ):
-        if (target is None) == (min is None and max is None):
+    type: Literal["length"] = "length"
+    target: int | None = Field(None, ge=1, description="Wanted length")
+    min: int | None = Field(None, ge=0, description="Shortest wanted length")
+    max: int | None = Field(None, ge=1, description="Longest wanted length")
+    unit: Literal["tokens", "words"] = Field("tokens", description="What is counted")
+
+    @model_validator(mode="after")
+    def _range(self) -> "LengthReward":
+        if (self.target is None) == (self.min is None and self.max is None):
             raise ValueError("length takes a TARGET, or a MIN, a MAX or both")
-        if unit not in ("tokens", "words"):
-            raise ValueError(f"unit is tokens or words, not {unit!r}")
-        self.low = target if target is not None else min or 0
-        self.high = target if target is not None else float("inf") if max is None else max
-        if self.high < 1:
-            raise ValueError("the longest wanted length is below 1")
-        if self.low > self.high:
-            raise ValueError(f"MIN {self.low} is above MAX {self.high}")
-        self.unit = unit
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"MIN {self.min} is above MAX {self.max}")
+        return self
 
     def __call__(
         self,
         prompts: Sequence[Text],
         completions: Sequence[Text],
-        completion_ids: list[list[int]] | None = None,
-        **columns,
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Any,
     ) -> list[float]:
         if self.unit == "words":
             lengths = [len(text.split()) for text in texts_of(completions)]
@@ -122,8 +124,8 @@ class LengthReward:
         return [self._score(length) for length in lengths]
 
     def _score(self, length: int) -> float:
-        if length < self.low:
-            return length / self.low
-        if length > self.high:
-            return max(0.0, 2.0 - length / self.high)
-        return 1.0
+        low = self.target or self.min or 0
+        high = self.target or self.max or float("inf")
+        if length < low:
+            return length / low
+        return max(0.0, 2.0 - length / high) if length > high else 1.0

@@ -1,4 +1,4 @@
-"""Labelling on a web page, by one or several people: a small server beside the run.
+"""Labelling on a web page, by one or several people: a small server in the run.
 
 Whoever has the token may label; nobody else gets an answer. What another site's page sends is
 refused by the cookie (SameSite), the Origin and the Host; a link there may be followed. The page
@@ -22,10 +22,9 @@ from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
 from pydantic import BaseModel
 from tqdm import tqdm
 
-from rewards.desk import NAMES, Desk
+from rewards.label_queue import NAMES, UNDO_EXPIRED, LabelQueue
 
 PAGE = Path(__file__).with_name("page.html")
-GONE = "nothing to undo: that batch has been trained on"
 EVERYWHERE = {"0.0.0.0", "::"}  # the machine's names are then not known
 LOOPBACK = {"127.0.0.1", "localhost", "[::1]"}
 HEADERS = {
@@ -50,14 +49,14 @@ class Page:
 
     def __init__(
         self,
-        desk: Desk,
+        queue: LabelQueue,
         question: str,
         agreement: Callable[[], dict[str, float]],
         host: str,
         port: int,
         token_env: str | None,
     ):
-        self.desk, self.question, self.agreement = desk, question, agreement
+        self.queue, self.question, self.agreement = queue, question, agreement
         self.token = _token(token_env) if token_env else secrets.token_urlsafe(24)
         self.hosts = None if host in EVERYWHERE else LOOPBACK | {host}
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -130,19 +129,19 @@ class Page:
         @app.post("/label")
         def label(request: Request, answer: Answer) -> dict[str, Any]:
             who = self._labeller(request)
-            kept = self.desk.answer(who, answer.key, answer.value)
+            kept = self.queue.answer(who, answer.key, answer.value)
             return self._view(who, None if kept else "that one was labelled already, or timed out")
 
         @app.post("/undo")
         def undo(request: Request) -> dict[str, Any]:
             who = self._labeller(request)
-            return self._view(who, None if self.desk.undo(who) else GONE)
+            return self._view(who, None if self.queue.undo(who) else UNDO_EXPIRED)
 
         return app
 
-    def _view(self, who: str, said: str | None = None, acted: bool = True) -> dict[str, Any]:
+    def _view(self, who: str, message: str | None = None, acted: bool = True) -> dict[str, Any]:
         """All that the page shows."""
-        question = self.desk.next(who, acted)
+        question = self.queue.next(who, acted)
         shown = question and {
             "key": question.key,
             "prompt": question.prompt,
@@ -150,18 +149,18 @@ class Page:
         }
         return {
             "asked": self.question,
-            "values": list(self.desk.values),
+            "values": list(self.queue.values),
             "names": NAMES,
             "item": shown,
-            "left": len(self.desk.open),
-            "done": len(self.desk.given.get(who, [])),
-            "people": len(self.desk.here() | {who}),
+            "left": len(self.queue.open),
+            "done": len(self.queue.given.get(who, [])),
+            "people": len(self.queue.here() | {who}),
             "agreement": self.agreement(),
-            "said": said,
+            "message": message,
         }
 
     def _refusal(self, request: Request) -> str | None:
-        """Why a request gets nowhere."""
+        """Why a request is refused; None: it is answered."""
         host = request.headers.get("host", "")
         known = self.hosts and {name.strip("[]") for name in self.hosts}
         if known and _part("hostname", f"//{host}") not in known:

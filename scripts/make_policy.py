@@ -167,7 +167,7 @@ def main() -> None:
 
     for split in ("val", "test"):
         nats = evaluate(model, streams[split], args.context, 2048)
-        print(f"{split}: {nats:.4f} nats a token, perplexity {math.exp(nats):.1f}")
+        print(f"{split}: {nats:.4f} nats per token, perplexity {math.exp(nats):.1f}")
     sample(model, tokenizer)
     model.half().float().save_pretrained(args.out)  # the weights that were published
 

@@ -5,7 +5,7 @@
 On contextual bandits: a small network of embeddings, layer norms and residual blocks chooses one of
 some actions, REINFORCE with four tries a context, as train.py has it; the optimizer's start rate is
 off by up to two decades either way. The GRU over tensors learns as it does in use, by the one-step
-hypergradient, through one task after the other, under kl_target with its trust region. The rule
+hypergradient, through one task after the other, in a trust region. The rule
 "learned" has no short-sighted signal that is good enough: evolution strategies (antithetic pairs,
 common random numbers, Adam), the fitness being the expected reward at the end. A process each, a
 quarter of an hour on two cores. Both are judged on 64 tasks that are not trained on.
@@ -25,9 +25,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from adaptiverl.optim import learned, online, recurrent
-from adaptiverl.optim.controller import Controller
-from adaptiverl.optim.trust_region import LastUpdate, TrustRegion, alignment
+from adaptiverl.optim.adaptive import AdaptiveOptimizer
+from adaptiverl.optim.online import OnlineAdamW, learned, optimizers, recurrent
 
 STEPS, CONTEXTS, TRIES, PROBES = 40, 16, 4, 32
 LIVES, META_LR = 400, 0.01  # of the GRU over tensors; three times as fast as in use
@@ -100,8 +99,8 @@ def lived(seed: int, weights: recurrent.Weights) -> recurrent.Weights:
     """What the GRU over tensors has made of its weights by the end of a task."""
     task = Bandit(seed)
     optimizer = _online(task, weights)
-    optimizer.learning = {"rate": META_LR, "kept": 1.0}
-    _train(task, "kl_target", optimizer)
+    optimizer.learning = {"rate": META_LR, "anchor_decay": 1.0}
+    _train(task, "trust_region", optimizer)
     return optimizer.weights
 
 
@@ -112,53 +111,39 @@ def live(seed: int, kind: str, weights: recurrent.Weights | None) -> float:
         optimizer: Any = _online(task, weights)
     else:
         optimizer = torch.optim.AdamW([p for _, p in task.named], lr=task.rate, weight_decay=0.0)
-    rule = "kl_target" if kind == "tensors" else "none"
-    if kind == "rate" and weights is not None:
-        learned.recurrent.trained = lambda name: weights
-        rule = "learned"
-    return _train(task, rule, optimizer)
+    rule = "trust_region" if kind == "tensors" else "none" if weights is None else "learned"
+    return _train(task, rule, optimizer, weights if rule == "learned" else None)
 
 
-def _online(task: Bandit, weights: recurrent.Weights) -> online.OnlineAdamW:
-    optimizer = online.OnlineAdamW(task.named, lr=task.rate, weight_decay=0.0, weights=None)
-    optimizer._place(weights, weights)
+def _online(task: Bandit, weights: recurrent.Weights) -> OnlineAdamW:
+    optimizer = OnlineAdamW(task.named, lr=task.rate, weight_decay=0.0, weights=None)
+    optimizer.place(weights)
     return optimizer
 
 
-def _train(task: Bandit, rule: str, optimizer: Any) -> float:
-    """The fitness that `optimizer` reaches under `rule`."""
-    target: dict[str, Any] = {} if rule == "none" else {"kl_step_target": 0.02}
-    control = Controller(optimizer, lr_rule=rule, steps=STEPS, **target)
-    region = TrustRegion()
-    for step in range(STEPS):
+def _train(
+    task: Bandit, rule: str, base: torch.optim.Optimizer, weights: recurrent.Weights | None = None
+) -> float:
+    """The fitness that `base` reaches under `rule`; `weights` are those of the rule "learned"."""
+    target: dict[str, Any] = {} if rule == "none" else {"trust_region_kl": 0.02}
+    optimizer = AdaptiveOptimizer(base, rule, steps=STEPS, **target)
+    if optimizer.learned and weights is not None:
+        optimizer.learned.place(weights)
+    for _ in range(STEPS):
         optimizer.zero_grad()
         loss, reward = task.loss()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_([p for _, p in task.named], 1.0).item()
         with torch.no_grad():
             before = task.logits(task.probe).log_softmax(-1)
-        aligned = alignment(optimizer) if step else None
-        control.confidence = region.confidence(aligned) if rule == "kl_target" else 1.0
-        update = LastUpdate(optimizer) if rule == "kl_target" else None
-        optimizer.step()
 
         @torch.no_grad()
-        def moved(before: Tensor = before) -> float:
+        def measure_kl(before: Tensor = before) -> float:
             after = task.logits(task.probe).log_softmax(-1)
             return (before.exp() * (before - after)).sum(-1).mean().item()
 
-        if update:
-            factor, kl = region.fit(moved, update.rescale, control.kl_target)
-            control.scale("brake", factor, kl)
-        else:
-            kl = moved()
-        if hasattr(optimizer, "observe"):
-            optimizer.observe(
-                loss=loss.item(), reward=reward, kl=kl, kl_target=control.kl_target,
-                done=step / STEPS,
-            )  # fmt: skip
-        control.observe(loss=loss.item(), reward=reward, grad_norm=norm, kl=kl, alignment=aligned)
-        control.tick()
+        optimizer.observe(loss=loss.item(), reward=reward, grad_norm=norm)
+        optimizer.step(measure_kl=measure_kl)
     score = task.fitness()
     return score if math.isfinite(score) else 0.0
 
@@ -194,7 +179,7 @@ class Judge:
 
 def by_hypergradient(judge: Judge) -> recurrent.Weights:
     """One life after the other, each beginning with what the last one learned."""
-    weights = recurrent.fresh(online.FEATURES)
+    weights = recurrent.fresh(optimizers.FEATURES)
     for seed in range(LIVES):
         weights = lived(seed, weights)
         if (seed + 1) % 100 == 0:

@@ -5,13 +5,20 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from adaptiverl.rl.rollout import Rollout
+    from adaptiverl.training.build import Parts
 
 ROOT = Path(__file__).parent.parent
 CACHE = tempfile.TemporaryDirectory()  # of `datasets`, instead of the user's
@@ -129,44 +136,107 @@ def without_clock(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+@contextmanager
+def in_this_process() -> Iterator[None]:
+    """Around a run in this process: forgets earlier devices, and restores the signal handlers."""
+    import signal
+
+    from accelerate.state import AcceleratorState
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 @pytest.fixture
 def main(tmp_path, monkeypatch) -> Callable[..., int]:
     """Runs train.main on a dict of keys, or on a config file, in this process; its exit status.
 
     For tests of what a run does rather than of the process: importing takes longer than a run.
     """
-    import signal
-
-    from accelerate.state import AcceleratorState
-
     import train
 
     monkeypatch.chdir(ROOT)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def run(config: dict | Path, *arguments: str) -> int:
         path = config if isinstance(config, Path) else tmp_path / "keys.json"
         if isinstance(config, dict):
             path.write_text(json.dumps(config))
         monkeypatch.setattr("sys.argv", ["train.py", str(path), *arguments])
-        AcceleratorState._reset_state(reset_partial_state=True)
-        try:
-            return train.main()
-        except SystemExit as end:  # a mistake in the config
-            assert isinstance(end.code, int)
-            return end.code
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+        with in_this_process():
+            try:
+                return train.main()
+            except SystemExit as end:  # a mistake in the config
+                assert isinstance(end.code, int)
+                return end.code
 
     return run
 
 
 @pytest.fixture
-def products_of_cuda(monkeypatch) -> Callable[[], None]:
-    """Once called, projections multiply in half precision and give fp32, as CUDA alone can."""
-    from adaptiverl.rl import head
+def run_parts(tmp_path, monkeypatch) -> Callable[..., int]:
+    """Builds the parts of a run from a dict of keys, trains with `change(parts)`; the exit status.
 
+    `change` may replace parts by others: `dataclasses.replace(parts, checked=..., guards=...)`.
+    Where `main` prints a mistake, this raises ConfigError.
+    """
+    import train
+    from adaptiverl.config.loading import load_config
+    from adaptiverl.training.build import Parts, build
+    from adaptiverl.training.keys import RunConfig
+
+    monkeypatch.chdir(ROOT)
+
+    def run(settings: dict, change: Callable[[Parts], Parts], *overrides: str) -> int:
+        path = tmp_path / "keys.json"
+        path.write_text(json.dumps(settings))
+        config = load_config(path, overrides, schema=RunConfig)
+        with in_this_process():
+            parts = build(config)
+            with closing(parts.scoring):
+                return train.run(config, change(parts))
+
+    return run
+
+
+def with_samples(parts: "Parts", change: Callable[["Rollout"], object]) -> "Parts":
+    """`parts` whose samples are first given to `change`, which may alter them in place."""
+    from adaptiverl.training.checked import CheckedPolicy
+
+    class Altered(CheckedPolicy):
+        def sample(self, *arguments):
+            rollout = super().sample(*arguments)
+            change(rollout)
+            return rollout
+
+    old = parts.checked
+    checked = Altered(old.config, old.runtime, old.sampler, old.progress)
+    return replace(parts, checked=checked)
+
+
+def around_steps(parts: "Parts", around: Callable[[Callable[[], None]], object]) -> "Parts":
+    """`parts` that call `around(take_step)` for each step of the optimizer."""
+    from adaptiverl.training.runtime import Runtime
+
+    class Watched(Runtime):
+        def step(self, optimizer, **arguments):
+            around(partial(super().step, optimizer, **arguments))
+
+    runtime = Watched(parts.runtime.accelerator)
+    runtime.policy = parts.runtime.policy
+    return replace(parts, runtime=runtime)
+
+
+@pytest.fixture
+def products_of_cuda(monkeypatch) -> Callable[[], None]:
+    """Once called, projections multiply in half precision and give fp32, as CUDA alone can.
+
+    Every tensor says that it is on CUDA. `torch.mm` stands in for CUDA's.
+    """
     mm = torch.mm
 
     def with_fp32_result(a, b, *, out=None, out_dtype=None):
@@ -176,7 +246,8 @@ def products_of_cuda(monkeypatch) -> Callable[[], None]:
         return mm(a, b, out=out) if out is not None else mm(a, b)
 
     def begin() -> None:
-        monkeypatch.setattr(head, "_operands", head.computed_in)
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(torch.Tensor, "is_cuda", True)
         monkeypatch.setattr(torch, "mm", with_fp32_result)
 
     return begin

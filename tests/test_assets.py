@@ -14,7 +14,8 @@ from transformers import (
     AutoTokenizer,
 )
 
-from adaptiverl.run.reading import load_config
+from adaptiverl.config.loading import load_config
+from adaptiverl.training.keys import RunConfig
 
 ASSETS = ROOT / "adaptiverl" / "assets"
 REVIEWS = ROOT.parent / "shared" / "data" / "imdb" / "val.jsonl.gz"
@@ -94,7 +95,7 @@ def test_classifier_is_right_on_whole_reviews_and_on_spans():
 def test_prompts_are_all_different_and_fit(policy):
     _, tokenizer = policy
     rows = json.loads((ROOT / "data.json").read_text(encoding="utf-8"))
-    config = load_config(ROOT / "config.json")
+    config = load_config(ROOT / "config.json", schema=RunConfig)
     prompts = [row["prompt"] for row in rows]
     assert len(set(prompts)) == len(prompts) >= config.BATCH_SIZE
     assert all(row["reference"] for row in rows)

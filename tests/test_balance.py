@@ -12,9 +12,32 @@ from conftest import read_jsonl, without_clock
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaptiverl.rl.reinforce import advantages
+from adaptiverl.rl.reinforce import BASELINES, advantages
 from rewards import CompositeReward
-from rewards.balance import MEMORY, WATCHED, Scale, correlations, filled, shares, weight_at
+from rewards.balance import (
+    MEMORY,
+    WARN_AFTER,
+    Scale,
+    correlations,
+    filled,
+    shares,
+    weight_at,
+)
+from rewards.scores import as_list, as_tensor
+
+
+def column(*scores: float | None) -> torch.Tensor:
+    """[B]; None is missing."""
+    return as_tensor([scores], len(scores))[:, 0]
+
+
+def table(**columns: list[float | None]) -> torch.Tensor:
+    """[B, R]"""
+    return as_tensor(list(columns.values()), len(next(iter(columns.values()))))
+
+
+def scaled(scale: Scale, scores: list[float | None], learn: bool = True) -> list[float | None]:
+    return as_list(scale(column(*scores), learn))
 
 
 @pytest.mark.parametrize(
@@ -31,14 +54,13 @@ def test_weights_over_time(weight, expected):
 
 
 def test_ranks():
-    assert Scale("rank")([10, 1000, None, 10, 11], learn=True) == [-2 / 3, 1, None, -2 / 3, 1 / 3]
-    assert Scale("rank")([5.0], learn=True) == [0.0]
-    assert Scale("rank")([None], learn=True) == [None]
+    assert scaled(Scale("rank"), [10, 1000, None, 10, 11]) == [-2 / 3, 1, None, -2 / 3, 1 / 3]
+    assert scaled(Scale("rank"), [5.0]) == [0.0]
+    assert scaled(Scale("rank"), [None]) == [None]
 
 
 def test_zscores_of_the_first_batch_are_its_own():
-    got = Scale("zscore")([1.0, 3.0, None], learn=True)
-    assert got == [-1.0, 1.0, None]
+    assert scaled(Scale("zscore"), [1.0, 3.0, None]) == [-1.0, 1.0, None]
 
 
 def test_zscores_run():
@@ -46,7 +68,7 @@ def test_zscores_run():
     batches = [[1.0, 3.0], [2.0, 8.0], [5.0, 5.0]]
     scale = Scale("zscore")
     for batch in batches:
-        last = scale(batch, learn=True)
+        last = scaled(scale, batch)
     weights = [MEMORY**2, MEMORY, 1.0]
     mean = sum(w * statistics.mean(b) for w, b in zip(weights, batches, strict=True)) / sum(weights)
     square = sum(
@@ -54,13 +76,13 @@ def test_zscores_run():
     ) / sum(weights)
     assert last == pytest.approx([(5 - mean) / (square - mean**2) ** 0.5] * 2)
     before = dict(scale.state)
-    assert scale([5.0], learn=False) == pytest.approx(last[:1])
+    assert scaled(scale, [5.0], learn=False) == pytest.approx(last[:1])
     assert scale.state == before, "evaluation teaches it nothing"
 
 
 @given(st.floats(-1e6, 1e6), st.integers(2, 9), st.sampled_from(["zscore", "rank"]))
 def test_equal_scores_are_zero_whatever_their_size(value, count, kind):
-    assert Scale(kind)([value] * count, learn=True) == [0.0] * count
+    assert scaled(Scale(kind), [value] * count) == [0.0] * count
 
 
 @given(
@@ -68,36 +90,36 @@ def test_equal_scores_are_zero_whatever_their_size(value, count, kind):
     st.floats(0.01, 1000),
     st.floats(-100, 100),
 )
-def test_neither_units_nor_offsets_matter_to_ranks(column, factor, offset):
-    column = [round(x, 3) for x in column]
-    moved = [factor * x + offset for x in column]
-    if len(set(moved)) == len(set(column)):
-        assert Scale("rank")(column, True) == Scale("rank")(moved, True)
+def test_neither_units_nor_offsets_matter_to_ranks(scores, factor, offset):
+    scores = [round(x, 3) for x in scores]
+    moved = [factor * x + offset for x in scores]
+    if len(set(moved)) == len(set(scores)):
+        assert scaled(Scale("rank"), scores) == scaled(Scale("rank"), moved)
 
 
 def test_clipping_comes_last():
-    assert Scale("none", (-1, 2))([-5, None, 1, 5], True) == [-1, None, 1, 2]
-    assert Scale("rank", (0, 0.5))([1, 2, 3], True) == [0, 0, 0.5]
+    assert scaled(Scale("none", (-1, 2)), [-5, None, 1, 5]) == [-1, None, 1, 2]
+    assert scaled(Scale("rank", (0, 0.5)), [1, 2, 3]) == [0, 0, 0.5]
 
 
 def test_shares_of_the_variance():
     """Parts 1, −1 and 2, −2 of one group: the sum is 3, −3."""
-    parts = {"a": [1.0, -1.0], "b": [2.0, -2.0]}
-    assert shares(parts, 2) == pytest.approx({"a": 1 / 3, "b": 2 / 3})
-    against = {"a": [1.0, -1.0], "b": [-3.0, 3.0]}
-    assert shares(against, 2) == pytest.approx({"a": -0.5, "b": 1.5})
-    assert correlations(against, 2) == {("a", "b"): pytest.approx(-1.0)}
-    level = {"a": [1.0, 1.0, 5.0, 5.0], "b": [0.0, 2.0, 0.0, 2.0]}
-    assert shares(level, 2) == {"a": 0.0, "b": 1.0}, "what is the same in a group is baseline"
-    assert shares(level, 1)["a"] == pytest.approx(0.8), "groups of one: over the batch"
-    assert shares({"a": [1.0, 1.0]}, 2) == {"a": 0.0}
-    assert correlations(level, 2) == {}, "one of them does not vary"
+    parts = table(a=[1.0, -1.0], b=[2.0, -2.0])
+    assert shares(parts, 2).tolist() == pytest.approx([1 / 3, 2 / 3])
+    against = table(a=[1.0, -1.0], b=[-3.0, 3.0])
+    assert shares(against, 2).tolist() == pytest.approx([-0.5, 1.5])
+    assert correlations(against, 2).tolist() == pytest.approx(torch.tensor([[1, -1], [-1, 1.0]]))
+    level = table(a=[1.0, 1.0, 5.0, 5.0], b=[0.0, 2.0, 0.0, 2.0])
+    assert shares(level, 2).tolist() == [0.0, 1.0], "what is the same in a group is baseline"
+    assert shares(level, 1)[0].item() == pytest.approx(0.8), "groups of one: over the batch"
+    assert shares(table(a=[1.0, 1.0]), 2).tolist() == [0.0]
+    assert correlations(level, 2)[0, 1].isnan(), "one of them does not vary"
 
 
 @given(st.lists(st.tuples(st.floats(-9, 9), st.floats(-9, 9)), min_size=4, max_size=4))
 def test_shares_sum_to_one(rows):
-    parts = {"a": [a for a, _ in rows], "b": [b for _, b in rows]}
-    total = sum(shares(parts, 2).values())
+    parts = table(a=[a for a, _ in rows], b=[b for _, b in rows])
+    total = shares(parts, 2).sum().item()
     assert total == pytest.approx(1.0) or total == 0.0
 
 
@@ -112,12 +134,12 @@ def test_a_scaled_composite():
         scales={"large": Scale("zscore"), "small": Scale("none")},
     )
     scores = composite.score(["", ""], ["a", "b"])
-    assert composite.combine(scores, step=5) == [0 + 0.5, 1 - 0.5]
+    assert composite.combine(scores, step=5).tolist() == [0 + 0.5, 1 - 0.5]
     told = composite.balance(scores, 5, 2)
     assert told["rewards/large/share_raw"] > 0.99
     assert told["rewards/large/scaled"] == 0
     assert told["rewards/small/share"] + told["rewards/large/share"] == 0, "they cancel out"
-    assert scores == {"small": [0, 1], "large": [5000, 1000]}, "raw scores stay raw"
+    assert scores.tolist() == [[0, 5000], [1, 1000]], "raw scores stay raw"
 
 
 def test_a_missing_component_counts_as_its_scaled_mean():
@@ -126,22 +148,20 @@ def test_a_missing_component_counts_as_its_scaled_mean():
         scales={"a": Scale("zscore")},
     )
     scores = composite.score([""] * 3, ["x"] * 3)
-    assert composite.combine(scores, step=1) == [-1 + 0, 0 + 10, 1 + 5]
+    assert composite.combine(scores, step=1).tolist() == [-1 + 0, 0 + 10, 1 + 5]
 
 
 JUDGED = [1.0, 1.0, 1.0, None, 0.0, 0.0, 0.0, None]  # two prompts, of four completions each
 
 
 @pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("baseline", ["none", "ema", "batch", "rloo"])
+@pytest.mark.parametrize("baseline", BASELINES)
 def test_a_missing_component_says_nothing_within_its_prompt(baseline, normalize):
     """Its completion is neither better nor worse than those of its prompt that were judged."""
     composite = CompositeReward({"judge": constant(JUDGED), "other": constant([0.0] * 8)})
     totals = composite.combine(composite.score([""] * 8, ["x"] * 8), 1, 4)
-    assert totals == [1.0] * 4 + [0.0] * 4
-    result, _ = advantages(
-        torch.tensor(totals), baseline, group_size=4, ema=0.25, normalize=normalize
-    )
+    assert totals.tolist() == [1.0] * 4 + [0.0] * 4
+    result, _ = advantages(totals.float(), baseline, group_size=4, ema=0.25, normalize=normalize)
     assert result.view(2, 4).std(-1).tolist() == [0.0, 0.0]
     if baseline == "rloo":
         assert result.tolist() == [0.0] * 8
@@ -151,11 +171,11 @@ def test_a_missing_component_says_nothing_within_its_prompt(baseline, normalize)
     st.lists(st.none() | st.floats(-9, 9).map(lambda x: round(x, 3)), min_size=8, max_size=8),
     st.sampled_from([1, 2, 4, 8]),
 )
-def test_filling_changes_no_mean_of_a_group(column, size):
-    result = filled(column, size)
-    everything = [x for x in column if x is not None]
+def test_filling_changes_no_mean_of_a_group(scores, size):
+    result = filled(column(*scores)[:, None], size)[:, 0].tolist()
+    everything = [x for x in scores if x is not None]
     for start in range(0, 8, size):
-        group = column[start : start + size]
+        group = scores[start : start + size]
         known = [x for x in group if x is not None]
         mean = statistics.mean(known or everything or [0.0])
         for given_, x in zip(group, result[start : start + size], strict=True):
@@ -167,10 +187,10 @@ def test_state_goes_on_where_it_was():
         return CompositeReward({"a": constant([1.0, 2.0])}, scales={"a": Scale("zscore")})
 
     one, other = make(), make()
-    one.combine({"a": [1.0, 2.0]}, step=1)
+    one.combine(table(a=[1.0, 2.0]), step=1)
     other.load_state_dict(one.state_dict())
-    later = {"a": [7.0, 9.0]}
-    assert one.combine(later, step=2) == other.combine(later, step=2)
+    later = table(a=[7.0, 9.0])
+    assert one.combine(later, step=2).tolist() == other.combine(later, step=2).tolist()
     assert one.state_dict() == other.state_dict()
 
 
@@ -185,18 +205,19 @@ def test_state_goes_on_where_it_was():
 def test_imbalance_is_said_once_after_twenty_steps(columns, said, caplog):
     caplog.set_level(logging.WARNING)
     composite = CompositeReward({name: constant(column) for name, column in columns.items()})
-    for step in range(3 * WATCHED):
-        composite.combine(columns, step)
-        composite.balance(columns, step, 2)
+    scores = table(**columns)
+    for step in range(3 * WARN_AFTER):
+        composite.combine(scores, step)
+        composite.balance(scores, step, 2)
         texts = [r.getMessage() for r in caplog.records if r.getMessage().startswith(said)]
-        assert len(texts) == (step >= WATCHED - 1)
+        assert len(texts) == (step >= WARN_AFTER - 1)
 
 
 def test_balanced_rewards_are_left_in_peace(caplog):
     composite = CompositeReward({"a": constant([]), "b": constant([])})
-    columns = {"a": [0.0, 1.0, 0.0, 1.0], "b": [0.0, 0.0, 1.0, 1.0]}
+    scores = table(a=[0.0, 1.0, 0.0, 1.0], b=[0.0, 0.0, 1.0, 1.0])
     for step in range(30):
-        composite.balance(columns, step, 4)
+        composite.balance(scores, step, 4)
     assert not caplog.records
 
 
@@ -212,7 +233,7 @@ def test_async_rewards_run_while_something_else_is_computed():
     composite = CompositeReward({"sync": constant([2.0]), "slow": slow})
     rest = composite.begin([""], ["x"])
     go_on.set()
-    assert rest() == {"sync": [2.0], "slow": [1.0]}
+    assert rest().tolist() == [[2.0, 1.0]]
 
 
 def test_scales_of_one_to_a_thousand_train_on_both(main, settings, tmp_path, monkeypatch):
@@ -232,8 +253,8 @@ def test_scales_of_one_to_a_thousand_train_on_both(main, settings, tmp_path, mon
     assert statistics.median(abs(row["rewards/regex/share"]) for row in raw) < 0.01
     assert "rewards/regex/share_raw" not in raw[0]
 
-    scaled = keys | {"REWARDS": [r | {"NORMALIZE": "zscore"} for r in (small, large)]}
-    assert main(scaled) == 0
+    normalized = keys | {"REWARDS": [r | {"NORMALIZE": "zscore"} for r in (small, large)]}
+    assert main(normalized) == 0
     rows = read_jsonl(out / "metrics.jsonl")
     assert max(row["rewards/large/mean"] for row in rows) > 100, "it is a thousand times as large"
     assert statistics.median(abs(row["rewards/regex/share_raw"]) for row in rows) < 0.01
@@ -246,6 +267,6 @@ def test_scales_of_one_to_a_thousand_train_on_both(main, settings, tmp_path, mon
     final = (out / "final/model.safetensors").read_bytes()
     shutil.rmtree(out / "final")
     shutil.rmtree(out / "step-000006")
-    assert main(scaled, "RESUME=auto") == 0
+    assert main(normalized, "RESUME=auto") == 0
     assert without_clock(read_jsonl(out / "metrics.jsonl")) == without_clock(rows)
     assert (out / "final/model.safetensors").read_bytes() == final

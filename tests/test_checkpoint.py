@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,9 +18,10 @@ import torch
 from conftest import ENVIRONMENT, read_jsonl, without_clock
 from safetensors.torch import load_file
 
-from adaptiverl import saving
-from adaptiverl.run import checkpoint
-from adaptiverl.run.tracking import RunLog
+from adaptiverl.files import checkpoint
+from adaptiverl.files.logs import RunLog
+from adaptiverl.training import state
+from adaptiverl.training.keys import RunConfig
 
 
 def write(text: str):
@@ -119,7 +121,7 @@ def test_a_damaged_checkpoint_does_not_crowd_out_the_last_whole_one(tmp_path, ke
 def test_what_was_just_written_is_not_read_again(tmp_path, monkeypatch):
     for step in (1, 2):
         checkpoint.save(tmp_path / f"step-{step:06d}", step, write(str(step)))
-    monkeypatch.setattr(checkpoint, "_sha256", lambda file: pytest.fail(f"{file} was read"))
+    monkeypatch.setattr("hashlib.file_digest", lambda file, _: pytest.fail(f"{file} was read"))
     checkpoint.prune(tmp_path, 1, tmp_path / "step-000002")
     assert [p.name for p in tmp_path.iterdir()] == ["step-000002"]
 
@@ -149,20 +151,18 @@ def test_the_log_drops_what_came_after_the_checkpoint_and_torn_lines(tmp_path):
     rows = "".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3))
     (tmp_path / "metrics.jsonl").write_text(rows + '{"step": 4, "rew')
     (tmp_path / "samples.jsonl").write_text('{"step": 1}\n{"step": 1}\n{"step": 2}\n{"st')
-    RunLog(tmp_path, step=2, last_step=9, log_every=0).close()
+    RunLog(tmp_path, step=2, last_step=9).close()
     assert read_jsonl(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2}]
     assert read_jsonl(tmp_path / "samples.jsonl") == [{"step": 1}, {"step": 1}, {"step": 2}]
 
 
 def test_of_a_long_log_only_what_is_dropped_is_looked_at(tmp_path, monkeypatch):
-    from adaptiverl.run import tracking
-
     lines = [json.dumps({"step": k // 4, "prompt": "x" * 50}) + "\n" for k in range(4, 40_000)]
     path = tmp_path / "samples.jsonl"
     path.write_text("".join(lines))
     real, parsed = json.loads, []
-    monkeypatch.setattr(tracking.json, "loads", lambda text: parsed.append(text) or real(text))
-    RunLog(tmp_path, step=9_997, last_step=9_999, log_every=0).close()
+    monkeypatch.setattr(json, "loads", lambda text: parsed.append(text) or real(text))
+    RunLog(tmp_path, step=9_997, last_step=9_999).close()
     assert path.read_text() == "".join(lines[:-8])
     assert len(parsed) == 9, "two steps and one line before them"
 
@@ -180,25 +180,24 @@ def test_of_a_long_log_only_what_is_dropped_is_looked_at(tmp_path, monkeypatch):
 )
 def test_the_end_of_a_log_may_be_anything(tmp_path, text, left):
     (tmp_path / "metrics.jsonl").write_text(text)
-    RunLog(tmp_path, step=2, last_step=9, log_every=0).close()
+    RunLog(tmp_path, step=2, last_step=9).close()
     assert (tmp_path / "metrics.jsonl").read_text() == left
 
 
 @pytest.mark.parametrize("main_process", [True, False])
 def test_one_process_verifies_the_checkpoints_for_all(tmp_path, monkeypatch, main_process):
-    """Of each of them hashing all of it: the others are told."""
+    """Instead of each of them hashing all of it: the others are told."""
     checkpoint.save(tmp_path / "step-000001", 1, write("one"))
-    run = SimpleNamespace(
-        config=SimpleNamespace(RESUME="auto"), output=tmp_path, is_main=main_process
-    )
     if not main_process:
-        monkeypatch.setattr(checkpoint, "newest", lambda _: pytest.fail("it was verified again"))
+        monkeypatch.setattr("hashlib.file_digest", lambda *_: pytest.fail("it was verified again"))
 
-    def broadcast(objects):
-        return objects if main_process else [tmp_path / "step-000001"]
+    def from_main(found):
+        assert found == (tmp_path / "step-000001" if main_process else None)
+        return tmp_path / "step-000001"
 
-    monkeypatch.setattr(saving, "broadcast_object_list", broadcast)
-    assert saving.newest(run) == tmp_path / "step-000001"
+    runtime = SimpleNamespace(is_main=main_process, from_main=from_main)
+    config = RunConfig(RESUME="auto", OUTPUT_DIR=str(tmp_path))
+    assert state.newest(config, runtime) == tmp_path / "step-000001"
 
 
 def assert_same_run(one: Path, other: Path) -> None:
@@ -228,7 +227,7 @@ def resumable(settings, monkeypatch, tmp_path):
     return settings | {
         "REWARDS": [*settings["REWARDS"], noise],
         "BASELINE": "ema",
-        "KL_TARGET": 0.1,
+        "KL_COEF_TARGET": 0.1,
         "STEPS": 160,
         "SAVE_EVERY": 3,
         "LOG_EVERY": 0,
@@ -299,7 +298,9 @@ def test_a_signal_saves_says_so_and_exits_and_the_run_resumes_exactly(
 def test_a_longer_run_goes_on_from_final(main, settings):
     out = Path(settings["OUTPUT_DIR"])
     whole = out.with_name("whole")
-    settings |= {"KL_STEP_FALLS": False}  # else a longer run is another one from its first step
+    settings |= {
+        "TRUST_REGION_SCHEDULE": "constant"
+    }  # else a longer run is another one from its first step
     assert main(settings | {"STEPS": 5, "OUTPUT_DIR": str(whole)}) == 0
     assert main(settings | {"STEPS": 3}) == 0
     assert main(settings | {"STEPS": 5, "RESUME": "auto"}) == 0
@@ -311,14 +312,14 @@ def test_a_run_whose_checkpoints_are_damaged_is_set_aside(main, settings, capsys
     assert main(settings) == 0
     (out / "final" / "trainer.pt").write_bytes(b"torn")
     assert main(settings | {"RESUME": "auto", "SEED": 7}) == 0
-    assert f"no checkpoint in {out} to resume from: starting anew" in capsys.readouterr().out
+    assert f"no checkpoint in {out} to resume from: starting a new run" in capsys.readouterr().out
     assert len(read_jsonl(out / "earlier-001" / "metrics.jsonl")) == 3
 
 
 def test_a_resumed_run_says_where_it_goes_on_and_shows_its_last_step(main, settings, capsys):
-    assert main(settings | {"KL_STEP_FALLS": False}) == 0
+    assert main(settings | {"TRUST_REGION_SCHEDULE": "constant"}) == 0
     capsys.readouterr()
-    assert main(settings | {"KL_STEP_FALLS": False, "STEPS": 5, "RESUME": "auto"}) == 0
+    assert main(settings | {"TRUST_REGION_SCHEDULE": "constant", "STEPS": 5, "RESUME": "auto"}) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[0] == f"resumed after step 3 from {Path(settings['OUTPUT_DIR']) / 'final'}"
     assert said[1].startswith("Step 5 |") and said[2].startswith("finished: 5 steps")
@@ -328,46 +329,57 @@ def test_two_runs_do_not_write_to_one_folder(main, settings, capsys):
     held = checkpoint.lock(Path(settings["OUTPUT_DIR"]))
     assert main(settings) == 2
     assert f"another run is writing to {settings['OUTPUT_DIR']}" in capsys.readouterr().err
-    os.close(held)
+    held.release()
     assert main(settings) == 0
-    os.close(checkpoint.lock(Path(settings["OUTPUT_DIR"])))
+    checkpoint.lock(Path(settings["OUTPUT_DIR"])).release()
 
 
-def patch_flock(monkeypatch, flock) -> None:
-    """For runs alone: `datasets` locks files, too."""
-    flags = {"LOCK_EX": fcntl.LOCK_EX, "LOCK_NB": fcntl.LOCK_NB}
-    monkeypatch.setattr(checkpoint, "fcntl", SimpleNamespace(flock=flock, **flags))
+@pytest.fixture
+def replace_flock(monkeypatch, settings) -> Callable[[Callable[[int, int], None]], None]:
+    """Replaces fcntl.flock for the lock of the run's folder alone: `datasets` locks files, too."""
+    flock, lock = fcntl.flock, Path(settings["OUTPUT_DIR"], checkpoint.LOCK)
+
+    def replace(other: Callable[[int, int], None]) -> None:
+        def either(descriptor: int, how: int) -> None:
+            own = lock.exists() and os.path.samestat(os.fstat(descriptor), lock.stat())
+            (other if own else flock)(descriptor, how)
+
+        monkeypatch.setattr(fcntl, "flock", either)
+
+    return replace
 
 
 @pytest.mark.parametrize("problem", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
-def test_a_file_system_without_locks_refuses_no_run(main, settings, monkeypatch, caplog, problem):
+def test_a_file_system_without_locks_refuses_no_run(main, settings, replace_flock, caplog, problem):
     def flock(*_):
         raise OSError(problem, "no locks here")
 
-    patch_flock(monkeypatch, flock)
+    replace_flock(flock)
     assert main(settings) == 0
     out = settings["OUTPUT_DIR"]
     assert f"{out} is on a file system without locks (no locks here)" in caplog.text
 
 
-def test_what_is_locked_is_open_for_writing(main, settings, monkeypatch):
+def test_what_is_locked_is_open_for_writing(main, settings, replace_flock):
     """NFS gives an exclusive lock on nothing else."""
-    flock = fcntl.flock
+    flock, modes = fcntl.flock, []
 
     def of_nfs(descriptor, how):
-        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+        modes.append(fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE)
+        if modes[-1] == os.O_RDONLY:
             raise OSError(errno.EBADF, "bad file descriptor")
         flock(descriptor, how)
 
-    patch_flock(monkeypatch, of_nfs)
+    replace_flock(of_nfs)
     assert main(settings) == 0
+    assert modes, "nothing was locked: the test would show nothing"
 
 
-def test_a_lock_that_fails_otherwise_is_told(main, settings, monkeypatch, capsys):
+def test_a_lock_that_fails_otherwise_is_told(main, settings, replace_flock, capsys):
     def flock(*_):
         raise OSError(errno.EIO, "the disk is broken")
 
-    patch_flock(monkeypatch, flock)
+    replace_flock(flock)
     assert main(settings) == 2
     assert "the disk is broken" in capsys.readouterr().err.splitlines()[-1]
 

@@ -8,7 +8,8 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import ROOT
 
-from adaptiverl.run.reading import load_config
+from adaptiverl.config.loading import load_config
+from adaptiverl.training.keys import RunConfig
 
 RECIPES = sorted((ROOT / "configs").glob("*.json"))
 LAUNCHES = sorted((ROOT / "configs/accelerate").glob("*.yaml"))
@@ -16,7 +17,7 @@ LAUNCHES = sorted((ROOT / "configs/accelerate").glob("*.yaml"))
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_recipes_have_no_unknown_or_contradicting_keys(path):
-    config = load_config(path)
+    config = load_config(path, schema=RunConfig)
     assert f"checkpoints/{path.stem}" == config.OUTPUT_DIR
 
 
@@ -35,7 +36,7 @@ def test_accelerate_reads_what_is_meant(path):
     for recipe in re.findall(r"configs/\w+\.json", path.read_text()):
         assert (ROOT / recipe).exists()
     for recipe in RECIPES:
-        keys = load_config(recipe)
+        keys = load_config(recipe, schema=RunConfig)
         if path.name in recipe.read_text():
             prompts = keys.BATCH_SIZE // keys.NUM_GENERATIONS
             assert prompts % launch.num_processes == 0

@@ -9,6 +9,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from datasets import Dataset
+from datasets.exceptions import DatasetGenerationError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -77,9 +79,9 @@ def test_what_is_no_file_is_a_hub_id(monkeypatch):
 
     def load_dataset(source, split):
         asked.append((source, split))
-        return data.Dataset.from_list(ROWS)
+        return Dataset.from_list(ROWS)
 
-    monkeypatch.setattr(data, "load_dataset", load_dataset)
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
     assert load_prompts("someone/films", "prompt").to_list() == ROWS
     assert load_prompts("someone/films", "prompt", split="test").to_list() == ROWS
     assert asked == [("someone/films", "train"), ("someone/films", "test")]
@@ -153,9 +155,9 @@ def test_a_malformed_file(tmp_path, name, text):
 
 def test_a_malformed_file_is_told_by_the_first_line_of_the_cause(tmp_path, monkeypatch):
     def load_dataset(*_, **__):
-        raise data.DatasetGenerationError("no use") from OSError("one\ntwo")
+        raise DatasetGenerationError("no use") from OSError("one\ntwo")
 
-    monkeypatch.setattr(data, "load_dataset", load_dataset)
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
     path = write(tmp_path / "a.json", ROWS)
     with pytest.raises(ValueError) as caught:
         load_prompts(str(path), "prompt")

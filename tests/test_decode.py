@@ -1,7 +1,8 @@
 """Three ways to sample, one distribution: exact probabilities, equal tokens, no wasted work."""
 
 from collections import Counter
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from itertools import product
 from types import SimpleNamespace
 from unittest.mock import MagicMock
@@ -23,12 +24,12 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from adaptiverl.rl import decode, gpt2
-from adaptiverl.rl.decode import Decoder
-from adaptiverl.rl.generate import generate
 from adaptiverl.rl.gpt2 import gelu, read_prompts
 from adaptiverl.rl.policy import Policy
-from adaptiverl.rl.rollout import Choice, Rollout, uniforms
+from adaptiverl.rl.rollout import Rollout, uniforms
+from adaptiverl.rl.sampling.decode import Decoder
+from adaptiverl.rl.sampling.generate import GenerateBackend
+from adaptiverl.rl.sampling.tokens import TokenSampler
 
 EOS = 3
 WAYS = ["generate", "decoder", "static"]
@@ -40,20 +41,31 @@ def small_gpt2(words: int, **config) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(GPT2Config(vocab_size=words, **(sizes | config))).eval()
 
 
-def choice(**settings) -> Choice:
-    return Choice(torch.tensor([EOS]), EOS, **settings)
+def tokens(**settings) -> TokenSampler:
+    return TokenSampler(torch.tensor([EOS]), EOS, **settings)
 
 
-def sampled(way: str, lm, how: Choice, prompts: list[list[int]], of: list[int], chance: Tensor):
-    """Completions of `prompts`, prompt of[i] for row i, by one of the ways."""
+def sampled(
+    way: str,
+    lm,
+    how: TokenSampler,
+    prompts: list[list[int]],
+    of: list[int],
+    uniform: Tensor,
+    **options,
+) -> Rollout:
+    """Completions of `prompts`, prompt of[i] for row i, by one of the ways.
+
+    `options` are further ones of `Decoder`.
+    """
     width = max(len(prompt) for prompt in prompts)
     ids = torch.tensor([[EOS] * (width - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    inputs = ids, mask, torch.tensor(of), chance
+    inputs = ids, mask, torch.tensor(of), uniform
     if way == "generate":
-        return generate(lm, how, *inputs)
-    rows, length = chance.shape
-    sizes = {"rows": rows, "length": length, "width": width + length}
+        return GenerateBackend(SimpleNamespace(base=lm, sharded=False), how)(*inputs)
+    rows, length = uniform.shape
+    sizes = {"rows": rows, "length": length, "width": width + length} | options
     if way == "static":
         sizes |= {"width": width + length + 5, "static": True}
     return Decoder(lm.transformer, lm.lm_head, how, **sizes)(*inputs)
@@ -69,7 +81,7 @@ def test_completions_follow_their_exact_probabilities(way, temperature):
 
     The exact probabilities come from the library's model, one unpadded completion at a time.
     """
-    lm, how, n = small_gpt2(5), choice(temperature=temperature), 12_000
+    lm, how, n = small_gpt2(5), tokens(temperature=temperature), 12_000
     prompts = PROMPTS[:2]
     rollout = sampled(way, lm, how, prompts, [0] * n + [1] * n, uniforms(0, 1, 2 * n, 3))
     counts = [Counter(map(tuple, part)) for part in (rollout.tokens()[:n], rollout.tokens()[n:])]
@@ -95,8 +107,8 @@ def test_completions_follow_their_exact_probabilities(way, temperature):
 @pytest.mark.parametrize("seed", range(5))
 def test_all_ways_write_the_same(seed, settings):
     """EOS is one word of seven, so completions end at all times and slots move."""
-    lm, chance = small_gpt2(7, initializer_range=0.2), uniforms(seed, 1, len(OF), 40)
-    theirs, *ours = (sampled(way, lm, choice(**settings), PROMPTS, OF, chance) for way in WAYS)
+    lm, uniform = small_gpt2(7, initializer_range=0.2), uniforms(seed, 1, len(OF), 40)
+    theirs, *ours = (sampled(way, lm, tokens(**settings), PROMPTS, OF, uniform) for way in WAYS)
     assert len(set(map(len, theirs.tokens()))) > 1
     for own in ours:
         assert own.tokens() == theirs.tokens()
@@ -105,40 +117,46 @@ def test_all_ways_write_the_same(seed, settings):
         torch.testing.assert_close(own.logprobs, theirs.logprobs, rtol=0, atol=1e-5)
 
 
-def test_ended_completions_are_not_computed(monkeypatch):
-    lm, seen = small_gpt2(7), []
-    inner = decode.hidden_states
-    monkeypatch.setattr(decode, "ROUND", 1)
-    monkeypatch.setattr(
-        decode,
-        "hidden_states",
-        lambda model, ids, *rest: seen.append(len(ids)) or inner(model, ids, *rest),
+@contextmanager
+def computed(lm) -> Iterator[list[tuple[int, int]]]:
+    """The shapes [B, N] of the token ids that the model reads within this."""
+    seen: list[tuple[int, int]] = []
+    handle = lm.transformer.wte.register_forward_hook(
+        lambda module, given, result: seen.append(tuple(given[0].shape))
     )
-    chance = uniforms(1, 1, len(OF), 40)
-    rollout = sampled("decoder", lm, choice(), PROMPTS, OF, chance)
+    yield seen
+    handle.remove()
+
+
+def test_ended_completions_are_not_computed():
+    lm, uniform = small_gpt2(7), uniforms(1, 1, len(OF), 40)
+    rows = {}
+    for way, round_to in (("decoder", 1), ("decoder", 2), ("static", 8)):
+        with computed(lm) as shapes:
+            again = sampled(way, lm, tokens(), PROMPTS, OF, uniform, round_to=round_to)
+        assert shapes[0] == (3, 5), "the prompts"
+        assert {length for _, length in shapes[1:]} == {1}
+        rows[way, round_to] = [size for size, _ in shapes[1:]]
+        if round_to == 1:
+            rollout = again
+        assert again.tokens() == rollout.tokens()
     lengths = rollout.completion_mask.sum(-1)
     going_on = [int((lengths > t).sum()) for t in range(1, 40)]
-    assert seen == [n for n in going_on if n]
-    seen.clear()
-    monkeypatch.setattr(decode, "ROUND", 2)
-    again = sampled("decoder", lm, choice(), PROMPTS, OF, chance)
-    assert again.tokens() == rollout.tokens()
-    assert seen == [n + n % 2 for n in going_on if n]
-    seen.clear()
-    sampled("static", lm, choice(), PROMPTS, OF, chance)
+    assert rows["decoder", 1] == [n for n in going_on if n]
+    assert rows["decoder", 2] == [n + n % 2 for n in going_on if n]
+    seen = rows["static", 8]
     assert seen[:15] == [8] * 15 and seen[15] < 8, "a look every 16 tokens"
     assert all(size in (8, 4, 2, 1) for size in seen)
 
 
-def test_sampling_stops_when_every_completion_has_ended(monkeypatch):
-    lm, seen = small_gpt2(7), []
+def test_sampling_stops_when_every_completion_has_ended():
+    lm = small_gpt2(7)
     with torch.no_grad():
         lm.transformer.ln_f.bias.copy_(50 * lm.lm_head.weight[EOS])  # EOS is certain
-    inner = decode.hidden_states
-    monkeypatch.setattr(decode, "hidden_states", lambda *given: seen.append(0) or inner(*given))
-    rollout = sampled("decoder", lm, choice(), PROMPTS, OF, uniforms(0, 1, 8, 40))
+    with computed(lm) as shapes:
+        rollout = sampled("decoder", lm, tokens(), PROMPTS, OF, uniforms(0, 1, 8, 40))
     assert rollout.tokens() == [[EOS]] * 8
-    assert seen == []
+    assert shapes == [(3, 5)], "the prompts alone"
 
 
 class Forbid(TorchDispatchMode):
@@ -152,7 +170,7 @@ class Forbid(TorchDispatchMode):
 
 def test_a_static_step_never_waits_for_the_device():
     lm = small_gpt2(300)
-    decoder = Decoder(lm.transformer, lm.lm_head, choice(), rows=4, length=8, width=16, static=True)
+    decoder = Decoder(lm.transformer, lm.lm_head, tokens(), rows=4, length=8, width=16, static=True)
     decoder(
         torch.tensor([[1, 2]]), torch.ones(1, 2).long(), torch.zeros(4).long(), uniforms(0, 1, 4, 8)
     )
@@ -184,7 +202,7 @@ def test_one_buffer_serves_all_tokens():
     """After the first token, no tensor of the size of the vocabulary is made."""
     words, rows = 4000, 8
     lm = small_gpt2(words)
-    decoder = Decoder(lm.transformer, lm.lm_head, choice(), rows=rows, length=8, width=16)
+    decoder = Decoder(lm.transformer, lm.lm_head, tokens(), rows=rows, length=8, width=16)
     prompts = torch.tensor([[1, 2]]), torch.ones(1, 2).long(), torch.zeros(rows).long()
     decoder(*prompts, uniforms(0, 1, rows, 8))
     decoder.time.fill_(1), decoder.column.fill_(2)
@@ -215,12 +233,12 @@ def test_other_models_are_sampled_and_measured_like_their_unpadded_selves(cls, c
     lm = cls(config).eval()
     # What the model would like to do in `generate` is not what REINFORCE is told was done.
     lm.generation_config = GenerationConfig(repetition_penalty=5.0, do_sample=True, top_k=2)
-    policy = Policy(lm)
+    policy = Policy(lm, temperature=0.8)
     assert (policy.gpt2, policy.plain_head) == (False, cls is not Gemma2ForCausalLM)
-    how = choice(temperature=0.8)
+    how = tokens(temperature=0.8)
     rollout = sampled("generate", lm, how, PROMPTS, OF, uniforms(0, 1, len(OF), 20))
     assert lm.generation_config.repetition_penalty == 5.0
-    check_against_library(policy, rollout, 0.8)
+    check_against_library(policy, rollout)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft's
@@ -237,8 +255,8 @@ def test_gpt2_is_measured_like_its_unpadded_self(adapter):
                 if "lora_B" in name:
                     parameter.normal_()
     assert policy.gpt2 and policy.plain_head
-    rollout = sampled("decoder", policy.base, choice(), PROMPTS, OF, uniforms(0, 1, len(OF), 20))
-    check_against_library(policy, rollout, 1.0)
+    rollout = sampled("decoder", policy.base, tokens(), PROMPTS, OF, uniforms(0, 1, len(OF), 20))
+    check_against_library(policy, rollout)
 
 
 def test_gelu_is_torchs():
@@ -250,14 +268,15 @@ def test_gelu_is_torchs():
 
 def test_backward_keeps_gelus_input_and_makes_its_output_again(monkeypatch):
     lm, kept = small_gpt2(7), []
+    init = saved_tensors_hooks.__init__
 
-    def seen(pack, unpack):
-        return saved_tensors_hooks(lambda x: kept.append(pack(x)) or kept[-1], unpack)
+    def seen(self, pack, unpack):
+        init(self, lambda x: kept.append(pack(x)) or kept[-1], unpack)
 
-    monkeypatch.setattr(gpt2, "saved_tensors_hooks", seen)
+    monkeypatch.setattr(saved_tensors_hooks, "__init__", seen)
     ids = torch.ones(3, 5, dtype=torch.long)
     wide = ids.numel() * 4 * lm.config.n_embd
-    with seen(lambda x: x, lambda x: x):
+    with saved_tensors_hooks(lambda x: x, lambda x: x):
         states, _ = read_prompts(lm.transformer, ids, torch.ones_like(ids))
     assert [isinstance(x, Tensor) and x.numel() for x in kept].count(wide) == lm.config.n_layer
     weight = lm.transformer.h[0].mlp.c_proj.weight
@@ -266,37 +285,57 @@ def test_backward_keeps_gelus_input_and_makes_its_output_again(monkeypatch):
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def check_against_library(policy: Policy, rollout: Rollout, temperature: float) -> None:
-    """Sampled and measured log-probabilities, entropy and gradient against the obvious way."""
+def check_against_library(policy: Policy, rollout: Rollout) -> None:
+    """Sampled and measured log-probabilities, entropy and gradients against the obvious way."""
     trained = [p for p in policy.parameters() if p.requires_grad]
     weights = torch.randn(rollout.completion_mask.shape) * rollout.completion_mask
-    score, logprobs, entropy = policy.weighted_logprobs(rollout, weights, temperature)
-    ours = torch.autograd.grad(score, trained)
-    assert not logprobs.requires_grad
-    measured = policy.logprobs(rollout, temperature)
-    total = torch.zeros(())
+    fused, free = policy(rollout.with_weights(weights)), policy(rollout)
+    assert not fused.logprobs.requires_grad and free.score is None
+    assert not fused.entropy.requires_grad and not free.entropy.requires_grad
+    measured = policy.logprobs(rollout)
+    total, losses = torch.zeros(()), torch.zeros(())
     for row, completion in enumerate(rollout.tokens()):
         prompt = PROMPTS[OF[row]]
         logits = policy.lm(input_ids=torch.tensor([[*prompt, *completion]])).logits
-        table = (logits[0, len(prompt) - 1 : -1] / temperature).log_softmax(-1)
+        table = (logits[0, len(prompt) - 1 : -1] / policy.temperature).log_softmax(-1)
         n = len(completion)
         exact = table.gather(-1, torch.tensor(completion)[:, None])[:, 0]
-        for own in (rollout.logprobs, measured, logprobs):
+        for own in (rollout.logprobs, measured, fused.logprobs, free.logprobs):
             torch.testing.assert_close(own[row, :n], exact, rtol=1e-4, atol=1e-4)
             assert not own[row, n:].any()
         spread = -(table.exp() * table).sum(-1)
-        torch.testing.assert_close(entropy[row, :n], spread, rtol=1e-4, atol=1e-4)
+        for own in (fused.entropy, free.entropy):
+            torch.testing.assert_close(own[row, :n], spread, rtol=1e-4, atol=1e-4)
+            assert not own[row, n:].any()
         total = total + (weights[row, :n] * exact).sum()
-    torch.testing.assert_close(score, total, rtol=1e-4, atol=1e-3)
-    for own, other in zip(ours, torch.autograd.grad(total, trained), strict=True):
+        losses = losses + clipped(exact, rollout.logprobs[row, :n] - 0.1, weights[row, :n]).sum()
+    torch.testing.assert_close(fused.score, total, rtol=1e-4, atol=1e-3)
+    gradients_agree(trained, fused.score, total)
+    # A loss that is no sum of known weights: its gradient goes through `logprobs`.
+    loss = (clipped(free.logprobs, rollout.logprobs - 0.1, weights) * rollout.completion_mask).sum()
+    torch.testing.assert_close(loss, losses, rtol=1e-4, atol=1e-3)
+    gradients_agree(trained, loss, losses)
+
+
+def clipped(logprobs: Tensor, old: Tensor, advantage: Tensor) -> Tensor:
+    """The clipped objective of PPO per token; at a ratio of e^0.1 about half are clipped."""
+    ratio = (logprobs - old.detach()).exp()
+    return torch.minimum(ratio * advantage, ratio.clamp(0.9, 1.1) * advantage)
+
+
+def gradients_agree(trained: list, ours: Tensor, theirs: Tensor) -> None:
+    own = torch.autograd.grad(ours, trained)
+    exact = torch.autograd.grad(theirs, trained, retain_graph=True)
+    assert any(gradient.any() for gradient in exact)
+    for one, other in zip(own, exact, strict=True):
         scale = max(1e-3, other.abs().max().item())
-        torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-4 * scale)
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * scale)
 
 
 def test_under_autocast_sampling_and_measuring_agree_and_weights_stay_fp32():
     lm = small_gpt2(7)
     with torch.autocast("cpu", torch.bfloat16):
-        first = sampled("decoder", lm, choice(), PROMPTS, OF, uniforms(0, 1, len(OF), 20))
+        first = sampled("decoder", lm, tokens(), PROMPTS, OF, uniforms(0, 1, len(OF), 20))
         policy = Policy(lm)
         gap = (policy.logprobs(first) - first.logprobs).abs()
     assert gap.max() < 0.1
@@ -308,13 +347,13 @@ def test_a_kept_decoder_samples_from_the_weights_as_they_are():
     lm, inputs = small_gpt2(7), SimpleNamespace()
     inputs.prompts = torch.tensor([[1, 2]]), torch.ones(1, 2).long(), torch.zeros(4).long()
     with torch.autocast("cpu", torch.bfloat16):
-        kept = Decoder(lm.transformer, lm.lm_head, choice(), rows=4, length=8, width=16)
+        kept = Decoder(lm.transformer, lm.lm_head, tokens(), rows=4, length=8, width=16)
         before = kept(*inputs.prompts, uniforms(0, 1, 4, 8))
         with torch.no_grad():
             for parameter in lm.parameters():
                 parameter.mul_(1.3)
         after = kept(*inputs.prompts, uniforms(0, 1, 4, 8))
-        fresh = Decoder(lm.transformer, lm.lm_head, choice(), rows=4, length=8, width=16)
+        fresh = Decoder(lm.transformer, lm.lm_head, tokens(), rows=4, length=8, width=16)
         assert torch.equal(after.logprobs, fresh(*inputs.prompts, uniforms(0, 1, 4, 8)).logprobs)
     assert not torch.equal(before.logprobs, after.logprobs)
 
@@ -324,20 +363,20 @@ def test_the_warm_up_of_a_graph_stays_within_the_buffers(length):
     """On CUDA an index beyond them ends the process. The model has no position to spare."""
     lm = small_gpt2(7, n_positions=1 + length)
     sizes = {"rows": 8, "length": length, "width": 1 + length, "static": True}
-    decoder = Decoder(lm.transformer, lm.lm_head, choice(), **sizes)
+    decoder = Decoder(lm.transformer, lm.lm_head, tokens(), **sizes)
     prompts = torch.tensor([[1]]), torch.ones(1, 1).long(), torch.zeros(8).long()
     with torch.no_grad():
         decoder._warm_up()
-    chance = uniforms(0, 1, 8, length)
-    theirs = sampled("generate", lm, choice(), [[1]], [0] * 8, chance)
-    assert decoder(*prompts, chance).tokens() == theirs.tokens()
+    uniform = uniforms(0, 1, 8, length)
+    theirs = sampled("generate", lm, tokens(), [[1]], [0] * 8, uniform)
+    assert decoder(*prompts, uniform).tokens() == theirs.tokens()
 
 
 @pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
 def test_other_threads_may_use_the_device_while_a_graph_is_captured(monkeypatch):
     """CUDA's calls are recorded here, not made."""
     lm, modes = small_gpt2(7), []
-    decoder = Decoder(lm.transformer, lm.lm_head, choice(), rows=8, length=8, width=9, static=True)
+    decoder = Decoder(lm.transformer, lm.lm_head, tokens(), rows=8, length=8, width=9, static=True)
     for name in ("Stream", "current_stream", "CUDAGraph"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: MagicMock())
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
@@ -351,13 +390,13 @@ def test_other_threads_may_use_the_device_while_a_graph_is_captured(monkeypatch)
 def test_a_kept_decoder_completes_fewer_and_shorter_than_there_is_room_for(rows):
     lm = small_gpt2(7, initializer_range=0.2)
     decoder = Decoder(
-        lm.transformer, lm.lm_head, choice(), rows=8, length=40, width=60, static=True
+        lm.transformer, lm.lm_head, tokens(), rows=8, length=40, width=60, static=True
     )
     full, ids, mask = uniforms(3, 1, 8, 40), torch.tensor([[1, 2]]), torch.ones(1, 2).long()
-    for chance in (full, full[:rows, :30], full):
-        n = len(chance)
-        rollout = decoder(ids, mask, torch.zeros(n).long(), chance)
-        theirs = sampled("decoder", lm, choice(), [[1, 2]], [0] * n, chance)
+    for uniform in (full, full[:rows, :30], full):
+        n = len(uniform)
+        rollout = decoder(ids, mask, torch.zeros(n).long(), uniform)
+        theirs = sampled("decoder", lm, tokens(), [[1, 2]], [0] * n, uniform)
         assert rollout.tokens() == theirs.tokens() and len(rollout) == n
         assert torch.equal(rollout.completion_mask, theirs.completion_mask)
         torch.testing.assert_close(rollout.logprobs, theirs.logprobs, rtol=0, atol=1e-5)
@@ -373,17 +412,17 @@ def test_logits_that_are_no_numbers_show_in_the_log_probabilities_and_stop_no_de
     lm = small_gpt2(300)
     with torch.no_grad():
         lm.transformer.ln_f.bias.fill_(broken)
-    rollout = sampled(way, lm, choice(**settings), PROMPTS, OF, uniforms(0, 1, len(OF), 4))
+    rollout = sampled(way, lm, tokens(**settings), PROMPTS, OF, uniforms(0, 1, len(OF), 4))
     assert rollout.logprobs[:, 0].isnan().all()
     assert rollout.completion_ids.min() >= 0 and rollout.completion_ids.max() < 300
 
 
-def test_a_special_head_makes_no_logits_of_prompts(monkeypatch):
+def test_a_special_head_makes_no_logits_of_prompts():
     """Gemma2 caps its logits, so its own code makes them."""
     torch.manual_seed(0)
     (cls, config), *_ = others()
     policy, shapes = Policy(cls(config).eval()), []
-    rollout = sampled("generate", policy.lm, choice(), PROMPTS, OF, uniforms(0, 1, len(OF), 6))
+    rollout = sampled("generate", policy.lm, tokens(), PROMPTS, OF, uniforms(0, 1, len(OF), 6))
     handle = policy.lm.lm_head.register_forward_hook(lambda *given: shapes.append(given[2].shape))
     policy.logprobs(rollout)
     handle.remove()

@@ -16,18 +16,29 @@ from safetensors.torch import load_file
 # Every process writes down each step's metrics and learning rate; only the main one has a log.
 SPY = """
 import json, sys
+from contextlib import closing
 sys.path.insert(0, {root!r})
-from adaptiverl.program import Run
 import train
-record = Run.record
-def spy(run, metrics, samples, log):
-    with open({folder!r} + f"/rank{{run.accelerator.process_index}}.jsonl", "a") as file:
-        group = {{k: v for k, v in run.optimizer.param_groups[0].items() if k != "params"}}
-        state = [run.state.kl_coef, run.state.reward_ema]
-        file.write(json.dumps([metrics, group, state], default=str) + "\\n")
-    record(run, metrics, samples, log)
-Run.record = spy
-sys.exit(train.main())
+from adaptiverl.commands.arguments import read_command
+from adaptiverl.files.process import StopSignal
+from adaptiverl.training.build import build
+from adaptiverl.training.folder import RunFolder
+class Spy(RunFolder):
+    def record(self, metrics, samples):
+        runtime, progress = self.parts.runtime, self.parts.progress
+        with open({folder!r} + f"/rank{{runtime.rank}}.jsonl", "a") as file:
+            group = self.parts.optimizer.param_groups[0]
+            group = {{k: v for k, v in group.items() if k != "params"}}
+            state = [progress.kl_coef, progress.reward_ema]
+            file.write(json.dumps([metrics, group, state], default=str) + "\\n")
+        super().record(metrics, samples)
+config, _ = read_command()
+parts = build(config)
+stop = StopSignal()
+with closing(Spy(config, parts)) as folder:
+    folder.open()
+    train.train(config, parts, folder, stop)
+    sys.exit(folder.finish(stop))
 """
 
 
@@ -35,36 +46,33 @@ sys.exit(train.main())
 SHARDED = """
 import sys
 sys.path.insert(0, {root!r})
+from accelerate import Accelerator
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-import train
-from adaptiverl import setup
 from torch.distributed.fsdp import FSDPModule
-from adaptiverl.program import Run
+import train
+from adaptiverl.commands.arguments import read_command
+from adaptiverl.training.build import build, make_accelerator
 def keep_whole_gradients(model, sync, **_):
     assert sync, "gradients of the whole model would be kept"
 FSDPModule.set_requires_gradient_sync = keep_whole_gradients
-start = Run.start
-def start_sharded(run):
-    assert isinstance(run.policy, FSDPModule), "nothing was sharded: the test would show nothing"
-    return start(run)
-Run.start = start_sharded
-accelerator = setup.accelerator
-def sharding(config):
-    result = accelerator(config)
-    plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2,
-        auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=["GPT2Block"],
-        reshard_after_forward=True,
-        cpu_ram_efficient_loading=False,
-        state_dict_type="FULL_STATE_DICT",
-    )
-    result.state._shared_state |= {{
-        "distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin
-    }}
-    return result
-setup.accelerator = sharding
-sys.exit(train.main())
+class Sharding(Accelerator):
+    def __init__(self, **options):
+        super().__init__(**options)
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["GPT2Block"],
+            reshard_after_forward=True,
+            cpu_ram_efficient_loading=False,
+            state_dict_type="FULL_STATE_DICT",
+        )
+        self.state._shared_state |= {{
+            "distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin
+        }}
+config, _ = read_command()
+parts = build(config, make_accelerator(config, Sharding))
+assert isinstance(parts.policy, FSDPModule), "nothing was sharded: the test would show nothing"
+sys.exit(train.run(config, parts))
 """
 
 
@@ -72,18 +80,74 @@ sys.exit(train.main())
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
-APART = """
-import json, logging, math, sys
+# A sharded policy measures a rollout, and differentiates two losses of it.
+MEASURED = """
+import sys
 sys.path.insert(0, {root!r})
 import torch
-from adaptiverl import AdaptiveOptimizer, AdaptiveScheduler, OnlineAdamW
+import torch.distributed as dist
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from adaptiverl.rl.loading import load_policy, load_tokenizer
+from adaptiverl.rl.rollout import uniforms
+from adaptiverl.rl.sampling.sampler import Sampler
+from adaptiverl.rl.sharded import run_gathered
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+whole = load_policy({model!r}, sharded=True)
+whole.requires_grad_(True)
+sampler = Sampler(whole, load_tokenizer({model!r}))
+rollout = sampler(["This", "The acting in this film"], uniforms(0, 1, 2, 6))
+weights = torch.randn(rollout.logprobs.shape) * rollout.completion_mask
+dist.broadcast(weights, 0)
+
+
+def losses(policy):
+    measured = policy(rollout.with_weights(weights))
+    yield -measured.score
+    ratio = (policy(rollout).logprobs - rollout.logprobs + 0.1).exp()
+    yield -torch.minimum(ratio * weights, ratio.clamp(0.9, 1.1) * weights).sum()
+
+
+def gradients(policy):
+    for loss in losses(policy):
+        policy.zero_grad()
+        loss.backward()
+        grads = [p.grad for p in policy.parameters()]
+        yield [g.full_tensor() if hasattr(g, "full_tensor") else g for g in grads]
+
+
+expected = [[g.clone() for g in grads] for grads in gradients(whole)]
+logprobs = whole.logprobs(rollout)
+for block in whole.lm.transformer.h:
+    fully_shard(block, reshard_after_forward=True)
+fully_shard(whole, reshard_after_forward=True)
+for one, other in zip(gradients(whole), expected, strict=True):
+    for ours, theirs in zip(one, other, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+for _ in range(2):
+    measured = run_gathered(whole, lambda: whole.logprobs(rollout))
+    torch.testing.assert_close(measured, logprobs, rtol=1e-4, atol=1e-5)
+assert "gathered_work" not in vars(whole)
+narrow = load_policy({model!r}, sharded=True)
+fully_shard(narrow, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+seen = []
+narrow.register_forward_pre_hook(lambda _, given: seen.append(given[0]))  # after that of FSDP
+narrow(rollout.with_weights(weights))
+assert seen[0].weights.dtype == seen[0].logprobs.dtype == torch.float32
+dist.destroy_process_group()
+"""
+
+
+APART = """
+import json, math, sys
+sys.path.insert(0, {root!r})
+import torch
+from adaptiverl import (
+    AdaptiveOptimizer, AdaptiveScheduler, OnlineAdamW, mean_over_processes
+)
 torch.distributed.init_process_group("gloo")
 rank = torch.distributed.get_rank()
-lines = []
-class Lines(logging.Handler):
-    def emit(self, record):
-        lines.append(record.getMessage()[:17])
-logging.getLogger("adaptiverl").addHandler(Lines())
 lonely = []
 for rule in ("none", "loss_decay"):
     one = AdaptiveOptimizer(torch.optim.SGD([torch.zeros(1)], lr=1.0), lr_rule=rule)
@@ -92,21 +156,21 @@ for rule in ("none", "loss_decay"):
         one.step_loss(1.0)
     lonely.append(one.lr)
 rates = []
-for face in ("optimizer", "scheduler"):
+for front in ("optimizer", "scheduler"):
     base = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0, momentum=0.9)
-    bare = dict(lr_rule="loss_decay", loss_k=1.0, reward_rule="kelly", memory=1e9, max_drift=1e9,
-                mean_over_processes=True)
-    one = (AdaptiveOptimizer if face == "optimizer" else AdaptiveScheduler)(base, **bare)
+    bare = dict(lr_rule="loss_decay", loss_k=1.0, reward_rule="kelly", memory=1e9, max_drift=1e9)
+    one = (AdaptiveOptimizer if front == "optimizer" else AdaptiveScheduler)(base, **bare)
     for loss, reward in [(0.5 + rank, 1.0 * rank), (1.0, math.nan if rank else 2.0)]:
-        one.controller.observe(loss=loss, reward=reward)
+        one.controller.observe(**mean_over_processes(dict(loss=loss, reward=reward)))
         one.controller.tick()
-        rates.append(one.lr if face == "optimizer" else one.get_lr()[0])
-online = OnlineAdamW([torch.nn.Parameter(torch.ones(9))], mean_over_processes=True)
+        rates.append(one.lr if front == "optimizer" else one.get_lr()[0])
+online = OnlineAdamW([torch.nn.Parameter(torch.ones(9))])
 for k in (1.0, 2.0):
     reward = math.nan if rank else k
-    online.observe(loss=k + rank, reward=reward, kl=0.1 * (rank + k), kl_target=0.1)
+    own = dict(loss=k + rank, reward=reward, kl=0.1 * (rank + k))
+    online.observe(kl_target=0.1, **mean_over_processes(own))
 with open({folder!r} + f"/apart{{rank}}.json", "w") as f:
-    json.dump([rates, online.signals, lonely, lines], f)
+    json.dump([rates, online.signals, lonely], f)
 torch.distributed.barrier()  # gloo aborts a process whose peer has gone
 torch.distributed.destroy_process_group()
 """
@@ -121,10 +185,9 @@ def test_processes_that_see_different_signals_move_alike(start, settings, tmp_pa
     assert process.returncode == 0, err
     both = [json.loads((tmp_path / f"apart{rank}.json").read_text()) for rank in (0, 1)]
     assert both[0][:2] == both[1][:2]
-    first, signals, lonely, lines = both[0]
+    first, signals, lonely = both[0]
     assert lonely == [1.0, pytest.approx(0.9802, rel=1e-3)], "a call by one process does not hang"
-    assert lines == ["several processes"], "once, and not of an optimizer without rules"
-    assert both[1][2:] == [[1.0, 1.0], []]
+    assert both[1][2] == [1.0, 1.0]
     assert first[:2] == first[2:]
     # KL 0.25 over 0.1; reward 2 against 1.1, loss 2.5 against 1.6, over their usual 1.05 and 1.55
     assert signals == pytest.approx([math.log(2.5) / 2, 0.9 / 1.05, 0.9 / 1.55, 0.0])
@@ -140,7 +203,7 @@ def keys(settings):
         "BATCH_SIZE": 16,  # the KL of an update is measured on four, two in each process
         "GRAD_ACCUM": 2,
         "KL_ESTIMATOR": "k3",
-        "KL_TARGET": 0.5,
+        "KL_COEF_TARGET": 0.5,
         "OPTIM": "sgd",  # AdamW's first steps turn rounding errors into whole steps
         "LRATE": 1e-2,
         "EVAL_FILE": settings["TRAIN_FILE"],
@@ -241,25 +304,36 @@ def test_a_sharded_policy_does_what_a_whole_one_does(run, main, keys, tmp_path):
     assert (out / "final/model.safetensors").read_bytes() == final
 
 
+def test_fsdp_gives_the_gradient_of_any_loss_and_casts_no_tensor_of_a_rollout(start, tmp_path):
+    """On two CPU processes, against the same policy before it is sharded."""
+    script = tmp_path / "measured.py"
+    model = ROOT / "adaptiverl/assets/policy"
+    script.write_text(MEASURED.format(root=str(ROOT), model=str(model)))
+    process = start({}, launcher=TORCHRUN, program=str(script))
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+
+
 def test_prompts_that_cannot_be_shared_are_refused(run, settings):
     """Three prompts for two processes."""
     result = run(settings | {"BATCH_SIZE": 6, "NUM_GENERATIONS": 2}, launcher=TORCHRUN)
     assert result.returncode != 0
-    assert "3 prompts a step cannot be shared by 2 processes" in result.stderr
+    assert "3 prompts per step cannot be shared by 2 processes" in result.stderr
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_the_first_fsdp_is_refused(monkeypatch, settings, version):
+def test_the_first_fsdp_is_refused(settings, version):
     """Its layers are flat and know nothing of being kept gathered while a policy samples."""
     from accelerate.utils import DistributedType
 
-    from adaptiverl import setup
-    from adaptiverl.run.config import Config, UserError
+    from adaptiverl.config.schema import ConfigError
+    from adaptiverl.training.build import make_accelerator
+    from adaptiverl.training.keys import RunConfig
 
     spread = SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=version == 2)
-    monkeypatch.setattr(setup, "Accelerator", lambda **_: spread)
+    config = RunConfig.model_validate(settings)
     if version == 2:
-        assert setup.accelerator(Config(**settings)) is spread
+        assert make_accelerator(config, lambda **_: spread) is spread
     else:
-        with pytest.raises(UserError, match="set fsdp_version: 2 in accelerate's config"):
-            setup.accelerator(Config(**settings))
+        with pytest.raises(ConfigError, match="set fsdp_version: 2 in accelerate's config"):
+            make_accelerator(config, lambda **_: spread)

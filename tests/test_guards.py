@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import read_jsonl, without_clock
 
-from rewards.desk import Interrupted
+from rewards import Interrupted
 
 ONE = [{"TYPE": "length", "MAX": 500}]  # 1.0 for every completion
 
@@ -104,7 +104,7 @@ def test_rewards_that_are_all_missing_are_warned_of_once(main, settings, caplog,
 
 
 def test_a_resumed_run_warns_no_second_time(main, settings, caplog):
-    keys = settings | {"REWARDS": ONE, "STEPS": 5, "KL_STEP_FALLS": False}
+    keys = settings | {"REWARDS": ONE, "STEPS": 5, "TRUST_REGION_SCHEDULE": "constant"}
     assert main(keys) == 0
     caplog.clear()
     assert main(keys | {"STEPS": 7, "RESUME": "auto"}) == 0
@@ -208,9 +208,9 @@ def test_a_column_of_another_length_is_refused(main, settings, capsys, reward):
 
 
 def test_every_name_that_a_run_logs_is_its_own(main, settings):
-    from adaptiverl.run.tracking import is_own
+    from adaptiverl.training.metrics import is_own
 
-    keys = {"EVAL_FILE": settings["TRAIN_FILE"], "EVAL_EVERY": 1, "LR_RULE": "kl_target"}
+    keys = {"EVAL_FILE": settings["TRAIN_FILE"], "EVAL_EVERY": 1, "LR_RULE": "trust_region"}
     assert main(settings | keys | {"HELD_OUT": ONE, "STEPS": 1}) == 0
     samples = read_jsonl(Path(settings["OUTPUT_DIR"]) / "samples.jsonl")
     names = {name for row in rows(settings) + samples for name in row}
@@ -237,3 +237,9 @@ def test_numbers_of_numpy_and_torch_are_logged(main, settings, reward):
     assert [sample["tensor"] for sample in samples] == list(range(8))
     assert [sample["array"] for sample in samples] == [[1.0, 1.0]] * 8
     assert [sample["odd"] for sample in samples] == [None, None, "{1.5}", "a"] + [[1, None]] * 4
+
+
+def test_a_rate_of_zero_is_warned_of_at_the_first_step(main, settings, caplog):
+    assert main(settings | {"LRATE": 0, "STEPS": 2}) == 0
+    told = [text for text in caplog.messages if "the learning rate is 0" in text]
+    assert len(told) == 1 and told[0].startswith("step 1:")

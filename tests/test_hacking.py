@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from conftest import read_jsonl, without_clock
 
+from adaptiverl.commands.explain import explain
 from adaptiverl.rl.diversity import distinct, repetition
-from adaptiverl.run.explain import explain
 
 
 def test_distinct_and_repetition_by_hand():

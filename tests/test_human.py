@@ -1,4 +1,4 @@
-"""Rewards from people: labels, the desk, who is asked, the head that learns; and the terminal."""
+"""Rewards from people: labels, the queue, who is asked, the head that learns; and the terminal."""
 
 import asyncio
 import fcntl
@@ -19,12 +19,13 @@ import numpy as np
 import pytest
 from conftest import ENVIRONMENT, ROOT, read_jsonl
 
-from rewards.composite import CompositeReward
-from rewards.desk import Desk, Interrupted, Question, agreement
-from rewards.human import HumanReward, asking_order
+from rewards import CompositeReward, HumanReward, Interrupted, Reward
+from rewards.head import MIN_LABELS, RidgeHead
+from rewards.label_queue import LabelQueue, Question
 from rewards.labels import Labels
-from rewards.online import LEAST, OnlineHead
-from rewards.terminal import ALSO, ESC, Terminal, _wrapped
+from rewards.opinions import agreement, asking_order
+from rewards.scores import as_list
+from rewards.terminal import ESC, KEY_ALIASES, Terminal, printable
 
 
 @pytest.fixture
@@ -33,20 +34,20 @@ def labels(tmp_path) -> Labels:
 
 
 @pytest.fixture
-def desk(labels) -> Desk:
-    return Desk(labels, "binary")
+def queue(labels) -> LabelQueue:
+    return LabelQueue(labels, "binary")
 
 
-def questions(desk: Desk, *completions: str) -> list[Question]:
-    return [Question(desk.labels.key("p", c), "p", c) for c in completions]
+def questions(queue: LabelQueue, *completions: str) -> list[Question]:
+    return [Question(queue.labels.key("p", c), "p", c) for c in completions]
 
 
-def asked(desk: Desk, *completions: str, timeout: float | None = None) -> threading.Thread:
-    """A run that waits for labels of `completions`, once they lie on the desk."""
-    thread = threading.Thread(target=desk.ask, args=(questions(desk, *completions), timeout))
+def asked(queue: LabelQueue, *completions: str) -> threading.Thread:
+    """A run that waits for labels of `completions`, once they are in the queue."""
+    thread = threading.Thread(target=queue.ask, args=(questions(queue, *completions), None))
     thread.start()
-    assert desk.wait_next("nobody")
-    desk.shown.clear()
+    assert queue.wait_next("nobody")
+    queue.shown.clear()
     return thread
 
 
@@ -67,100 +68,100 @@ def test_a_label_is_kept_once_and_by_question_and_scale(labels, tmp_path):
     assert labels.learned(9) == [("c", 1.0)] and other.learned(9) == []
 
 
-# The desk
+# The queue
 
 
-def test_two_people_share_the_work_and_each_label_counts_once(desk, monkeypatch):
-    run = asked(desk, "x", "y", "z")
-    first, second = desk.next("ann"), desk.next("bob")
+def test_two_people_share_the_work_and_each_label_counts_once(queue):
+    run = asked(queue, "x", "y", "z")
+    first, second = queue.next("ann"), queue.next("bob")
     assert (first.completion, second.completion) == ("x", "y"), "not the same one"
-    assert desk.next("ann") == first, "asking again does not move on"
-    assert desk.answer("ann", first.key, "+")
-    assert desk.next("ann").completion == "z"
-    assert desk.answer("ann", desk.next("ann").key, "-")
-    assert desk.next("ann") is None, "the last is with bob"
-    monkeypatch.setattr("rewards.desk.AWAY", 0.0)
-    assert desk.next("ann") == second, "bob has gone"
-    assert desk.answer("bob", second.key, "skip"), "he is back, and first"
-    assert not desk.answer("ann", second.key, "+"), "too late"
+    assert queue.next("ann") == first, "asking again does not move on"
+    assert queue.answer("ann", first.key, "+")
+    assert queue.next("ann").completion == "z"
+    assert queue.answer("ann", queue.next("ann").key, "-")
+    assert queue.next("ann") is None, "the last is with bob"
+    queue.absence_timeout = 0.0
+    assert queue.next("ann") == second, "bob has gone"
+    assert queue.answer("bob", second.key, "skip"), "he is back, and first"
+    assert not queue.answer("ann", second.key, "+"), "too late"
     run.join()
-    find = desk.labels.find
-    assert [find(q.key) for q in questions(desk, "x", "y", "z")] == [(1.0,), (None,), (-1.0,)]
+    find = queue.labels.find
+    assert [find(q.key) for q in questions(queue, "x", "y", "z")] == [(1.0,), (None,), (-1.0,)]
 
 
-def test_an_open_page_that_nobody_is_at_keeps_nothing(desk, monkeypatch):
+def test_an_open_page_that_nobody_is_at_keeps_nothing(queue, monkeypatch):
     """It goes on to ask what to show, and shows it still; others may answer it."""
     clock = [0.0]
-    monkeypatch.setattr("rewards.desk.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
 
     def polled(who: str, seconds: int, acted: bool = False) -> None:
         for _ in range(seconds):
             clock[0] += 1
-            desk.next(who, acted)
+            queue.next(who, acted)
 
-    run = asked(desk, "x", "y")
-    first = desk.next("ann")
-    desk.answer("bob", desk.next("bob").key, "+")
+    run = asked(queue, "x", "y")
+    first = queue.next("ann")
+    queue.answer("bob", queue.next("bob").key, "+")
     polled("ann", 50)
-    assert desk.next("bob") is None and desk.here() >= {"ann", "bob"}, "ann may be reading"
+    assert queue.next("bob") is None and queue.here() >= {"ann", "bob"}, "ann may be reading"
     polled("ann", 1, acted=True)
     polled("ann", 50)
-    assert desk.next("bob") is None, "she has scrolled"
+    assert queue.next("bob") is None, "she has scrolled"
     polled("ann", 20)
-    assert desk.next("bob") == first == desk.next("ann", acted=False)
-    assert desk.here() == {"bob"}
-    assert desk.answer("bob", first.key, "-") and not desk.answer("ann", first.key, "+")
+    assert queue.next("bob") == first == queue.next("ann", acted=False)
+    assert queue.here() == {"bob"}
+    assert queue.answer("bob", first.key, "-") and not queue.answer("ann", first.key, "+")
     run.join()
-    assert desk.labels.find(first.key) == (-1.0,)
+    assert queue.labels.find(first.key) == (-1.0,)
 
 
-def test_undo_takes_back_ones_own_last_label_while_the_batch_waits(desk):
-    run = asked(desk, "x", "y", "z")
-    x, y = desk.next("ann"), desk.next("bob")
-    desk.answer("ann", x.key, "+")
-    desk.answer("bob", y.key, "+")
-    assert desk.next("ann").completion == "z"
-    assert desk.undo("ann")
-    assert desk.labels.find(x.key) is None and desk.labels.find(y.key) == (1.0,)
-    assert desk.next("ann") == x
-    assert desk.next("bob").completion == "z", "ann has left it"
-    desk.answer("ann", x.key, "-")
-    desk.answer("bob", desk.next("bob").key, "-")
+def test_undo_takes_back_ones_own_last_label_while_the_batch_waits(queue):
+    run = asked(queue, "x", "y", "z")
+    x, y = queue.next("ann"), queue.next("bob")
+    queue.answer("ann", x.key, "+")
+    queue.answer("bob", y.key, "+")
+    assert queue.next("ann").completion == "z"
+    assert queue.undo("ann")
+    assert queue.labels.find(x.key) is None and queue.labels.find(y.key) == (1.0,)
+    assert queue.next("ann") == x
+    assert queue.next("bob").completion == "z", "ann has left it"
+    queue.answer("ann", x.key, "-")
+    queue.answer("bob", queue.next("bob").key, "-")
     run.join()
-    assert not desk.undo("ann"), "the batch has gone on"
-    assert desk.labels.find(x.key) == (-1.0,)
+    assert not queue.undo("ann"), "the batch has gone on"
+    assert queue.labels.find(x.key) == (-1.0,)
 
 
-def test_what_is_no_answer_is_refused(desk):
-    run = asked(desk, "x")
-    key = desk.next("ann").key
-    assert not desk.answer("ann", key, "5")
-    assert not desk.answer("ann", "no such key", "+")
-    assert desk.answer("ann", key, "+")
+def test_what_is_no_answer_is_refused(queue):
+    run = asked(queue, "x")
+    key = queue.next("ann").key
+    assert not queue.answer("ann", key, "5")
+    assert not queue.answer("ann", "no such key", "+")
+    assert queue.answer("ann", key, "+")
     run.join()
 
 
-def test_after_the_timeout_what_is_left_is_taken_away(desk):
-    desk.ask(questions(desk, "x"), timeout=0.01)
-    assert desk.next("ann") is None
-    assert not desk.answer("ann", desk.labels.key("p", "x"), "+")
+def test_after_the_timeout_what_is_left_is_taken_away(queue):
+    queue.ask(questions(queue, "x"), timeout=0.01)
+    assert queue.next("ann") is None
+    assert not queue.answer("ann", queue.labels.key("p", "x"), "+")
 
 
-def test_a_closed_desk_interrupts_who_waits(desk):
+def test_a_closed_queue_interrupts_who_waits(queue):
     caught: list[Exception] = []
 
     def wait() -> None:
         try:
-            desk.ask(questions(desk, "x"), None)
+            queue.ask(questions(queue, "x"), None)
         except Interrupted as stopped:
             caught.append(stopped)
 
     thread = threading.Thread(target=wait)
     thread.start()
-    assert desk.wait_next("ann")
-    desk.close()
+    assert queue.wait_next("ann")
+    queue.close()
     thread.join()
-    assert caught and desk.wait_next("ann") is None
+    assert caught and queue.wait_next("ann") is None
 
 
 def test_agreement_counts_pairs_that_labels_tell_apart():
@@ -185,40 +186,35 @@ def test_those_are_asked_first_on_whom_opinions_disagree_most():
 class Robot:
     """People who answer at once, by a rule, and remember what they saw."""
 
-    def __init__(self, desk: Desk, rule: Callable[[str], str | None]):
-        self.desk, self.rule, self.seen = desk, rule, []
-        self.thread = threading.Thread(target=self._labelling, daemon=True)
+    def __init__(self, queue: LabelQueue, rule: Callable[[str], str | None]):
+        self.queue, self.rule, self.seen = queue, rule, []
+        self.thread = threading.Thread(target=self.label)
+        self.thread.start()
 
-    def start(self) -> None:
-        if not self.thread.is_alive():
-            self.thread.start()
-
-    def _labelling(self) -> None:
-        while question := self.desk.wait_next("robot"):
+    def label(self) -> None:
+        while question := self.queue.wait_next("robot"):
             self.seen.append(question.completion)
-            self.desk.answer("robot", question.key, self.rule(question.completion) or "skip")
-
-    def close(self) -> None:
-        self.thread.join()
+            self.queue.answer("robot", question.key, self.rule(question.completion) or "skip")
 
 
 @pytest.fixture
-def human(tmp_path, monkeypatch):
-    """Makes a HumanReward whose people follow `rule`."""
+def human(tmp_path):
+    """Makes a HumanReward, and people who follow `rule`; without one, nobody answers."""
     made = []
 
-    def make(rule: Callable[[str], str | None] = lambda text: "+", **arguments) -> HumanReward:
-        monkeypatch.setattr("rewards.terminal.os.open", lambda *_: -1)
-        reward = HumanReward("Good?", labels=str(tmp_path / "labels.sqlite"), **arguments)
-        reward.labeller = Robot(reward.desk, rule)
-        made.append(reward)
-        return reward
+    def make(
+        rule: Callable[[str], str | None] | None = lambda text: "+", **keys
+    ) -> tuple[HumanReward, Robot | None]:
+        labels = str(tmp_path / "labels.sqlite")
+        reward = HumanReward(question="Good?", labels=labels, where="web", port=0, **keys)
+        made.append((reward, Robot(reward.queue, rule) if rule else None))
+        return made[-1]
 
     yield make
-    for reward in made:
-        reward.desk.close()
-        if reward.labeller.thread.ident:
-            reward.labeller.close()
+    for reward, robot in made:
+        reward.close()
+        if robot:
+            robot.thread.join()
 
 
 def call(reward: HumanReward, completions: list[str], **columns) -> list[float | None]:
@@ -226,48 +222,47 @@ def call(reward: HumanReward, completions: list[str], **columns) -> list[float |
 
 
 def test_each_completion_is_asked_once(human):
-    reward = human(lambda text: {"good": "+", "bad": "-"}.get(text))
+    reward, people = human(lambda text: {"good": "+", "bad": "-"}.get(text))
     texts = ["good", "bad", "good", "odd"]
     assert call(reward, texts) == [1.0, -1.0, 1.0, None]
     assert call(reward, texts) == [1.0, -1.0, 1.0, None]
-    assert reward.labeller.seen == ["good", "bad", "odd"], "twice the same, and a skip: once each"
+    assert people.seen == ["good", "bad", "odd"], "twice the same, and a skip: once each"
 
 
 def test_conversations_are_labelled_as_their_text(human):
     """As TRL passes them; what was labelled as plain text is not asked again."""
-    reward = human(lambda text: {"good": "+", "bad": "-"}.get(text))
+    reward, people = human(lambda text: {"good": "+", "bad": "-"}.get(text))
     assert call(reward, ["good"]) == [1.0]
     texts = ["good", "bad"]
     prompts = [[{"role": "user", "content": "p"}]] * 2
     talk = [[{"role": "assistant", "content": text}] for text in texts]
     assert asyncio.run(reward(prompts, talk)) == [1.0, -1.0]
-    assert reward.labeller.seen == texts
+    assert people.seen == texts
 
 
 def test_one_to_five(human):
-    assert call(human(lambda text: text, scale="1-5"), list("12345")) == [-1, -0.5, 0, 0.5, 1]
+    assert call(human(lambda text: text, scale="1-5")[0], list("12345")) == [-1, -0.5, 0, 0.5, 1]
 
 
 def test_only_so_many_are_asked_and_the_rest_are_missing(human):
-    reward = human(ask=2)
+    reward, people = human(ask=2)
     told: dict = {}
     scores = {"one": [0.0, 1.0, 2.0, 3.0], "other": [30.0, 100.0, 200.0, 0.0]}
     result = call(reward, list("abcd"), scores=scores, log_metric=told.__setitem__)
     assert result == [1.0, None, None, 1.0]
-    assert reward.labeller.seen == ["d", "a"]
+    assert people.seen == ["d", "a"]
     assert told["human/asked"] == 2 and told["human/labelled"] == 0.5
     assert call(reward, list("abcd"), scores=scores) == [1.0] * 4, "the other two, next time"
-    assert reward.labeller.seen == ["d", "a", "b", "c"]
+    assert people.seen == ["d", "a", "b", "c"]
 
 
 def test_nobody_answers_in_time(human):
-    reward = human(timeout=0.05)
-    reward.labeller.start = lambda: None
+    reward, _ = human(None, timeout=0.05)
     assert call(reward, ["a"]) == [None]
 
 
 def test_agreement_with_other_rewards_is_told(human):
-    reward = human(lambda text: "+" if text > "b" else "-")
+    reward, _ = human(lambda text: "+" if text > "b" else "-")
     told: dict = {}
     scores = {"up": [0.0, 1.0, 2.0, 3.0], "down": [3.0, None, 1.0, 0.0]}
     call(reward, list("abcd"), scores=scores, log_metric=told.__setitem__)
@@ -282,10 +277,14 @@ def test_a_composite_hands_people_the_others_scores(human):
 
     seen: dict = {}
 
-    class People:
-        after_others = True
+    class People(Reward):
+        type: str = "people"
 
-        async def __call__(self, scores, **_):
+        @property
+        def after_others(self) -> bool:
+            return True
+
+        async def __call__(self, prompts, completions, *, scores, **_):
             seen.update(scores)
             return [1.0, 2.0]
 
@@ -293,7 +292,8 @@ def test_a_composite_hands_people_the_others_scores(human):
     composite = CompositeReward(rewards)
     scores = composite.score(["p", "p"], ["a", "b"])
     assert seen == {"slow": [5.0, None], "length": [1.0, None]}
-    assert list(scores) == ["people", "slow", "length"] and scores["people"] == [1.0, 2.0]
+    assert composite.names == ["people", "slow", "length"]
+    assert as_list(scores[:, 0]) == [1.0, 2.0]
     assert composite.quarantined["length"] == 1, "counted once"
 
 
@@ -314,7 +314,7 @@ def spoken(count: int, seed: int = 0) -> tuple[list[str], list[float]]:
 def test_the_head_learns_and_knows_how_well():
     """What it says of its error from the labels alone holds for texts that it has not seen."""
     texts, truth = spoken(400)
-    head = OnlineHead(texts[:200], truth[:200])
+    head = RidgeHead(texts[:200], truth[:200])
     said = np.array(head(texts[200:]))
     unseen = float(np.sqrt(((said - truth[200:]) ** 2).mean()))
     assert head.error == pytest.approx(unseen, rel=0.15)
@@ -325,22 +325,23 @@ def test_the_head_learns_and_knows_how_well():
 
 
 def test_leave_one_out_is_leaving_one_out():
-    """The formula against 25 heads that each miss one label, at the same penalty."""
+    """The formula against 25 ridge regressions that each miss one label, at the same penalty."""
     texts, truth = spoken(25)
-    head = OnlineHead(texts, truth)
-    x, y, left = head.x, np.array(truth), []
+    head = RidgeHead(texts, truth)
+    x, y, left = head.features(texts), np.array(truth), []
     for i in range(25):
         others = [j for j in range(25) if j != i]
         own, mean = x[others] - x[others].mean(0), y[others].mean()
-        inner = own @ own.T + head.penalty * np.eye(24)
+        inner = own @ own.T + head.ridge.alpha_ * np.eye(24)
         told = (x[i] - x[others].mean(0)) @ own.T @ np.linalg.solve(inner, y[others] - mean)
-        left.append(y[i] - mean - told)
-    assert head.error == pytest.approx(float(np.sqrt(np.mean(np.square(left)))))
+        left.append(mean + told)
+    assert head.left_out == pytest.approx(np.array(left))
+    assert head.error == pytest.approx(float(np.sqrt(np.mean((y - left) ** 2))))
 
 
 def test_a_head_that_knows_nothing_is_no_better_than_the_mean():
     """Texts that share no word tell nothing of each other."""
-    head = OnlineHead([f"a{i} b{i}" for i in range(20)], [1.0, -1.0, -1.0, 1.0] * 5)
+    head = RidgeHead([f"a{i} b{i}" for i in range(20)], [1.0, -1.0, -1.0, 1.0] * 5)
     assert head.error == pytest.approx(head.error_of_mean, rel=1e-6)
     assert head.slope <= 0
 
@@ -348,7 +349,7 @@ def test_a_head_that_knows_nothing_is_no_better_than_the_mean():
 def test_a_head_of_noise_says_little():
     texts, _ = spoken(200)
     chance = random.Random(1)
-    head = OnlineHead(texts, [chance.choice([-1.0, 1.0]) for _ in texts])
+    head = RidgeHead(texts, [chance.choice([-1.0, 1.0]) for _ in texts])
     assert head.error > 0.95 * head.error_of_mean
     assert np.abs(head(texts)).max() < 0.6, "near the mean, which is what missing means too"
 
@@ -356,7 +357,7 @@ def test_a_head_of_noise_says_little():
 def test_the_head_fills_in_once_there_are_labels(human):
     texts, truth = spoken(60)
     good = {text for text, score in zip(texts, truth, strict=True) if score > 0}
-    reward = human(lambda text: "+" if text in good else "-", ask=10, reward_model="online")
+    reward, _ = human(lambda text: "+" if text in good else "-", ask=10, reward_model="online")
     told: dict = {}
     assert call(reward, texts[:20]).count(None) == 10, "ten labels are too few for it"
     result = call(reward, texts[20:], log_metric=told.__setitem__, log_extra=told.__setitem__)
@@ -364,18 +365,18 @@ def test_the_head_fills_in_once_there_are_labels(human):
     assert told["labelled_by"].count("people") == 10 and told["labelled_by"].count("head") == 30
     people = [x for x, by in zip(result, told["labelled_by"], strict=True) if by == "people"]
     assert set(people) == {1.0, -1.0}
-    head = OnlineHead(*zip(*reward.labels.learned(99), strict=True))
+    head = RidgeHead(*zip(*reward.queue.labels.learned(99), strict=True))
     assert told["human/head_error"] == head.error
     assert told["human/head_slope"] == head.slope
-    with pytest.raises(ValueError, match=f"fewer than {LEAST}"):
-        OnlineHead(texts[:3], truth[:3])
+    with pytest.raises(ValueError, match=f"fewer than {MIN_LABELS}"):
+        RidgeHead(texts[:3], truth[:3])
 
 
 # The terminal
 
 
 def test_a_model_cannot_steer_the_terminal():
-    assert _wrapped("\033[2Jhi\x07\nthere\r", 80) == "�[2Jhi�\nthere�"
+    assert printable("\033[2Jhi\x07\nthere\r") == "�[2Jhi�\nthere�"
 
 
 KEYS = {
@@ -386,14 +387,14 @@ KEYS = {
 
 
 @pytest.fixture
-def pseudo(monkeypatch, tmp_path):
+def pseudo(tmp_path):
     """A Terminal of the scale 1-5 on a pseudo terminal, and its other end."""
     master, slave = os.openpty()
-    monkeypatch.setattr("rewards.terminal.os.open", lambda *_: slave)
-    made = Terminal(Desk(Labels(tmp_path / "labels.sqlite", "Good?", "1-5"), "1-5"), "Good?")
+    queue = LabelQueue(Labels(tmp_path / "labels.sqlite", "Good?", "1-5"), "1-5")
+    made = Terminal(queue, "Good?", device=os.ttyname(slave))
     yield made, master
-    os.close(master)
-    os.close(slave)
+    for file in (master, slave, made.file):
+        os.close(file)
 
 
 @pytest.mark.parametrize("key", KEYS.values(), ids=KEYS)
@@ -406,12 +407,13 @@ def test_a_key_of_several_bytes_is_one_key_and_no_label(pseudo, key):
         pressed = [terminal._read_key()]
         while pressed[-1] != "2":
             pressed.append(terminal._read_key())
-    assert not {*pressed[:-1]} & {"1", "2", "3", "4", "5", "s", "u", *ALSO}
+    assert not {*pressed[:-1]} & {"1", "2", "3", "4", "5", "s", "u", *KEY_ALIASES}
 
 
 def test_keys_from_before_a_question_are_no_answer_to_it(pseudo):
     terminal, master = pseudo
-    os.write(master, b"1\n4")
+    os.write(master, b"41\n")
+    assert select.select([terminal.file], [], [], 60)[0], "the line has come through the terminal"
     with terminal._single_keys():
         os.write(master, b"5")
         assert terminal._read_key() == "5"

@@ -1,6 +1,7 @@
 """The judge against a server that fails in every way a server can, and the one in the process."""
 
 import asyncio
+import dataclasses
 import importlib
 import json
 import logging
@@ -21,10 +22,14 @@ import pytest
 import torch
 from conftest import ENVIRONMENT, ROOT, read_jsonl, without_clock
 
-from adaptiverl.run.reading import load_config
-from rewards.desk import Interrupted
-from rewards.judge import JudgeReward, Pace, Refused
-from rewards.local_judge import LocalJudgeReward
+import train
+from adaptiverl.config.loading import load_config
+from adaptiverl.training.build import Parts, build
+from adaptiverl.training.keys import RunConfig
+from adaptiverl.training.scoring import Scoring
+from rewards import FatalJudgeError, Interrupted, JudgeReward, LocalJudgeReward
+from rewards.judge_limits import RateLimiter
+from rewards.judge_prompt import JudgePrompt
 
 FAULTS = (
     "429", "500", "slow", "cut", "truncated", "out of range", "injected", "prose", "empty",
@@ -154,7 +159,7 @@ def server(monkeypatch):
 def judge(server, tmp_path):
     def make(**arguments) -> JudgeReward:
         own = {"base_url": server.url, "cache": str(tmp_path / "judge.sqlite"), "timeout": 0.5}
-        return JudgeReward("tiny", "Is it long?", **(own | arguments))
+        return JudgeReward(model="tiny", rubric="Is it long?", **(own | arguments))
 
     return make
 
@@ -174,9 +179,9 @@ def test_with_a_third_of_all_requests_failing_none_is_lost_zeroed_or_paid_twice(
     completions = texts(500)
 
     def eager(**budget) -> JudgeReward:
-        one = judge(retries=30, **budget)
-        one.chance.uniform = lambda low, high: 0.0  # no back-off of its own
-        return one
+        return judge(
+            retries=30, backoff=0, timeout=3.0, **budget
+        )  # 0.5 s may pass on a busy machine
 
     first = ask(eager(max_calls=200), completions)
     assert 100 < sum(score is not None for score in first) < 250
@@ -208,9 +213,7 @@ def test_a_fault_that_lasts_is_a_missing_score_and_is_told(server, judge, fault)
 
 def test_retry_after_is_waited_for(server, judge):
     server.share, server.faults = 1.0, ("429",)
-    one = judge(retries=1)
-    one.chance.uniform = lambda low, high: 0.0  # no back-off of its own
-    ask(one, ["a"])
+    ask(judge(retries=1, backoff=0), ["a"])
     assert server.times[1] - server.times[0] >= 0.05
 
 
@@ -221,7 +224,7 @@ def test_no_more_requests_at_a_time_than_allowed(server, judge, concurrency):
     assert server.busiest == concurrency
 
 
-def test_pace_spreads_requests_and_tokens(monkeypatch):
+def test_a_rate_limiter_spreads_requests_and_tokens(monkeypatch):
     clock, waited = [100.0], []
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
 
@@ -229,16 +232,15 @@ def test_pace_spreads_requests_and_tokens(monkeypatch):
         waited.append(round(seconds, 6))
 
     monkeypatch.setattr(asyncio, "sleep", sleep)
-    request = {"messages": [{"content": "x" * 400}]}  # 100 tokens
 
-    async def turns(pace):
+    async def three(limiter):
         for _ in range(3):
-            await pace.turn(request)
+            await limiter.acquire(tokens=100)
 
-    asyncio.run(turns(Pace(120, None)))
+    asyncio.run(three(RateLimiter(120, None)))
     assert waited == [0, 0.5, 1.0]
     waited.clear()
-    asyncio.run(turns(Pace(120, 3000)))
+    asyncio.run(three(RateLimiter(120, 3000)))
     assert waited == [0, 2.0, 4.0], "a hundred of 3,000 tokens a minute"
 
 
@@ -259,7 +261,7 @@ def test_an_address_that_is_no_judges_is_refused(judge):
     with ThreadingHTTPServer(("127.0.0.1", 0), Web) as web:
         threading.Thread(target=web.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{web.server_address[1]}"
-        with pytest.raises(Refused, match="no chat completion but '<html>hello</html>'"):
+        with pytest.raises(FatalJudgeError, match="no chat completion but '<html>hello</html>'"):
             ask(judge(base_url=url, timeout=5.0), ["a"])
         web.shutdown()
 
@@ -341,8 +343,8 @@ def test_a_text_cannot_speak_for_the_judge(server, judge):
         (None, None),
     ],
 )
-def test_the_parse_never_guesses(judge, text, score):
-    assert judge().parse(text) == score
+def test_the_parse_never_guesses(text, score):
+    assert JudgePrompt("r").parse(text) == score
 
 
 @pytest.mark.parametrize(
@@ -350,8 +352,8 @@ def test_the_parse_never_guesses(judge, text, score):
     [('{"better": "A"}', 1), ('{"better": "tie"}', 0.5), ('{"better": "a"}', None),
      ('{"better": ["A"]}', None), ('{"score": 3}', None)],
 )  # fmt: skip
-def test_nor_does_that_of_pairs(judge, text, points):
-    assert judge(pairwise=True).parse(text) == points
+def test_nor_does_that_of_pairs(text, points):
+    assert JudgePrompt("r", pairwise=True).parse(text) == points
 
 
 def test_examples_and_schema_are_sent(server, judge):
@@ -368,7 +370,7 @@ def test_examples_and_schema_are_sent(server, judge):
 
 def test_a_refusal_ends_it_at_once(server, judge, monkeypatch):
     monkeypatch.setattr(Handler, "answer", lambda self, *_: self.reply(401, {}, {}))
-    with pytest.raises(Refused, match="the judge answers 401"):
+    with pytest.raises(FatalJudgeError, match="the judge answers 401"):
         ask(judge(), ["a"])
 
 
@@ -426,7 +428,7 @@ def test_a_prompt_or_a_text_that_is_in_all_requests_ends_nothing(
     if pairwise:
         assert ask(one, ["nasty", "a"]) == [None, None]
     assert ask(one, ["a", "b c"], ["nasty"] * 2) == [None, None]
-    with pytest.raises(Refused, match=r"rejects every request; .* filtered"):
+    with pytest.raises(FatalJudgeError, match=r"rejects every request; .* filtered"):
         ask(one, [f"nasty {k}" for k in "abcd"], ["P", "P", "Q", "Q"])
 
 
@@ -434,14 +436,13 @@ def test_a_prompt_or_a_text_that_is_in_all_requests_ends_nothing(
 def test_where_every_request_is_rejected_it_is_no_judge(server, judge, monkeypatch, texts):
     """An option that the endpoint does not have, for example."""
     scripted(monkeypatch, *[(400, {"error": {"message": "no response_format here"}})] * 2)
-    with pytest.raises(Refused, match=r"rejects every request; .* no response_format here"):
+    with pytest.raises(FatalJudgeError, match=r"rejects every request; .* no response_format here"):
         ask(judge(), texts)
 
 
 def test_a_page_or_half_an_answer_among_answers_is_tried_again(server, judge, monkeypatch):
     """From a proxy that is in trouble; of an endpoint that has answered, it says nothing more."""
-    one = judge(retries=3)
-    one.chance.uniform = lambda low, high: 0.0
+    one = judge(retries=3, backoff=0)
     ask(one, ["a"])
     page = b"<html>502</html>"
     scripted(
@@ -510,9 +511,8 @@ LATER = (429, {"error": {"message": "daily limit"}}, {"Retry-After": "34532"})
 
 
 def test_a_long_retry_after_is_said_and_not_waited_for(server, judge, monkeypatch, caplog):
-    monkeypatch.setattr("rewards.judge.LONGEST", 0.01)
     scripted(monkeypatch, LATER, LATER)
-    assert ask(judge(retries=1), ["a", "b"]) == [0.0, 0.0]
+    assert ask(judge(retries=1, max_wait=0.01), ["a", "b"]) == [0.0, 0.0]
     (said,) = caplog.messages
     assert said.startswith("the judge asks for 34532 s before it is asked again, and gets 0")
     assert "it answered 429" in said and "daily limit" in said
@@ -557,7 +557,6 @@ def test_an_interrupt_ends_the_waiting(server, judge, monkeypatch, once_it_waits
     with pytest.raises(Interrupted):
         ask(one, ["a"])
 
-    monkeypatch.setattr("rewards.judge.GRACE", 0.05)
     silent, asked = judge(timeout=60.0), threading.Event()
     done = threading.Event()
     monkeypatch.setattr(Handler, "answer", lambda *_: (asked.set(), done.wait(60)))
@@ -613,7 +612,7 @@ def test_a_refusal_books_what_was_paid_for(server, judge, monkeypatch, tmp_path)
         return real(self, body, fault)
 
     monkeypatch.setattr(Handler, "answer", answer)
-    with pytest.raises(Refused, match=r"the judge answers 401: .*no credit"):
+    with pytest.raises(FatalJudgeError, match=r"the judge answers 401: .*no credit"):
         ask(judge(concurrency=6, timeout=60.0), ["a", "a b", "bad", "c", "d", "e", "f", "g"])
     assert len(server.seen) == 6, "no further request"
     with sqlite3.connect(tmp_path / "judge.sqlite") as base:
@@ -625,8 +624,8 @@ def test_judges_that_share_a_cache_have_budgets_of_their_own(server, judge, tmp_
     cache = str(tmp_path / "judge.sqlite")
     other = {"base_url": server.url, "cache": cache}
     one = judge(max_cost=40.0, prices=(1e6, 2e6), concurrency=1)
-    cheap = JudgeReward("cheap", "Is it long?", **other)
-    kind = JudgeReward("tiny", "Is it kind?", max_calls=1, **other)
+    cheap = JudgeReward(model="cheap", rubric="Is it long?", **other)
+    kind = JudgeReward(model="tiny", rubric="Is it kind?", max_calls=1, **other)
     assert ask(cheap, ["a", "b", "c"]) == [0.0] * 3
     assert ask(kind, ["a", "b"]).count(None) == 1
     assert ask(one, ["a", "b", "c"]).count(None) == 1, "20 each, of its own two"
@@ -648,7 +647,7 @@ def test_the_key_is_taken_without_what_a_file_adds(server, judge, monkeypatch):
     for broken in ("sk-secret\nsk-other", "sk secret", "sk-secrét", "sk-secret\x00", " \n"):
         monkeypatch.setattr("os.environ", os.environ | {"MY_KEY": broken})
         with pytest.raises(ValueError, match="MY_KEY") as caught:
-            judge(key_env="MY_KEY")
+            judge(key_env="MY_KEY").start()
         assert "secr" not in str(caught.value) and caught.value.__context__ is None
 
 
@@ -664,11 +663,13 @@ def test_the_key_is_told_nobody(
     said = "".join(capfd.readouterr()) + caplog.text
     assert f"{status} - �[2Jwrong key [the key], not [the key]" in said
     assert "sk-secret" not in said and "\x1b" not in said
-    one = JudgeReward("tiny", "?", base_url=server.url, cache=str(tmp_path / "x"), retries=0)
+    one = JudgeReward(
+        model="tiny", rubric="?", base_url=server.url, cache=str(tmp_path / "x"), retries=0
+    )
     error: BaseException | None = None
     try:
         ask(one, ["a"])
-    except Refused as refusal:
+    except FatalJudgeError as refusal:
         error = refusal
     assert (error is None) == (status == 500)
     while error:
@@ -691,13 +692,12 @@ def test_a_server_on_this_machine_needs_no_key(server, judge, monkeypatch):
         None,
     ):
         with pytest.raises(ValueError, match="not in the environment variable OPENAI_API_KEY"):
-            judge(base_url=far)
+            judge(base_url=far).start()
 
 
 def test_what_it_took_is_told(server, judge, monkeypatch, capsys, tmp_path):
     told: dict = {}
-    one = judge(prices=(1e6, 2e6), retries=3, name="length")
-    one.chance.uniform = lambda low, high: 0.0
+    one = judge(prices=(1e6, 2e6), retries=3, backoff=0, name="length")
     asyncio.run(one(["p"], ["a"], log_metric=told.__setitem__))
     assert told == {"length/calls": 1, "length/retries": 0, "length/cached": 0, "length/cost": 20.0}
     scripted(monkeypatch, (500, {}), (200, completion("prose")))
@@ -722,13 +722,13 @@ def test_a_run_logs_what_its_judges_took(server, settings, tmp_path, main, capsy
     ("arguments", "message"),
     [
         ({"key_env": "NO_SUCH_KEY"}, "not in the environment variable NO_SUCH_KEY"),
-        ({"low": 5, "high": 5}, "low 5 is not below its high 5"),
-        ({"max_cost": 1.0}, "needs the prices"),
+        ({"low": 5, "high": 5}, "LOW 5 is not below its HIGH 5"),
+        ({"max_cost": 1.0}, "needs the PRICES"),
     ],
 )
 def test_mistakes(judge, arguments, message):
     with pytest.raises(ValueError, match=message):
-        judge(**arguments)
+        judge(**arguments).start()
 
 
 # Against a real server
@@ -750,9 +750,8 @@ def parrot(tmp_path_factory) -> Path:
     answer = [*tokenizer('{"score": 7}').input_ids, tokenizer.eos_token_id]
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for text in texts(400):
-        messages = JudgeReward("", "Is it good?", key_env="PATH")._request(
-            {"prompt": "Say:", "text": f"a {text} film"}
-        )["messages"]
+        case = {"prompt": "Say:", "text": f"a {text} film"}
+        messages = JudgePrompt("Is it good?").request("", case)["messages"]
         head = tokenizer(tokenizer.apply_chat_template(messages, tokenize=False)).input_ids
         ids = torch.tensor([[*head, *answer]])
         logits = model(ids).logits[0, len(head) - 1 : -1]
@@ -787,7 +786,7 @@ def test_a_real_server_that_speaks_openais_protocol(parrot, tmp_path, monkeypatc
         assert server.poll() is None, "".join(said)
         threading.Thread(target=server.stdout.read, daemon=True).start()  # a full pipe blocks
         judge = JudgeReward(
-            str(parrot), "Is it good?", base_url=f"http://127.0.0.1:{port}/v1",
+            model=str(parrot), rubric="Is it good?", base_url=f"http://127.0.0.1:{port}/v1",
             cache=str(tmp_path / "judge.sqlite"), timeout=60.0, concurrency=2, structured=False,
         )  # fmt: skip
         assert ask(judge, ["a film", "another film", "a third"]) == [6 / 9] * 3
@@ -807,31 +806,44 @@ def keys_of(settings, server, tmp_path, **more) -> dict:
     return settings | {"REWARDS": [spec | more, {"TYPE": "length", "TARGET": 6}], "STEPS": 4}
 
 
+def saved(folder: Path, keys: dict) -> Path:
+    """The file of a config."""
+    path = folder / "saved.json"
+    path.write_text(json.dumps(keys))
+    return path
+
+
+class BreaksDown(Scoring):
+    """Its server gives no judgement in the third step."""
+
+    def __init__(self, server: Server, config: RunConfig, parts: Parts):
+        own = parts.scoring
+        super().__init__(config, parts.runtime, own.rewards, own.held_out, parts.last_step)
+        self.server = server
+
+    def begin(self, batch, rollout, completions, step):
+        self.server.share, self.server.faults = float(step == 3), ("500",)
+        return super().begin(batch, rollout, completions, step)
+
+
 def test_too_many_missing_pause_the_run_and_it_goes_on_exactly(
-    server, settings, tmp_path, main, capsys, monkeypatch
+    server, settings, tmp_path, main, capsys
 ):
     out = Path(settings["OUTPUT_DIR"])
     keys = keys_of(settings, server, tmp_path)
     assert main(keys | {"OUTPUT_DIR": f"{out}-whole"}) == 0
     (tmp_path / "run.sqlite").unlink()
 
-    from adaptiverl.program import Run
-
-    begin = Run.begin_scoring
-
-    def break_down(run, *arguments):
-        server.share, server.faults = float(run.state.step == 3), ("500",)
-        return begin(run, *arguments)
-
-    monkeypatch.setattr(Run, "begin_scoring", break_down)
+    config = load_config(saved(tmp_path, keys), schema=RunConfig)
+    parts = build(config)
+    scoring = BreaksDown(server, config, parts)
     capsys.readouterr()
-    assert main(keys) == 3
+    assert train.run(config, dataclasses.replace(parts, scoring=scoring)) == 3
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("paused before step 3: 100% of the judgements of 'judge' are missing")
     assert f"Saved in {out / 'step-000002'}; RESUME=auto tries again" in said
     assert len(read_jsonl(out / "metrics.jsonl")) == 2
 
-    monkeypatch.setattr(Run, "begin_scoring", begin)
     server.share = 0.0
     assert main(keys_of(settings, server, tmp_path, RETRIES=3), "RESUME=auto") == 0
     whole = read_jsonl(Path(f"{out}-whole") / "metrics.jsonl")
@@ -842,7 +854,8 @@ def test_too_many_missing_pause_the_run_and_it_goes_on_exactly(
 
 def test_the_recipe_runs(server, main, tmp_path):
     """configs/judge.json: a dry run and ten steps."""
-    spec = load_config(ROOT / "configs/judge.json").REWARDS[0].model_dump(exclude_none=True)
+    recipe = load_config(ROOT / "configs/judge.json", schema=RunConfig)
+    spec = recipe.REWARDS[0].model_dump(by_alias=True, exclude_none=True)
     spec |= {"BASE_URL": server.url, "CACHE": str(tmp_path / "recipe.sqlite")}
     small = ["BATCH_SIZE=8", "MAX_NEW_TOKENS=8", f"OUTPUT_DIR={tmp_path / 'run'}"]
     small += [f"REWARDS={json.dumps([spec])}"]
@@ -935,12 +948,17 @@ def test_judgements_are_kept_as_they_come(server, judge, tmp_path):
 
 
 def test_the_local_judge_gives_the_log_odds_of_its_answers():
-    """By one unpadded pass a text and answer."""
+    """By one unpadded pass per text and answer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     model = str(ROOT / "adaptiverl/assets/policy")
-    judge = LocalJudgeReward(model, "Is the review good?", yes=" great", no=" terrible film")
+    judge = LocalJudgeReward(
+        model=model, rubric="Is the review good?", yes=" great", no=" terrible film"
+    )
     prompts, completions = ["I thought", "My wife"], [" it was a wonderful film.", " hated it"]
     scores = judge(prompts, completions)
-    tokenizer = judge.tokenizer
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    lm = AutoModelForCausalLM.from_pretrained(model).eval()
     for prompt, completion, score in zip(prompts, completions, scores, strict=True):
         logprobs = []
         for answer in (" great", " terrible film"):
@@ -952,7 +970,7 @@ def test_the_local_judge_gives_the_log_odds_of_its_answers():
             ids = [i for part in [*parts, answer] for i in tokenizer(part).input_ids]
             size = len(tokenizer(answer).input_ids)
             with torch.no_grad():
-                table = judge.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+                table = lm(torch.tensor([ids])).logits[0].log_softmax(-1)
             logprobs.append(
                 sum(table[k - 1, ids[k]].item() for k in range(len(ids) - size, len(ids)))
             )
@@ -973,4 +991,4 @@ def test_the_local_judge_gives_the_log_odds_of_its_answers():
 def test_mistakes_of_the_local_judge(arguments, message):
     model = str(ROOT / "adaptiverl/assets/policy")
     with pytest.raises(ValueError, match=message):
-        LocalJudgeReward(model, **({"rubric": "Good?"} | arguments))
+        LocalJudgeReward(model=model, **({"rubric": "Good?"} | arguments)).start()

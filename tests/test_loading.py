@@ -74,7 +74,7 @@ def test_an_adapter_goes_on_with_the_rank_that_it_has(main, settings, adapter, c
     assert main(keys | {"LORA_R": 4, "LORA_TARGETS": ["c_attn"]}) == 0
     assert main(keys | {"LORA_R": 16, "LORA_ALPHA": 32}) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
-        f"error: LORA_R is 16, but the adapter in MODEL {adapter} has 4 and goes on as it is: "
+        f"error: LORA_R is 16, but the adapter in MODEL {adapter} has 4 and keeps it: "
         "leave LORA_R out"
     )
 
@@ -103,7 +103,7 @@ def test_a_lora_run_that_is_resumed_otherwise_is_told_to_start_from_its_checkpoi
     keys |= {"RESUME": "auto", "OUTPUT_DIR": str(adapter.parent)}
     assert main(settings | keys) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert f"start a new run with MODEL={adapter} and another OUTPUT_DIR" in error
+    assert f"start a new one with MODEL={adapter} and another OUTPUT_DIR" in error
 
 
 # Odd tokenizers

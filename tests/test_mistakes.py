@@ -29,7 +29,8 @@ def mistake(main, settings, capsys, monkeypatch) -> Callable[..., str]:
 
     def mistake(keys: dict, *arguments: str) -> str:
         monkeypatch.setattr(
-            "adaptiverl.setup.load_policy", lambda *_, **__: pytest.fail("a model was loaded")
+            "transformers.AutoModelForCausalLM.from_pretrained",
+            lambda *_, **__: pytest.fail("a model was loaded"),
         )
         capsys.readouterr()
         status = main(settings | keys, *arguments)
@@ -93,7 +94,7 @@ def test_a_mistake_in_the_config_is_told_before_anything_heavy_is_imported():
         [sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
     )
     assert result.stdout == "2 []\n"
-    assert result.stderr.startswith('error: the command line: STEPS is "ten": input should be a ')
+    assert result.stderr.startswith('error: the command line: STEPS is "ten": it must be a ')
 
 
 # In this process
@@ -125,7 +126,7 @@ def test_malformed_json(settings, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["train.py", str(path)])
     with pytest.raises(SystemExit) as end:
         train.main()
-    want = f"{path}, line 3: Expecting ',' delimiter"
+    want = f"""{path}, line 3: unexpected '"' at column 2; is a comma missing before it?"""
     assert told(end.value.code, capsys.readouterr().err, settings) == want
 
 
@@ -224,10 +225,11 @@ def test_a_model_that_is_neither_folder_nor_hub_id(mistake, model):
         ({"TYPE": "cosine", "COLUMN": "answer"}, "{TRAIN_FILE} has no column 'answer' (COLUMN)"),
     ],
 )
-def test_a_reward_that_cannot_be_made(mistake, settings, reward, message):
+def test_a_reward_that_cannot_be_made(mistake, settings, tmp_path, reward, message):
     """Told with the place of the reward among the others."""
     rewards = [{"TYPE": "length", "NAME": "short", "MAX": 4}, reward]
-    assert mistake({"REWARDS": rewards}) == f"REWARDS.1: {message.format(**settings)}"
+    told = mistake({"REWARDS": rewards}).removeprefix(f"{tmp_path / 'keys.json'}: ")
+    assert told == f"REWARDS.1: {message.format(**settings)}"
 
 
 @pytest.mark.parametrize("folder", ["/nowhere/model", "./nowhere", "adaptiverl/assets/polcy"])
@@ -248,13 +250,13 @@ def test_a_python_reward_that_cannot_be_called(mistake, tmp_path, monkeypatch):
     (tmp_path / "narrow.py").write_text(
         "def narrow(prompts, completions):\n    return []\n"
         "def wanting(completions, answer, **_):\n    return []\n"
-        "class Unmade:\n    def __call__(self, completions, **_):\n        return []\n"
+        "class Made:\n    def __call__(self, completions):\n        return []\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     for name, why in (
         ("narrow", "got an unexpected keyword argument '"),
         ("wanting", "missing a required argument: 'answer'"),
-        ("Unmade", "got an unexpected keyword argument '"),
+        ("Made", "got an unexpected keyword argument '"),
     ):
         message = mistake({"REWARDS": [{"TYPE": "python", "FUNCTION": f"narrow:{name}"}]})
         assert message.startswith(f"REWARDS.0: it cannot be called as rewards are, by name: {why}")

@@ -6,7 +6,6 @@ import math
 import pickle
 import shutil
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,13 +15,13 @@ from test_adaptive import LOOPS
 from test_adaptive import model as small_model
 from torch import nn
 
-from adaptiverl import OnlineAdamW, OnlineRMSProp, OnlineSGD
-from adaptiverl.optim import learned, online, recurrent
-from adaptiverl.optim.controller import Controller
-from adaptiverl.optim.dynamics import dynamics
-from adaptiverl.optim.learned import Learned
-from adaptiverl.optim.trust_region import LastUpdate, alignment
-from adaptiverl.run.tracking import dynamics_lines
+from adaptiverl import AdaptiveOptimizer, OnlineAdamW, OnlineRMSProp, OnlineSGD
+from adaptiverl.optim.online import learned, recurrent
+from adaptiverl.optim.online import optimizers as online
+from adaptiverl.optim.online.dynamics import dynamics
+from adaptiverl.optim.online.learned import LearnedRate
+from adaptiverl.optim.update import LastUpdate, alignment
+from adaptiverl.training.metrics import dynamics_lines
 
 PAIRS = [
     (OnlineSGD, torch.optim.SGD, {"momentum": 0.9}),
@@ -62,7 +61,7 @@ def lively(optimizer: online.Online, size: float = 1.0) -> online.Online:
     chance = torch.Generator().manual_seed(1)
     weights = dict(optimizer.weights)
     weights["head"] = size * torch.randn(recurrent.HIDDEN, generator=chance)
-    optimizer._place(weights, weights)
+    optimizer.place(weights)
     return optimizer
 
 
@@ -108,8 +107,8 @@ def test_each_tensors_update_is_torchs_times_its_scale(ours, theirs, arguments):
             torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
     scales = optimizer.last["scale"]
     assert scales.abs().max() > 0.05, "they do differ"
-    assert scales.mean().abs() < 1e-6, "centred: the rate as a whole is the controller's"
-    assert scales.abs().max() <= 2 * recurrent.REACH
+    assert scales.mean().abs() < 1e-6, "centred: the rate as a whole is another's"
+    assert scales.abs().max() <= 2 * recurrent.MAX_LOG_SCALE
 
 
 def test_it_is_a_torch_optimizer_for_everyone_else():
@@ -191,12 +190,12 @@ def test_a_rate_that_groups_share_is_scaled_once(ours, theirs, arguments):
     parameters, rate = list(model.parameters()), torch.tensor(0.01)
     groups = [{"params": part, "lr": rate} for part in (parameters[:3], parameters[3:])]
     arguments = {k: v for k, v in arguments.items() if k != "fused"}
-    optimizer = ours(groups, weights=None, learn=False, lr_rule="cyclical", cycle_length=4,
-                     eta_min_scale=0.5, **arguments)  # fmt: skip
+    base = ours(groups, weights=None, learn=False, **arguments)
+    optimizer = AdaptiveOptimizer(base, "cyclical", cycle_length=4, eta_min_scale=0.5)
     for factor in (1.0, 0.75, 0.5):
         backward(model, 0)
         optimizer.step()
-        assert [r.item() for r in optimizer.rates.values()] == pytest.approx([0.01 * factor] * 6)
+        assert [r.item() for r in base.rates.values()] == pytest.approx([0.01 * factor] * 6)
     assert rate.item() == pytest.approx(0.01)
 
 
@@ -204,10 +203,9 @@ def test_a_rate_that_groups_share_is_scaled_once(ours, theirs, arguments):
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 def test_a_copy_goes_on_as_the_original_does(ours, theirs, arguments, copied):
     model = net()
-    optimizer = lively(ours(model.named_parameters(), lr=0.01, lr_rule="loss_decay", **arguments))
+    optimizer = lively(ours(model.named_parameters(), lr=0.01, **arguments))
     train(model, optimizer, range(5))
     other, twin = copied((model, optimizer))
-    assert twin.controller.optimizer is twin
     train(model, optimizer, range(5, 12))
     train(other, twin, range(5, 12))
     assert all(map(torch.equal, model.parameters(), other.parameters()))
@@ -235,19 +233,28 @@ def test_moments_of_other_shapes_are_refused():
         OnlineAdamW(wide.parameters()).load_state_dict(optimizer.state_dict())
 
 
-def test_rules_of_the_whole_rate_are_the_controllers():
+def test_rules_of_the_whole_rate_come_by_wrapping():
     model = net()
     before = weights_of(model)
-    optimizer = OnlineSGD(
-        model.parameters(), lr=1.0, weights=None, lr_rule="loss_decay", loss_k=1.0, loss_beta=0.0,
-        memory=math.inf, max_drift=1e9,
-    )  # fmt: skip
+    base = OnlineSGD(model.parameters(), lr=1.0, weights=None)
+    optimizer = AdaptiveOptimizer(
+        base, "loss_decay", loss_k=1.0, loss_beta=0.0, memory=math.inf, max_drift=1e9, steps=4
+    )
     backward(model, 0)
     optimizer.observe(loss=1.0)
-    optimizer.step()
+    optimizer.step(measure_kl=lambda: 0.04)
     for p, old in zip(model.parameters(), before, strict=True):
         torch.testing.assert_close(p.detach(), old - 0.5 * p.grad)
-    assert optimizer.param_groups[0]["lr"] == 1.0
+    assert base.param_groups[0]["lr"] == 1.0
+    optimizer.observe(loss=3.0, reward=math.nan)
+    assert base.signals == pytest.approx([math.log(10) / 2, 0.0, 1.8 / 1.1, -0.25], rel=1e-6), (
+        "it sees the signals too: KL over its target, no reward, the loss, the share done"
+    )
+
+
+def test_wrong_arguments_are_refused():
+    model = net()
+    optimizer = OnlineSGD(model.parameters(), lr=1.0)
     with pytest.raises(TypeError, match="lr_ruel"):
         OnlineSGD(model.parameters(), lr=1.0, weights=None, lr_ruel="trend")
     with pytest.raises(ValueError, match="foreach cannot take each tensor's rate"):
@@ -284,7 +291,7 @@ def test_the_hidden_state_matters():
     scales = []
     for hidden in (optimizer.hidden, torch.zeros_like(optimizer.hidden)):
         x = optimizer.last["x"]
-        scales.append(recurrent.answer(optimizer.weights, x, hidden, centred=True)[0])
+        scales.append(recurrent.answer(optimizer.weights, x, hidden, torch.ones(len(x)))[0])
     assert (scales[0] - scales[1]).abs().max() > 0.01
 
 
@@ -304,19 +311,19 @@ def test_bad_gradients_leave_it_finite(ours, theirs, arguments, bad):
 
 
 def test_learning_raises_the_scale_of_what_gains():
-    weights = home = recurrent.fresh(online.FEATURES)
+    weights = anchor = recurrent.fresh(online.FEATURES)
     x, hidden = torch.randn(3, online.FEATURES), torch.zeros(3, recurrent.HIDDEN)
-    gain = torch.tensor([0.2, 0.0, -0.2])
+    gain, among = torch.tensor([0.2, 0.0, -0.2]), torch.ones(3)
     for _ in range(20):
-        weights = recurrent.learn(weights, home, x, hidden, gain, centred=True)
-    scale, _ = recurrent.answer(weights, x, hidden, centred=True)
+        weights = recurrent.learn(weights, anchor, x, hidden, gain, among)
+    scale, _ = recurrent.answer(weights, x, hidden, among)
     assert scale[0] > 0.01 > -0.01 > scale[2]
-    before = recurrent.answer(home, x, hidden, centred=True)[0]
+    before = recurrent.answer(anchor, x, hidden, among)[0]
     assert torch.equal(before, torch.zeros(3)), "from exactly nothing"
-    idle = recurrent.learn(weights, home, x, hidden, torch.zeros(3), centred=True)
-    assert sum((idle[k] - home[k]).square().sum() for k in home) < sum(
-        (weights[k] - home[k]).square().sum() for k in home
-    ), "without gain it leans back to where it began"
+    idle = recurrent.learn(weights, anchor, x, hidden, torch.zeros(3), among)
+    assert sum((idle[k] - anchor[k]).square().sum() for k in anchor) < sum(
+        (weights[k] - anchor[k]).square().sum() for k in anchor
+    ), "without gain it goes back to where it started"
 
 
 def test_its_gradient_is_the_hypergradient():
@@ -402,7 +409,7 @@ def test_its_state_is_small():
     model = nn.ModuleList([nn.Linear(300, 300) for _ in range(74)])
     optimizer = OnlineAdamW(model.parameters())
     state = optimizer.state_dict()["online"]
-    held = [state["hidden"], *(t for k in ("weights", "home", "last") for t in state[k].values())]
+    held = [state["hidden"], *(t for k in ("weights", "anchor", "last") for t in state[k].values())]
     assert len(optimizer.tensors) == 148
     assert sum(t.numel() * t.element_size() for t in held) < 1e6
 
@@ -439,7 +446,7 @@ def test_another_set_of_parameters_or_version_is_refused():
     with pytest.raises(ValueError, match=r"of other tensors: 3\.bias there, none here"):
         OnlineAdamW(list(model.named_parameters())[:5]).load_state_dict(state)
     state["online"]["version"] = 0
-    with pytest.raises(ValueError, match="of version 0, this program reads 1"):
+    with pytest.raises(ValueError, match="of version 0, this program reads 2"):
         OnlineAdamW(model.named_parameters()).load_state_dict(state)
 
 
@@ -453,7 +460,7 @@ def test_torchs_own_state_can_be_taken_over():
     assert optimizer.state[next(model.parameters())]["step"] == 3
 
 
-def test_dynamics_are_told_as_the_seed_shows_them():
+def test_dynamics_are_reported_as_the_document_shows_them():
     model = net()
     optimizer = OnlineAdamW(model.named_parameters(), weights=None)
     train(model, optimizer, range(2))
@@ -474,65 +481,59 @@ def test_dynamics_are_told_as_the_seed_shows_them():
 # The rule "learned"
 
 
-def fresh_rule(monkeypatch) -> Callable[[], Controller]:
-    home = recurrent.fresh(learned.FEATURES)
-    monkeypatch.setattr(recurrent, "trained", lambda name: home)
-    return lambda: Controller(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0),
-                              lr_rule="learned")  # fmt: skip
+def fresh_rule() -> LearnedRate:
+    rule = LearnedRate()
+    rule.place(recurrent.fresh(learned.FEATURES))
+    return rule
 
 
-def test_the_learned_rule_with_a_head_of_zeros_changes_nothing(monkeypatch):
-    controller = fresh_rule(monkeypatch)()
+def test_the_learned_rule_with_a_head_of_zeros_changes_nothing():
+    rule = fresh_rule()
     for step in range(20):
-        controller.observe(loss=1.0 / (step + 1), reward=float(step), kl=0.1)
-        controller.tick()
-    assert controller.optimizer.param_groups[0]["lr"] == 1.0
+        rule.observe(loss=1.0 / (step + 1), reward=float(step))
+        rule.observe_update(0.1, 0.004)
+        rule.tick()
+    assert rule.ratio == 1.0
 
 
 @pytest.mark.parametrize(("cosine", "up"), [(0.3, True), (-0.3, False)])
-def test_the_learned_rule_learns_from_gradients_that_agree(monkeypatch, cosine, up):
-    controller = fresh_rule(monkeypatch)()
+def test_the_learned_rule_learns_from_gradients_that_agree(cosine, up):
+    rule = fresh_rule()
     for _ in range(100):
-        controller.observe(loss=1.0, kl=0.004, alignment=cosine)
-        controller.tick()
-    rate = controller.optimizer.param_groups[0]["lr"]
-    assert (rate > 1.2) if up else (rate < 0.8)
-    assert 1 / learned.FARTHEST <= rate <= learned.FARTHEST
+        rule.observe(loss=1.0)
+        rule.observe_update(0.004, 0.004, cosine)
+        rule.tick()
+    assert (rule.ratio > 1.2) if up else (rule.ratio < 0.8)
+    assert 1 / learned.MAX_RATIO <= rule.ratio <= learned.MAX_RATIO
 
 
-def test_the_learned_rule_stays_where_no_kl_tells_what_it_does():
-    controller = Controller(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0),
-                            lr_rule="learned")  # fmt: skip
+def test_the_learned_rule_stays_while_no_kl_is_measured():
+    rule = LearnedRate()
     for step in range(20):
-        controller.observe(loss=float(step % 3), reward=float(step), alignment=0.5)
-        controller.tick()
-    assert controller.optimizer.param_groups[0]["lr"] == 1.0
-    controller.observe(kl=0.04)
-    controller.tick()
-    assert controller.optimizer.param_groups[0]["lr"] != 1.0
+        rule.observe(loss=float(step % 3), reward=float(step))
+        rule.tick()
+    assert rule.ratio == 1.0
+    rule.observe_update(0.04, 0.004)
+    rule.tick()
+    assert rule.ratio != 1.0
 
 
 def test_the_learned_rule_goes_on_from_its_state():
-    def run(controller: Controller, steps: range) -> list[float]:
+    def run(rule: LearnedRate, steps: range) -> list[float]:
         rates = []
         for step in steps:
-            controller.observe(loss=math.sin(step), kl=0.01 * (1 + step % 3), alignment=0.1)
-            controller.tick()
-            rates.append(controller.optimizer.param_groups[0]["lr"])
+            rule.observe(loss=math.sin(step), reward=math.nan)
+            rule.observe_update(0.01 * (1 + step % 3), 0.004, 0.1)
+            rule.tick()
+            rates.append(rule.ratio)
         return rates
 
-    def make() -> Controller:
-        return Controller(
-            torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0), lr_rule="learned"
-        )
-
-    whole = run(make(), range(20))
-    part, again = make(), make()
+    whole = run(LearnedRate(), range(20))
+    part, again = LearnedRate(), LearnedRate()
     run(part, range(8))
     file = io.BytesIO()
     torch.save(part.state_dict(), file)
     file.seek(0)
-    again.optimizer.param_groups[0]["lr"] = part.optimizer.param_groups[0]["lr"]
     again.load_state_dict(torch.load(file, weights_only=True))
     assert run(again, range(8, 20)) == whole[8:]
 
@@ -542,7 +543,7 @@ def test_weights_came_with_it():
         weights, like = recurrent.trained(name), recurrent.fresh(features)
         assert {k: w.shape for k, w in weights.items()} == {k: w.shape for k, w in like.items()}
     assert recurrent.ASSETS.stat().st_size < 100_000
-    assert Learned().weights.keys() == recurrent.trained("rate").keys()
+    assert LearnedRate().weights.keys() == recurrent.trained("rate").keys()
 
 
 # In the program
@@ -574,4 +575,4 @@ def test_a_run_by_the_learned_rule(settings, main):
     moved = {row["rule"] for row in read_jsonl(out / "controller.jsonl")}
     assert moved == {"learned"}
     rows = read_jsonl(out / "metrics.jsonl")
-    assert all(row["kl_step"] is not None for row in rows)
+    assert all(row["update_kl"] is not None for row in rows)

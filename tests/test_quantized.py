@@ -12,9 +12,10 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from adaptiverl.rl.policy import Policy, load_policy, load_tokenizer
+from adaptiverl.rl.loading import load_policy, load_tokenizer
+from adaptiverl.rl.policy import Policy
 from adaptiverl.rl.rollout import uniforms
-from adaptiverl.rl.sampler import Sampler
+from adaptiverl.rl.sampling.sampler import Sampler
 
 EMBEDDED = ROOT / "adaptiverl/assets/policy"
 
@@ -55,7 +56,7 @@ def measured(policy: Policy, folder: Path) -> tuple[torch.Tensor, list[torch.Ten
     with torch.no_grad():
         rollout = sampler(["This", "The acting in this film"], uniforms(0, 1, 2, 4))
     trained = [p for p in policy.parameters() if p.requires_grad]
-    score = policy.weighted_logprobs(rollout, rollout.completion_mask.float())[0]
+    score = policy(rollout.with_weights(rollout.completion_mask.float())).score
     return rollout.logprobs, list(torch.autograd.grad(score, trained))
 
 

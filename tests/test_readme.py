@@ -1,4 +1,4 @@
-"""README.md is true: its config table is complete, its commands run, its links lead somewhere."""
+"""README.md is true: tables are those of the declarations, commands run, links lead somewhere."""
 
 import json
 import re
@@ -8,29 +8,32 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, read_jsonl
 
-from adaptiverl.run.config import Config
-from adaptiverl.run.reading import load_config
-from adaptiverl.run.reward_config import REWARD_KINDS, Reward
+from adaptiverl.commands.keys import default_text
+from adaptiverl.config.loading import load_config
+from adaptiverl.training.keys import RunConfig
+from rewards import REWARD_TYPES, Reward
+from rewards.__main__ import with_table
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^python train\.py (.*?)(?:\s+#.*)?$", README, flags=re.MULTILINE)
 
 
-def test_the_config_table_lists_every_key_with_its_default():
-    rows = dict(re.findall(r"^\| `([A-Z_0-9]+)` \| (.*?) \|", README, flags=re.MULTILINE))
-    for name, field in Config.model_fields.items():
-        if name in ("SCHEMA", "REWARDS"):
-            continue
-        assert rows[name] == f"`{json.dumps(field.default)}`", name
-    assert rows.keys() - {"REWARDS"} == Config.model_fields.keys() - {"SCHEMA", "REWARDS"}
+def test_the_table_of_common_keys_has_their_defaults_and_meanings():
+    rows = re.findall(r"^\| `([A-Z_0-9]+)` \| `(.*?)` \| (.*) \|$", README, flags=re.MULTILINE)
+    assert len(rows) == len({key for key, _, _ in rows}) == 12
+    for key, default, meaning in rows:
+        field = RunConfig.model_fields[key]
+        assert default == default_text(field), key
+        assert field.description and meaning.startswith(field.description), key
 
 
-def test_the_rewards_table_lists_every_key_of_every_reward():
-    for kind in REWARD_KINDS:
-        name = kind.model_fields["TYPE"].annotation.__args__[0]
+def test_the_rewards_table_is_that_of_the_declarations():
+    assert with_table(README) == README, "run `python -m rewards`"
+    for kind in REWARD_TYPES:
+        name = kind.model_fields["type"].default
         row = re.search(rf"^\| `{name}` \|(.*)$", README, flags=re.MULTILINE)
-        for key in kind.model_fields.keys() - {"TYPE"} - Reward.model_fields.keys():
-            assert row and f"`{key}`" in row.group(1), f"{name}: {key}"
+        for key in kind.model_fields.keys() - Reward.model_fields.keys():
+            assert row and f"`{key.upper()}`" in row.group(1), f"{name}: {key}"
 
 
 def test_files_it_links_to_exist():
@@ -42,7 +45,7 @@ def test_every_command_has_a_valid_config():
     assert len(COMMANDS) >= 4
     for command in COMMANDS:
         path, *rest = shlex.split(command)
-        load_config(ROOT / path, [word for word in rest if word != "--dry-run"])
+        load_config(ROOT / path, [word for word in rest if word != "--dry-run"], schema=RunConfig)
 
 
 def test_the_commands_to_try_run_as_written(tmp_path, monkeypatch, capsys):
@@ -72,16 +75,20 @@ def test_the_example_in_python_gives_what_its_comment_says():
     assert namespace["result"] == json.loads(comment)
 
 
-@pytest.mark.parametrize("block", [2, 3])
-def test_the_optimizers_lines_run(block):
+@pytest.mark.parametrize("blocks", [(2,), (2, 3), (4,)])
+def test_the_optimizers_lines_run(blocks):
+    """The third one takes its imports from the second."""
     import torch
 
-    model = torch.nn.Linear(2, 1)
-    loss = model(torch.ones(2)).sum()
-    namespace = {"model": model, "loss": loss, "AdamW": torch.optim.AdamW}
-    before = model.weight.detach().clone()
-    exec(README.split("```python")[block].split("```")[0], namespace)
-    assert not torch.equal(before, model.weight)
+    model, inputs = torch.nn.Linear(2, 3), torch.randn(4, 2)
+    namespace = {"model": model, "inputs": inputs, "AdamW": torch.optim.AdamW}
+    for block in blocks:
+        namespace["loss"] = -model(inputs).log_softmax(-1)[:, 0].mean()
+        before = model.weight.detach().clone()
+        exec(README.split("```python")[block].split("```")[0], namespace)
+        assert not torch.equal(before, model.weight)
+    if 3 in blocks:
+        assert namespace["optimizer"].info.kl < 0.01, "from a rate of 1"
 
 
 @pytest.mark.parametrize("target", ["train", "test"])

@@ -5,21 +5,32 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ENVIRONMENT, ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import TypeAdapter, ValidationError
 
-from adaptiverl.rl.reinforce import advantages
-from rewards import CompositeReward, make_reward
-from rewards.classifier import ClassifierReward
+from adaptiverl.rl.reinforce import BASELINES, advantages
+from rewards import (
+    REWARD_TYPES,
+    AnyReward,
+    ClassifierReward,
+    CompositeReward,
+    CosineReward,
+    LengthReward,
+    PythonReward,
+    RegexReward,
+    Reward,
+)
 from rewards.messages import text_of
-from rewards.scores import LARGEST
-from rewards.text import LengthReward, RegexReward
+from rewards.scores import LARGEST, as_list, as_tensor
 
 property_test = settings(deadline=None, derandomize=True, database=None, max_examples=100)
 
@@ -57,17 +68,17 @@ def test_regex_scores(options, scores):
 
 def test_regex_refuses_a_bad_pattern_by_name():
     with pytest.raises(ValueError, match=r"pattern '\(open' is no regular expression"):
-        RegexReward(["fine", "(open"])
+        RegexReward(patterns=["fine", "(open"])
 
 
 def test_regex_takes_a_bad_pattern_literally():
-    assert RegexReward("(open", literal=True)(["p"] * 2, ["(open", "open"]) == [1, 0]
+    assert RegexReward(patterns="(open", literal=True)(["p"] * 2, ["(open", "open"]) == [1, 0]
 
 
 @pytest.mark.parametrize("patterns", ["", [], ["fine", ""]])
 def test_regex_refuses_empty_patterns(patterns):
     with pytest.raises(ValueError, match="PATTERNS needs at least one pattern, none of them empty"):
-        RegexReward(patterns)
+        RegexReward(patterns=patterns)
 
 
 PATTERNS = [
@@ -89,7 +100,7 @@ def test_regex_finds_what_re_finds(ignore_case):
     for pattern in PATTERNS:
         source = re.compile(pattern, re.IGNORECASE if ignore_case else 0)
         wanted = [float(source.search(text) is not None) for text in WRITTEN]
-        found = RegexReward(pattern, ignore_case=ignore_case)(prompts_of(WRITTEN), WRITTEN)
+        found = RegexReward(patterns=pattern, ignore_case=ignore_case)(prompts_of(WRITTEN), WRITTEN)
         assert found == wanted, pattern
 
 
@@ -99,15 +110,17 @@ def test_regex_finds_what_re_finds(ignore_case):
 def test_regex_has_the_errors_of_re(pattern):
     with pytest.raises(re.error) as known:
         re.compile(pattern)
-    with pytest.raises(ValueError) as caught:
-        RegexReward(pattern)
-    assert str(caught.value) == f"pattern {pattern!r} is no regular expression: {known.value}"
+    with pytest.raises(ValidationError) as caught:
+        RegexReward(patterns=pattern)
+    assert (
+        str(caught.value.errors()[0]["ctx"]["error"])
+        == f"pattern {pattern!r} is no regular expression: {known.value}"
+    )
 
 
-def test_a_pattern_that_takes_for_ever_leaves_the_completion_out(monkeypatch, caplog):
-    monkeypatch.setattr("rewards.text.SECONDS", 0.05)
+def test_a_pattern_that_takes_for_ever_leaves_the_completion_out(caplog):
     for options in ({}, {"negate": True}, {"match": "all"}):
-        reward = RegexReward(["^(a|aa)+$", "b"], **options)
+        reward = RegexReward(patterns=["^(a|aa)+$", "b"], timeout=0.05, **options)
         answer = reward(["p"] * 3, ["a" * 60 + "!", "aaa b", "a" * 70 + "?"])
         assert answer[0] is None and answer[1] is not None and answer[2] is None
     said = [line for line in caplog.messages if "left out" in line]
@@ -116,7 +129,7 @@ def test_a_pattern_that_takes_for_ever_leaves_the_completion_out(monkeypatch, ca
 
 
 def test_the_pattern_that_takes_re_fifteen_seconds():
-    assert RegexReward(r"^(\w+\s?)*$")(["p"] * 2, ["a" * 26, "a" * 26 + "!"]) == [1, 0]
+    assert RegexReward(patterns=r"^(\w+\s?)*$")(["p"] * 2, ["a" * 26, "a" * 26 + "!"]) == [1, 0]
 
 
 # Length
@@ -179,7 +192,7 @@ def minilm() -> str:
 
 @pytest.fixture(scope="module")
 def cosine(minilm):
-    return make_reward("cosine", model=minilm)
+    return CosineReward(model=minilm)
 
 
 GUITAR = "A man is playing a guitar."
@@ -226,7 +239,7 @@ def test_cosine_refuses_a_missing_column(cosine):
 
 
 def test_cosine_compares_with_the_named_column(minilm):
-    reward = make_reward("cosine", model=minilm, column="answer")
+    reward = CosineReward(model=minilm, column="answer")
     scores = reward(["p"], [GUITAR], answer=[GUITAR], reference=["Rain."])
     assert scores == pytest.approx([1], abs=1e-5)
 
@@ -238,8 +251,11 @@ def test_cosine_ignores_the_length_of_embeddings(cosine, minilm, tmp_path):
     (tmp_path / "modules.json").unlink()
     modules = json.loads((Path(minilm) / "modules.json").read_text())
     (tmp_path / "modules.json").write_text(json.dumps(modules[:2]))
-    longer = make_reward("cosine", model=str(tmp_path))
-    embedded = longer.model.encode([GUITAR], convert_to_tensor=True, show_progress_bar=False)
+    longer = CosineReward(model=str(tmp_path))
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(tmp_path))
+    embedded = model.encode([GUITAR], convert_to_tensor=True, show_progress_bar=False)
     assert abs(embedded.norm().item() - 1) > 0.1
     references = {"reference": [GUITAR, GUITAR, GUITAR]}
     expected = cosine(prompts_of(SENTENCES), SENTENCES, **references)
@@ -315,7 +331,9 @@ def logits_by_hand(folder: str, text: str) -> list[float]:
 
 
 def classify(folder: str, completions: list[str], label: str = "positive", **options) -> list:
-    return ClassifierReward(folder, label, **options)(prompts_of(completions), completions)
+    return ClassifierReward(model=folder, label=label, **options)(
+        prompts_of(completions), completions
+    )
 
 
 def test_logit_is_the_raw_logit(classifier):
@@ -383,7 +401,7 @@ def test_long_texts_fit_models_that_count_positions_otherwise(classifier, tmp_pa
 
 
 def test_padding_changes_no_score(classifier):
-    reward = ClassifierReward(classifier, "positive", output="logit")
+    reward = ClassifierReward(model=classifier, label="positive", output="logit")
     alone = [reward(["p"], [text])[0] for text in REVIEWS]
     assert reward(prompts_of(REVIEWS), REVIEWS) == pytest.approx(alone, abs=1e-5)
 
@@ -392,7 +410,7 @@ def test_unknown_label_is_refused_before_weights_are_loaded(tmp_path):
     config = {"model_type": "bert", "id2label": {"0": "POSITIVE", "1": "NEGATIVE"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="has no label 'neutral', only POSITIVE, NEGATIVE"):
-        ClassifierReward(str(tmp_path), "neutral")
+        ClassifierReward(model=str(tmp_path), label="neutral").start()
 
 
 def test_blank_completions_have_no_score(classifier):
@@ -403,7 +421,9 @@ def test_blank_completions_have_no_score(classifier):
 
 def test_with_prompt_classifies_both(classifier):
     prompts, completions = ["the dull ", "good "], ["film", "film"]
-    both = ClassifierReward(classifier, "positive", with_prompt=True)(prompts, completions)
+    both = ClassifierReward(model=classifier, label="positive", with_prompt=True)(
+        prompts, completions
+    )
     expected = classify(classifier, ["the dull film", "good film"])
     assert both == pytest.approx(expected, abs=1e-5)
     assert abs(both[0] - both[1]) > 0.001
@@ -434,18 +454,156 @@ def test_python_reward_by_name(tmp_path, monkeypatch):
         "    return [float(sum(c in 'aeiou' for c in text)) for text in completions]\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    reward = make_reward("python", function="my_own_reward:vowels")
+    reward = PythonReward(function="my_own_reward:vowels")
+    assert reward.name == "vowels"
     assert reward(prompts=["p"] * 2, completions=["aie", "xyz"]) == [3, 0]
     for name in ("missing", "NUMBER"):
         with pytest.raises(ValueError, match=f"module my_own_reward has no function {name}"):
-            make_reward("python", function=f"my_own_reward:{name}")
+            PythonReward(function=f"my_own_reward:{name}").start()
     with pytest.raises(ModuleNotFoundError, match="no_such_module"):
-        make_reward("python", function="no_such_module:vowels")
+        PythonReward(function="no_such_module:vowels").start()
 
 
-def test_unknown_kind_is_refused():
-    with pytest.raises(ValueError, match="no reward is called 'magic'"):
-        make_reward("magic")
+ARGUED = """
+import functools
+from rewards import Reward
+
+def counts(completions, letter="a", **columns):
+    return [float(text.count(letter)) for text in completions]
+
+def counter(letter):
+    return functools.partial(counts, letter=letter)
+
+async def later(completions, letter, **columns):
+    return counts(completions, letter)
+
+class Counter:
+    made = 0
+    def __init__(self, letter):
+        type(self).made += 1
+        self.letter = letter
+    def __call__(self, completions, **columns):
+        return counts(completions, self.letter)
+
+class Declared(Reward):
+    type: str = "declared"
+    letter: str
+    def __call__(self, prompts, completions, **columns):
+        self.start()
+        return counts(completions, self.letter)
+
+class Silent:
+    pass
+
+def narrow(prompts, completions):
+    return [0.0] * len(completions)
+"""
+
+
+@pytest.fixture
+def argued(tmp_path, monkeypatch):
+    (tmp_path / "argued.py").write_text(ARGUED)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "argued", raising=False)
+    return lambda name, **args: PythonReward(function=f"argued:{name}", args=args)
+
+
+@pytest.mark.parametrize("name", ["counts", "counter", "Counter", "Declared"])
+def test_args_go_to_a_function_a_factory_or_a_class(argued, name):
+    reward = argued(name, letter="b")
+    for _ in range(2):
+        assert reward(prompts=["p"] * 2, completions=["abba", "xyz"]) == [2, 0]
+    assert not reward.is_async
+    if name == "Counter":
+        assert sys.modules["argued"].Counter.made == 1, "once, not for each batch"
+
+
+def test_args_go_to_an_async_function(argued):
+    reward = argued("later", letter="b")
+    assert reward.is_async
+    assert CompositeReward([reward])(["p"], ["abba"]) == [2]
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "message"),
+    [
+        ("counts", {1: 2}, "string"),
+        ("counter", {}, "argued:counter does not take these ARGS: missing a required argument"),
+        ("counter", {"word": "a"}, "argued:counter does not take these ARGS"),
+        ("Counter", {"lettre": "a"}, "argued:Counter does not take these ARGS"),
+        ("Silent", {}, r"argued:Silent makes .*, which cannot be called"),
+        ("narrow", {"letter": "b"}, "argued:narrow does not take these ARGS"),
+    ],
+)
+def test_a_function_that_cannot_be_called_so_is_refused_at_the_start(argued, name, args, message):
+    with pytest.raises(ValueError, match=message):
+        argued(name, **args).start() if args != {1: 2} else PythonReward(
+            function=f"argued:{name}", args=args
+        )
+
+
+def test_a_function_that_takes_no_columns_is_refused_where_there_are_some(argued):
+    with pytest.raises(ValueError, match=r"cannot be called as rewards are, by name: .* and \*\*c"):
+        argued("narrow").check_columns({"reference"}, "prompts.json")
+    argued("counts").check_columns({"reference"}, "prompts.json")
+
+
+# Declarations
+
+
+def test_a_declaration_is_its_schema_its_constructor_and_its_config():
+    written = {"TYPE": "length", "TARGET": "3", "WEIGHT": 2}
+    reward = TypeAdapter(AnyReward).validate_python(written)
+    assert reward == LengthReward(target=3, weight=2.0)
+    assert (reward.name, reward.changed()) == ("length", {"TARGET", "WEIGHT"})
+    assert TypeAdapter(AnyReward).validate_python(written | {"NAME": None}).name == "length"
+    saved = json.loads(reward.model_dump_json())
+    assert saved["TARGET"] == 3 and saved["NAME"] == "length" and saved["MIN"] is None
+    assert TypeAdapter(AnyReward).validate_python(saved) == reward
+    with pytest.raises(ValidationError, match="frozen"):
+        reward.target = 4
+
+
+@pytest.mark.parametrize("kind", REWARD_TYPES)
+def test_every_key_is_described_and_needs_no_other_place(kind):
+    assert issubclass(kind, Reward) and kind.__doc__
+    assert all(field.description for name, field in kind.model_fields.items() if name != "type")
+    schema = kind.model_json_schema()
+    assert schema["required"][0] == "TYPE"
+    assert schema["properties"].keys() == {name.upper() for name in kind.model_fields}
+    for keys in (kind.free_keys, kind.training_keys):
+        assert keys <= schema["properties"].keys()
+
+
+def test_declaring_loads_nothing_heavy():
+    code = (
+        "import sys\n"
+        "from rewards import *\n"
+        "import rewards\n"
+        "ClassifierReward(model='nowhere'); JudgeReward(model='m', rubric='r')\n"
+        "HumanReward(where='web'); LocalJudgeReward(model='m', rubric='r')\n"
+        "CosineReward(); PythonReward(function='nowhere:f')\n"
+        "heavy = {'numpy', 'torch', 'transformers', 'openai', 'fastapi', 'sklearn'}\n"
+        "heavy &= set(sys.modules)\n"
+        "assert not heavy, heavy"
+    ).replace(
+        "from rewards import *\n",
+        "from rewards import (ClassifierReward, CosineReward, "
+        "HumanReward, JudgeReward, LocalJudgeReward, PythonReward)\n",
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_copy_shares_nothing_with_its_declaration(classifier):
+    declared = ClassifierReward(model=classifier, label="positive")
+    one = declared.model_copy()
+    one.start()
+    with pytest.raises(ValueError, match="has no label 'neutral'"):
+        declared.model_copy(update={"label": "neutral"}).start()
+    assert one(["p"], ["good film"]) == declared(["p"], ["good film"])
 
 
 def test_trl_reward_on_token_ids():
@@ -460,11 +618,11 @@ def test_trl_reward_on_token_ids():
 
 
 def test_trl_reward_on_conversations():
-    reward = make_reward("python", function="trl.rewards:think_format_reward")
+    reward = PythonReward(function="trl.rewards:think_format_reward")
     texts = ["<think>Hm.</think> Yes.", "Yes.", "<think>Hm. Yes."]
     completions = [[{"role": "assistant", "content": text}] for text in texts]
     prompts = [[{"role": "user", "content": "Well?"}]] * 3
-    directly = reward(completions=completions)
+    directly = reward(prompts=prompts, completions=completions)
     assert directly == [1, 0, 0]
     assert CompositeReward({"r": reward})(prompts, completions) == directly
 
@@ -478,13 +636,13 @@ def chat(text: str) -> list[dict]:
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
-        ("regex", {"patterns": "^good"}),
-        ("length", {"target": 3, "unit": "words"}),
-        ("classifier", {"label": "positive"}),
+        (RegexReward, {"patterns": "^good"}),
+        (LengthReward, {"target": 3, "unit": "words"}),
+        (ClassifierReward, {"label": "positive"}),
     ],
 )
 def test_our_rewards_read_conversations(classifier, kind, options):
-    reward = make_reward(kind, **options, **({"model": classifier} if kind == "classifier" else {}))
+    reward = kind(**options, **({"model": classifier} if kind is ClassifierReward else {}))
     plain = reward(["p"] * 2, ["good film", "bad film bad"])
     prompts = [[{"role": "user", "content": "Well?"}]] * 2
     assert reward(prompts, [chat("good film"), chat("bad film bad")]) == plain
@@ -516,7 +674,7 @@ def test_messages_as_text(messages, text):
 
 
 def test_a_classifier_reads_the_prompt_of_a_conversation(classifier):
-    reward = ClassifierReward(classifier, "positive", with_prompt=True)
+    reward = ClassifierReward(model=classifier, label="positive", with_prompt=True)
     asked = [{"role": "user", "content": "the dull"}]
     assert reward([asked], [chat("film")]) == reward(["the dull\n"], ["film"])
 
@@ -541,9 +699,9 @@ def test_our_rewards_take_trl_keywords(classifier, cosine):
     columns = {"reference": ["good film", "bad"], "label": [0, 1]}
     texts = ["good film", "bad film bad"]
     rewards = {
-        "regex": make_reward("regex", patterns="good"),
-        "length": make_reward("length", target=2),
-        "classifier": make_reward("classifier", model=classifier, label="positive"),
+        "regex": RegexReward(patterns="good"),
+        "length": LengthReward(target=2),
+        "classifier": ClassifierReward(model=classifier, label="positive"),
         "cosine": cosine,
     }
     answers = [as_trl_calls(reward, texts, **columns) for reward in rewards.values()]
@@ -585,8 +743,8 @@ def test_async_rewards_run_concurrently():
 
     composite = CompositeReward({"one": one, "plain": always(0.5, None), "other": Other()})
     answers = composite.score(["p"] * 2, ["a", "b"])
-    assert answers == {"one": [1, 2], "plain": [0.5, None], "other": [10, 20]}
-    assert list(answers) == ["one", "plain", "other"]
+    assert composite.names == ["one", "plain", "other"]
+    assert [as_list(column) for column in answers.T] == [[1, 2], [0.5, None], [10, 20]]
 
 
 def test_an_async_reward_s_error_is_raised():
@@ -686,11 +844,37 @@ def test_a_reward_that_is_always_missing_adds_nothing():
     assert CompositeReward({"never": rewards["never"]})(["p"] * 2, ["x", "y"]) == [None, None]
 
 
-def test_scores_are_raw_and_floats():
+def test_scores_are_raw_and_float64():
     composite = CompositeReward({"a": always(torch.tensor(1.5), True, 2)}, {"a": 9.0})
     result = composite.score(["p"] * 3, ["x", "y", "z"])
-    assert result == {"a": [1.5, 1.0, 2.0]}
-    assert {type(score) for score in result["a"]} == {float}
+    assert result.tolist() == [[1.5], [1.0], [2.0]]
+    assert result.dtype == torch.float64
+    assert composite.combine(result).dtype == torch.float64
+    assert CompositeReward({}).score(["p"] * 3, ["x", "y", "z"]).shape == (3, 0)
+
+
+def test_declarations_bring_their_names_weights_and_scales():
+    composite = CompositeReward(
+        [
+            LengthReward(target=2, unit="words", weight=3.0),
+            RegexReward(name="b", patterns="b", weight=[(0, 1.0), (10, 0.0)], clip=(0.5, 1)),
+        ],
+        weights={"length": 2.0},
+    )
+    assert composite.names == ["length", "b"]
+    assert composite(["p"] * 2, ["a b", "c"]) == [2 + 1, 1 + 0.5]
+    with pytest.raises(ValueError, match="two rewards have the same name"):
+        CompositeReward([RegexReward(patterns="a"), RegexReward(patterns="b")])
+
+
+def test_what_rewards_report():
+    composite = CompositeReward({"a": always(1.0, None, 2.0, math.nan), "b": always(0, 0, 0, 0)})
+    scores = composite.score(["p"] * 4, ["w", "x", "y", "z"])
+    assert composite.report(scores) == {
+        "rewards/a/mean": 1.5, "rewards/a/missing": 0.5, "rewards/a/quarantined": 1,
+        "rewards/b/mean": 0.0,
+    }  # fmt: skip
+    assert composite.report(scores[1:2])["rewards/a/mean"] is None
 
 
 def test_what_is_not_finite_is_quarantined(caplog):
@@ -725,7 +909,7 @@ def test_what_float32_cannot_compute_with_is_quarantined(value):
 
 
 @pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("baseline", ["none", "ema", "batch", "rloo"])
+@pytest.mark.parametrize("baseline", BASELINES)
 def test_the_largest_scores_have_advantages(baseline, normalize):
     """A batch of those that are let through is compared as small scores are."""
     small = torch.tensor([0.1, 0.9, 0.4, 1.0]).repeat(256)
@@ -767,7 +951,7 @@ def combined(table: list[tuple], weights: list[float]) -> list:
     """`combine` on the rewards a, b, c, a row a completion."""
     columns = dict(zip("abc", map(list, zip(*table, strict=True)), strict=True))
     composite = CompositeReward(dict.fromkeys("abc"), dict(zip("abc", weights, strict=True)))
-    return composite.combine(columns)
+    return as_list(composite.combine(as_tensor(list(columns.values()), len(table))))
 
 
 @property_test
@@ -800,3 +984,9 @@ def test_combine_equals_a_plain_loop(table, weights):
     known = [value for value in ours if value is not None]
     wanted = [value for value in expected if value is not None]
     assert known == pytest.approx(wanted, rel=1e-9, abs=1e-9)
+
+
+def test_prompts_and_completions_of_different_numbers_are_refused():
+    reward = CompositeReward([LengthReward(max=3)])
+    with pytest.raises(ValueError, match="2 prompts for 1 completions"):
+        reward(prompts=["a", "b"], completions=["c"])

@@ -1,7 +1,6 @@
-"""Rollouts: positions, masks, temperature, parts, and the distribution that is sampled."""
+"""Rollouts: positions, masks, temperature, micro-batches, and the distribution that is sampled."""
 
 import math
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,17 +9,21 @@ from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaptiverl.rl.policy import load_policy, load_tokenizer
+from adaptiverl.rl.check import check_logprobs, check_policy
+from adaptiverl.rl.loading import load_policy, load_tokenizer
+from adaptiverl.rl.policy import Policy
 from adaptiverl.rl.reinforce import kl_per_token
-from adaptiverl.rl.rollout import BLOCK, Rollout, check_logprobs, pick_, uniforms
-from adaptiverl.rl.sampler import Sampler
+from adaptiverl.rl.rollout import Rollout, uniforms
+from adaptiverl.rl.sampling.sampler import Sampler, choose_backend, eos_ids
+from adaptiverl.rl.sampling.static_cache import StaticCacheBackend
+from adaptiverl.rl.sampling.tokens import BLOCK, inverse_cdf_sample_
 
 TEXTS = ["This", "The acting in this film", "I watched it with my brother on a Sunday and"]
 
 
 def pick(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """Of rows of logits [n, V], kept."""
-    return pick_(logits.t().clone(), uniform)[0]
+    return inverse_cdf_sample_(logits.t().clone(), uniform)[0]
 
 
 @pytest.fixture(scope="module")
@@ -36,18 +39,19 @@ def unpadded_logprobs(sampler: Sampler, rollout: Rollout, row: int) -> list[floa
     ids = torch.cat([prompt, completion])
     with torch.no_grad():
         logits = sampler.policy.lm(ids[None]).logits[0, len(prompt) - 1 : -1]
-    table = (logits / sampler.temperature).log_softmax(-1)
+    table = (logits / sampler.policy.temperature).log_softmax(-1)
     return [table[t, token].item() for t, token in enumerate(completion)]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_sampled_and_recomputed_logprobs_equal_an_unpadded_pass(sampler, temperature):
-    sampler = Sampler(sampler.policy, sampler.tokenizer, temperature=temperature)
+    policy = Policy(sampler.policy.lm, temperature=temperature)
+    sampler = Sampler(policy, sampler.tokenizer)
     rollout = sampler(TEXTS, uniforms(0, 1, 3, 12))
     assert rollout.prompt_mask.sum(-1).tolist() == [
         len(sampler.tokenizer(text).input_ids) for text in TEXTS
     ]
-    again = sampler.policy.logprobs(rollout, temperature)
+    again = policy.logprobs(rollout)
     for row in range(3):
         want = unpadded_logprobs(sampler, rollout, row)
         assert rollout.logprobs[row].tolist()[: len(want)] == pytest.approx(want, abs=1e-4)
@@ -58,7 +62,9 @@ def test_completion_ends_with_its_first_eos_which_counts(sampler, monkeypatch):
     """Pad is EOS too, and only the first one counts: here the third token of row 0 is called so."""
     rollout = sampler(TEXTS, uniforms(0, 2, 3, 6))
     free = rollout.tokens()
-    monkeypatch.setattr(Sampler, "eos_ids", lambda self: torch.tensor([free[0][2]]))
+    ends = SimpleNamespace(eos_token_id=free[0][2])
+    monkeypatch.setattr(sampler.policy.lm, "generation_config", ends)
+    sampler = Sampler(sampler.policy, sampler.tokenizer)
     assert free[0][2] not in free[0][:2]
     ended = sampler(TEXTS, uniforms(0, 2, 3, 6))
     pad = sampler.tokenizer.pad_token_id
@@ -102,7 +108,7 @@ def test_pick_follows_exact_probabilities(words):
     logits = torch.randn(words)
     logits[::7] = -math.inf
     n = 200_000
-    token, logprob = pick_(logits[:, None].repeat(1, n), uniforms(3, 1, n, 1)[:, 0])
+    token, logprob = inverse_cdf_sample_(logits[:, None].repeat(1, n), uniforms(3, 1, n, 1)[:, 0])
     torch.testing.assert_close(logprob, logits.log_softmax(-1)[token], rtol=1e-5, atol=1e-5)
     counts = torch.bincount(token, minlength=words).double()
     expected = n * logits.double().softmax(-1)
@@ -159,7 +165,7 @@ def test_random_numbers_follow_from_seed_and_step_alone():
     assert not torch.equal(uniforms(1, 2, 4, 3), uniforms(2, 2, 4, 3))
 
 
-def test_a_part_has_its_rows_and_prompts_and_no_common_padding():
+def test_selected_rows_keep_their_prompts_and_weights_and_no_common_padding():
     rollout = Rollout(
         prompt_ids=torch.tensor([[0, 0, 1], [2, 3, 4], [0, 5, 6]]),
         prompt_mask=torch.tensor([[0, 0, 1], [1, 1, 1], [0, 1, 1]]),
@@ -167,25 +173,29 @@ def test_a_part_has_its_rows_and_prompts_and_no_common_padding():
         completion_ids=torch.tensor([[5, 6, 7], [8, 0, 0], [9, 9, 0], [4, 0, 0]]),
         completion_mask=torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 0, 0]]),
         logprobs=torch.arange(12.0).view(4, 3),
+        weights=torch.arange(12.0).view(4, 3) + 0.5,
     )
-    part = rollout.part(torch.tensor([3, 0]))
+    part = rollout.select(torch.tensor([3, 0]))
     assert part.completion_ids.tolist() == [[4, 0, 0], [5, 6, 7]]
     assert part.prompt_ids.tolist() == [[0, 1], [5, 6]]
     assert part.prompt_of.tolist() == [1, 0]
     assert part.logprobs.tolist() == [[9, 10, 11], [0, 1, 2]]
-    assert rollout.part(torch.tensor([1, 3])).completion_ids.tolist() == [[8], [4]]
+    assert part.weights.tolist() == [[9.5, 10.5, 11.5], [0.5, 1.5, 2.5]]
+    two = rollout.select(torch.tensor([1, 3]))
+    assert two.completion_ids.tolist() == [[8], [4]]
+    assert two.weights.tolist() == [[3.5], [9.5]]
 
 
-def test_pieces_hold_every_row_once_the_long_ones_together():
+def test_micro_batches_hold_every_row_once_the_long_ones_together():
     mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 1], [1, 0, 0], [1, 1, 0]])
     ids = torch.zeros_like(mask)
     rollout = Rollout(ids, mask, torch.arange(5), ids, mask, ids.float())
-    assert [rows.tolist() for rows in rollout.pieces(3)] == [[1, 3], [4, 0], [2]]
-    assert [rows.tolist() for rows in rollout.pieces(1)] == [[0, 1, 2, 3, 4]]
+    assert [rows.tolist() for rows in rollout.split_rows(3)] == [[1, 3], [4, 0], [2]]
+    assert [rows.tolist() for rows in rollout.split_rows(1)] == [[0, 1, 2, 3, 4]]
 
 
-@pytest.mark.parametrize("pieces", [2, 3, 6])
-def test_pieces_add_up_to_the_gradient_of_the_whole(sampler, pieces):
+@pytest.mark.parametrize("count", [2, 3, 6])
+def test_micro_batches_add_up_to_the_gradient_of_the_whole(sampler, count):
     texts = [text for text in TEXTS for _ in range(2)]
     rollout = sampler(texts, uniforms(0, 3, 6, 9))
     weights = torch.randn(rollout.logprobs.shape) * rollout.completion_mask
@@ -193,14 +203,13 @@ def test_pieces_add_up_to_the_gradient_of_the_whole(sampler, pieces):
 
     def gradient(count: int) -> torch.Tensor:
         policy.zero_grad()
-        for rows in rollout.pieces(count):
-            part = rollout.part(rows)
-            policy.weighted_logprobs(part, weights[rows, : part.logprobs.shape[1]])[0].backward()
+        for batch in rollout.with_weights(weights).micro_batches(count):
+            policy(batch).score.backward()
         return torch.cat([p.grad.flatten() for p in policy.parameters()])
 
-    torch.testing.assert_close(gradient(pieces), gradient(1), rtol=1e-3, atol=1e-4)
-    reference = sampler.reference_logprobs(rollout, pieces)
-    torch.testing.assert_close(reference, sampler.reference_logprobs(rollout), rtol=0, atol=1e-4)
+    torch.testing.assert_close(gradient(count), gradient(1), rtol=1e-3, atol=1e-4)
+    reference = policy.reference_logprobs(rollout, count)
+    torch.testing.assert_close(reference, policy.reference_logprobs(rollout), rtol=0, atol=1e-4)
 
 
 def test_each_prompt_is_read_once(sampler):
@@ -218,46 +227,49 @@ def test_long_prompts_lose_their_beginning(sampler):
     assert rollout.prompt_ids[2].tolist() == whole[-3:]
 
 
-def test_the_smaller_last_part_of_an_evaluation_keeps_the_decoder(sampler, monkeypatch):
+def test_the_smaller_last_part_of_an_evaluation_keeps_the_decoder(sampler):
     """As on CUDA, where making one captures graphs."""
-    monkeypatch.setattr(Sampler, "static", True)
-    sampler = replace(sampler, kept=[])
+    sampler = Sampler(sampler.policy, sampler.tokenizer)
+    backend = StaticCacheBackend(sampler.policy, sampler.backend.token_sampler, static=True)
+    sampler.backend = backend
     rollout = sampler(TEXTS, uniforms(0, 1, 3, 8))
-    (kept,) = sampler.kept
+    kept = backend.kept
     fewer = sampler(TEXTS[:2], uniforms(0, 1, 3, 8)[:2])
-    assert sampler.kept == [kept] and fewer.tokens() == rollout.tokens()[:2]
+    assert kept and backend.kept is kept and fewer.tokens() == rollout.tokens()[:2]
     sampler(TEXTS * 2, uniforms(0, 1, 6, 8))
-    assert len(sampler.kept) == 1 and sampler.kept != [kept], "there was no room"
+    assert backend.kept is not kept, "there was no room"
+    assert backend.kept.rows == 6
 
 
 def test_check_passes_what_is_right(sampler):
-    assert sampler.check(sampler(TEXTS, uniforms(0, 1, 3, 8)), exact=True) < 1e-4
+    assert check_policy(sampler.policy, sampler(TEXTS, uniforms(0, 1, 3, 8)), True) < 1e-4
 
 
-def test_check_finds_a_model_that_ignores_positions(sampler, monkeypatch):
+def test_check_finds_a_model_that_ignores_positions(sampler):
     """Positions counted over padding too, as where nobody passes position_ids."""
+    backend = sampler.backend
+    sampler = Sampler(sampler.policy, sampler.tokenizer)
 
-    def deaf(transformer, ids, mask):
-        return read(transformer, ids, torch.ones_like(mask))
+    def deaf(prompt_ids, prompt_mask, prompt_of, uniform):
+        rollout = backend(prompt_ids, torch.ones_like(prompt_mask), prompt_of, uniform)
+        rollout.prompt_mask = prompt_mask
+        return rollout
 
-    from adaptiverl.rl import decode
-
-    read = decode.read_prompts
-    monkeypatch.setattr(decode, "read_prompts", deaf)
+    sampler.backend = deaf
     rollout = sampler(TEXTS, uniforms(0, 1, 3, 8))
-    monkeypatch.undo()
     with pytest.raises(ValueError, match="only padded prompts are off"):
-        sampler.check(rollout, exact=True)
+        check_policy(sampler.policy, rollout, True)
 
 
-def test_check_finds_a_loss_that_is_off(sampler, monkeypatch):
+class Off(Policy):
+    def logprobs(self, rollout):
+        return super().logprobs(rollout) + 0.01 * rollout.completion_mask
+
+
+def test_check_finds_a_loss_that_is_off(sampler):
     rollout = sampler(TEXTS, uniforms(0, 1, 3, 8))
-    right = sampler.policy.logprobs(rollout)
-    monkeypatch.setattr(
-        sampler.policy, "logprobs", lambda *_: right + 0.01 * rollout.completion_mask
-    )
     with pytest.raises(ValueError, match="all prompts are off"):
-        sampler.check(rollout, exact=True)
+        check_policy(Off(sampler.policy.lm), rollout, True)
 
 
 def test_check_finds_dropout(sampler):
@@ -265,7 +277,7 @@ def test_check_finds_dropout(sampler):
     try:
         sampler.policy.lm.train()
         with pytest.raises(ValueError, match="dropout is on"):
-            sampler.check(rollout, exact=True)
+            check_policy(sampler.policy, rollout, True)
     finally:
         sampler.policy.lm.eval()
 
@@ -275,36 +287,41 @@ def test_check_allows_rounding_on_average_where_arithmetic_is_not_exact():
     rollout = Rollout(ones, ones, torch.zeros(1).long(), ones, ones, ones)
     one_off = torch.zeros(1, 10)
     one_off[0, 3] = 0.4
-    assert check_logprobs(one_off, 0 * ones, 0 * ones, rollout, exact=False) == pytest.approx(0.4)
-    with pytest.raises(ValueError, match=r"up to 0.4 nats a token \(0.04 on average\)"):
-        check_logprobs(one_off, 0 * ones, 0 * ones, rollout, exact=True)
+    assert check_logprobs(
+        one_off, 0 * ones, 0 * ones, rollout, sampler_matches_policy=False
+    ) == pytest.approx(0.4)
+    with pytest.raises(ValueError, match=r"up to 0.4 nats per token \(0.04 on average\)"):
+        check_logprobs(one_off, 0 * ones, 0 * ones, rollout, sampler_matches_policy=True)
     with pytest.raises(ValueError, match=r"0\.06 on average"):
-        check_logprobs(0.06 * ones, 0 * ones, 0 * ones, rollout, exact=False)
+        check_logprobs(0.06 * ones, 0 * ones, 0 * ones, rollout, sampler_matches_policy=False)
 
 
 def test_reference_stays_where_the_policy_began(tiny):
     sampler = Sampler(load_policy(str(tiny)), load_tokenizer(str(tiny)))
     rollout = sampler(TEXTS, uniforms(0, 1, 3, 4))
-    before = sampler.reference_logprobs(rollout)
+    before = sampler.policy.reference_logprobs(rollout)
     assert torch.allclose(before, rollout.logprobs, atol=1e-5)
     with torch.no_grad():
         for parameter in sampler.policy.parameters():
             parameter.mul_(1.1)
-    assert torch.equal(sampler.reference_logprobs(rollout), before)
+    assert torch.equal(sampler.policy.reference_logprobs(rollout), before)
     assert not torch.allclose(sampler.policy.logprobs(rollout), before, atol=1e-2)
 
 
 def test_a_policy_without_reference_says_so(tiny):
     sampler = Sampler(load_policy(str(tiny), reference=False), load_tokenizer(str(tiny)))
     with pytest.raises(RuntimeError, match="without a reference"):
-        sampler.reference_logprobs(sampler(TEXTS[:1], uniforms(0, 1, 1, 2)))
+        sampler.policy.reference_logprobs(sampler(TEXTS[:1], uniforms(0, 1, 1, 2)))
 
 
 def test_every_eos_of_a_chat_model_ends_a_completion(sampler, monkeypatch):
     monkeypatch.setattr(
         sampler.policy.lm, "generation_config", SimpleNamespace(eos_token_id=[7, 9])
     )
-    assert set(sampler.eos_ids().tolist()) == {7, 9, sampler.tokenizer.eos_token_id}
+    ends = {7, 9, sampler.tokenizer.eos_token_id}
+    assert set(eos_ids(sampler.policy, sampler.tokenizer).tolist()) == ends
+    again = Sampler(sampler.policy, sampler.tokenizer)
+    assert set(again.backend.token_sampler.eos_ids.tolist()) == ends
 
 
 def test_loaded_weights_lie_in_memory_like_any_tensor(tiny, tmp_path):
@@ -356,13 +373,13 @@ def test_half_precision_does_not_round_logits(far_below_zero, products_of_cuda, 
     sampler = Sampler(policy, load_tokenizer(far_below_zero))
     with torch.autocast("cpu", dtype):
         rollout = sampler(TEXTS[:2] * 8, uniforms(0, 1, 16, 6))
-        sampler.check(rollout, exact=False)
+        check_policy(sampler.policy, rollout, False)
         measured = policy.logprobs(rollout)
-        _, _, entropy = policy.weighted_logprobs(rollout, rollout.completion_mask.float())
+        entropy = policy(rollout.with_weights(rollout.completion_mask.float())).entropy
     count, policy = rollout.completion_mask.sum(), policy.float()
     for other in (measured, policy.logprobs(rollout)):
         assert kl_per_token(rollout.logprobs, other, "k3").sum() / count < 3e-4
-    exact = policy.weighted_logprobs(rollout, rollout.completion_mask.float())[2]
+    exact = policy(rollout.with_weights(rollout.completion_mask.float())).entropy
     assert (entropy - exact).abs().sum() / count < 0.02
 
 
@@ -374,5 +391,21 @@ def test_check_holds_half_precision_against_a_pass_without_it(sampler, monkeypat
         lambda **given: seen.append(torch.is_autocast_enabled("cpu")) or forward(**given),
     )
     with torch.autocast("cpu", torch.bfloat16):
-        sampler.check(sampler(TEXTS, uniforms(0, 1, 3, 2)), exact=False)
+        check_policy(sampler.policy, sampler(TEXTS, uniforms(0, 1, 3, 2)), False)
     assert seen == [False] * 3
+
+
+def test_the_backend_is_chosen_by_name_and_by_what_the_policy_allows(sampler):
+    draw = sampler.backend.token_sampler
+    assert isinstance(sampler.backend, StaticCacheBackend)
+    generate = choose_backend("generate", sampler.policy, draw)
+    uniform = uniforms(0, 1, 3, 8)
+    other = Sampler(sampler.policy, sampler.tokenizer, backend="generate")
+    assert type(other.backend) is type(generate)
+    assert other(TEXTS, uniform).tokens() == sampler(TEXTS, uniform).tokens()
+    sharded = Policy(sampler.policy.lm, sharded=True)
+    assert type(choose_backend("auto", sharded, draw)) is type(generate)
+    with pytest.raises(ValueError, match="or a URL, not 'sglang'"):
+        choose_backend("sglang", sampler.policy, draw)
+    with pytest.raises(ValueError, match="static_cache samples from GPT-2 alone"):
+        choose_backend("static_cache", sharded, draw)

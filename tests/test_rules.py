@@ -1,7 +1,11 @@
 """Every rule: golden traces that can be checked by eye, and what must hold for any signal."""
 
+import inspect
 import math
 import random
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,10 +13,16 @@ from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaptiverl.optim.controller import LR_RULES, REWARD_RULES, Controller
-from adaptiverl.optim.hyperparams import first_device, get
-from adaptiverl.optim.options import KNOWN, Options
+import adaptiverl
+from adaptiverl.optim.adaptive import AdaptiveOptimizer
+from adaptiverl.optim.constants import CONSTANTS
+from adaptiverl.optim.controller import Controller
+from adaptiverl.optim.hyperparams import get
+from adaptiverl.optim.rules import ARGUMENTS, RULES, names, parse_rules, readers, reason
+from scripts.rules_tables import page
 
+LR_RULES = [r.name for r in RULES if r.argument == "lr_rule" and r.update]
+REWARD_RULES = names("reward_rule")
 NO_MEMORY = {"memory": math.inf, "max_drift": 1e9}  # the formulas bare
 
 
@@ -162,36 +172,7 @@ def test_weight_decay_falls_while_the_loss_does():
     assert got == pytest.approx([0.01, 0.0095, 0.01 * 0.95**2, 0.01 * 0.95**2 * 1.05])
 
 
-@pytest.mark.parametrize(
-    ("kl", "factor"), [(0.004, 1), (0.004 / 16, 2), (0.004 * 16, 0.5), (1e9, 0.5), (0.0, 2)]
-)
-def test_kl_target_goes_half_of_the_way_at_most_a_factor_of_two(kl, factor):
-    opt = optimizer(lr=0.01)
-    Controller(opt, lr_rule="kl_target", kl_step_target=0.004).observe(kl=kl)
-    assert opt.param_groups[0]["lr"] == pytest.approx(0.01 * factor)
-
-
-def test_kl_target_falls_linearly_where_the_length_is_known():
-    controller = Controller(optimizer(), lr_rule="kl_target", kl_step_target=1.0, steps=4)
-    targets = []
-    for _ in range(6):
-        targets.append(controller.kl_target)
-        controller.tick()
-    assert targets == [1, 0.75, 0.5, 0.25, 0.25, 0.25], "a longer run ends as this one"
-
-
-def test_the_rate_does_not_wind_up_behind_its_bound():
-    """While an update moves nothing the rate waits at the bound, ready to fall at once."""
-    opt = optimizer(lr=1.0)
-    controller = Controller(opt, lr_rule="kl_target", kl_step_target=0.01, max_lr=4.0)
-    for _ in range(50):
-        controller.observe(kl=0.0)
-    assert opt.param_groups[0]["lr"] == pytest.approx(4)
-    controller.observe(kl=0.16)
-    assert opt.param_groups[0]["lr"] == pytest.approx(2)
-
-
-def test_what_rewards_drive_leans_back_and_stays_near():
+def test_a_stateful_rule_mean_reverts_and_stays_near():
     opt = optimizer(lr=1.0)
     controller = Controller(opt, reward_rule="kelly", reward_beta=0.0, memory=10.0)
     for _ in range(100):
@@ -288,7 +269,7 @@ def test_patience_drops_on_a_plateau_and_not_on_what_looks_like_one(kind, seed, 
     ratios = by_patience(loss, seed, **bounds)
     mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
     if kind == "plateau":
-        assert 0.3 < mean < 0.7, "found again and again, while it leans back"
+        assert 0.3 < mean < 0.7, "found again and again, while it mean-reverts"
         assert min(ratios) < 0.45, "what helped stays, and a second drop is added"
     else:
         assert mean > (0.85 if kind == "improves" else 0.6)
@@ -305,7 +286,7 @@ numbers = st.floats(allow_nan=True, allow_infinity=True, width=32)
 
 
 @given(
-    st.lists(st.tuples(numbers, numbers, numbers, numbers), max_size=40),
+    st.lists(st.tuples(numbers, numbers, numbers), max_size=40),
     st.sampled_from(LR_RULES),
     st.sampled_from(REWARD_RULES),
 )
@@ -329,8 +310,8 @@ def test_bounds_hold_for_any_signal(signals, lr_rule, reward_rule):
         **({"trend_window": 2} if "trend" in (lr_rule, reward_rule) else {}),
     )
     own = opt.param_groups[1]["lr"]
-    for loss, reward, grad_norm, kl in signals:
-        controller.observe(loss=loss, reward=reward, grad_norm=grad_norm, kl=kl)
+    for loss, reward, grad_norm in signals:
+        controller.observe(loss=loss, reward=reward, grad_norm=grad_norm)
         controller.tick()
         for group in opt.param_groups[:2]:
             assert 1e-4 * (1 - 1e-6) <= float(group["lr"]) <= 1e-2 * (1 + 1e-6)
@@ -354,14 +335,14 @@ def test_bounds_hold_for_any_signal(signals, lr_rule, reward_rule):
         {"reward_alpha": -1}, {"reward_center": math.nan}, {"eta_min_scale": -0.1},
         {"eta_min_scale": 1.5}, {"cycle_length": 0}, {"cycle_mult": 0.5}, {"loss_beta": 1},
         {"reward_beta": -0.1}, {"memory": 0}, {"memory": 1}, {"max_drift": 0.5}, {"max_drift": 0},
-        {"min_rel_improve": -1}, {"kl_step_target": 0}, {"max_lr": 0}, {"min_lr": -1},
+        {"min_rel_improve": -1}, {"max_lr": 0}, {"min_lr": -1},
         {"max_momentum": 1.1}, {"min_momentum": -1}, {"steps": 0},
     ],
     ids=str,
 )  # fmt: skip
 def test_what_would_crash_at_the_first_signal_is_refused_at_once(wrong):
     every = {
-        "lr_rule": "+".join(rule for rule in LR_RULES if rule != "learned"),
+        "lr_rule": "+".join(LR_RULES),
         "reward_rule": "+".join(REWARD_RULES), "momentum_rule": "relative+exp",
         "betas_rule": "relative+variance", "alpha_rule": "stable", "wd_rule": "trend",
     }  # fmt: skip
@@ -377,23 +358,20 @@ def test_bounds_that_cross_are_refused():
         Controller(optimizer(), min_momentum=0.5, max_momentum=0.4)
 
 
-OF_SIGNALS = ("patience", "trend_window", "var_window", "reward_beta", "kl_step_target")
-
-
-@pytest.mark.parametrize("name", [*vars(Options()), *OF_SIGNALS, "min_momentum", "max_momentum"])
+@pytest.mark.parametrize("name", [n for n in CONSTANTS if readers(n) and n != "trust_region_kl"])
 def test_what_no_chosen_rule_reads_is_refused_with_what_reads_it(name, caplog):
-    readers = KNOWN[name][1]
-    value = 0.75 if KNOWN[name][0].endswith((" 1]", " 1)")) else 3
-    for rules in ({}, {"lr_rule": "cyclical" if name == "kl_step_target" else "kl_target"}):
+    value = 0.75 if CONSTANTS[name].range.endswith((" 1]", " 1)")) else 4
+    for rules in ({}, {"alpha_rule": "none"}):
         if name == "cycle_length":  # an example of the documentation has it
             Controller(optimizer(), **rules, **{name: value})
             assert "cycle_length is read by lr_rule cyclical and" in caplog.text
         else:
-            with pytest.raises(ValueError, match=f"{name} is read by {readers[0]}"):
+            with pytest.raises(ValueError, match=f"{name} is read by {readers(name)[0]}"):
                 Controller(optimizer(), **rules, **{name: value})
-    for reader in readers:
+    for reader in readers(name):
         argument, rule = reader.split()
-        Controller(optimizer(), **{argument: rule}, **{name: value})
+        make = AdaptiveOptimizer if rule == "learned" else Controller
+        make(optimizer(), **{argument: rule}, **{name: value})
 
 
 @pytest.mark.parametrize(
@@ -433,18 +411,11 @@ def test_a_signal_that_never_came_is_missed_once(rules, signal, caplog):
     assert sum(line.startswith(f"no {signal} was observed in 20 steps") for line in lines) == 1
 
 
-def test_a_rate_that_is_0_for_ever_is_told_once_and_one_that_rises_is_moved(caplog):
-    opt = optimizer(lr=0.0)
-    controller = Controller(opt, lr_rule="kl_target", owns_lr=False, max_lr=4.0)
+def test_a_rate_that_is_0_for_ever_is_warned_of_once(caplog):
+    controller = Controller(optimizer(lr=0.0), lr_rule="cosine", owns_lr=False)
     for _ in range(30):
-        controller.observe(kl=0.0)
         controller.tick()
     assert [r.getMessage()[:25] for r in caplog.records] == ["the learning rate is stil"]
-    assert controller.ratio == 1.0, "a KL of 0 says nothing of a rate of 0"
-    opt.param_groups[0]["lr"] = 1.0  # a warm-up has begun
-    for _ in range(9):
-        controller.observe(kl=0.0)
-    assert controller.rate(1.0) == 4.0 == controller.ratio, "it stops at the bound, and not behind"
 
 
 def test_a_scheduler_takes_over_a_rate_that_has_risen_from_0():
@@ -456,23 +427,17 @@ def test_a_scheduler_takes_over_a_rate_that_has_risen_from_0():
     assert opt.param_groups[0]["lr"] == 0.5
 
 
-def test_groups_without_parameters_are_no_mistake():
-    weight = torch.nn.Parameter(torch.zeros(1))
-    opt = torch.optim.SGD([{"params": []}, {"params": [weight]}], lr=1.0)
-    assert first_device(opt) == weight.device
-    assert first_device(torch.optim.SGD([{"params": []}], lr=1.0)) == torch.device("cpu")
-
-
 @given(st.lists(numbers, max_size=30))
 def test_none_is_the_identity(signals):
     opt = optimizer("adamw", lr=1e-3)
     before = {k: v for k, v in opt.param_groups[0].items() if k != "params"}
-    controller = Controller(opt)
+    entries: list[dict] = []
+    controller = Controller(opt, record=entries.append)
     for x in signals:
-        controller.observe(loss=x, reward=x, grad_norm=x, kl=x)
+        controller.observe(loss=x, reward=x, grad_norm=x)
         controller.tick()
     assert {k: v for k, v in opt.param_groups[0].items() if k != "params"} == before
-    assert controller.inert and not controller.audit
+    assert controller.inert and not entries
 
 
 def test_nan_changes_nothing_and_is_counted():
@@ -484,23 +449,20 @@ def test_nan_changes_nothing_and_is_counted():
     assert controller.ignored["loss"] == 2
 
 
-@given(st.floats(0.01, 100), st.floats(0.01, 100))
-def test_a_larger_kl_never_gives_a_larger_rate(one, other):
-    rates = []
-    for kl in sorted((one, other)):
-        opt = optimizer()
-        Controller(opt, lr_rule="kl_target", kl_step_target=1.0).observe(kl=kl)
-        rates.append(opt.param_groups[0]["lr"])
-    assert rates[0] >= rates[1]
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"lr_rule": "trnd"}, "lr_rule: 'trnd' is not one of"),
-        ({"lr_rule": "trend+kelly"}, "lr_rule: 'kelly'"),
-        ({"reward_rule": "loss_decay"}, "reward_rule: 'loss_decay'"),
-        ({"betas_rule": "trend"}, "betas_rule: 'trend'"),
+        ({"lr_rule": "trnd"}, "lr_rule: there is no rule 'trnd'; the nearest is 'trend'"),
+        ({"lr_rule": "trend+kelly"}, "lr_rule: there is no rule 'kelly'"),
+        ({"reward_rule": "loss_decay"}, "reward_rule: there is no rule 'loss_decay'"),
+        ({"betas_rule": "trend"}, "betas_rule: there is no rule 'trend'"),
+        ({"lr_rule": "trend+trend"}, "lr_rule: 'trend' is named twice"),
+        (
+            {"lr_rule": "trust_region"},
+            "lr_rule trust_region needs a KL, which AdaptiveOptimizer measures",
+        ),
+        ({"loss_bet": 0.5}, "there is no argument 'loss_bet'; loss_beta is near"),
+        ({"loss_beta": "0.5"}, "loss_beta is '0.5'; it must be a number"),
         ({"lr_rule": "trend", "max_lr": 0.5}, "the rate 1 is outside its bounds"),
         ({"up": 2.0}, "up"),
     ],
@@ -511,12 +473,70 @@ def test_mistakes_are_named(arguments, message):
 
 
 def test_each_change_has_its_reason():
-    controller = Controller(optimizer(), lr_rule="loss_decay", loss_k=1.0, **NO_MEMORY)
+    entries: list[dict] = []
+    controller = Controller(
+        optimizer(), lr_rule="loss_decay", loss_k=1.0, record=entries.append, **NO_MEMORY
+    )
     controller.observe(loss=1.0)
-    assert controller.audit == [
-        {"step": 0, "what": "lr", "rule": "loss_decay", "signal": "loss", "seen": 1.0,
+    assert entries == [
+        {"step": 0, "hyperparameter": "lr", "rule": "loss_decay", "signal": "loss", "value": 1.0,
          "old": 1.0, "new": 0.5}
     ]  # fmt: skip
+
+
+def test_constants_may_be_given_with_their_rule():
+    """Two rules of the same signal read it with windows of their own."""
+    opt = optimizer("adamw")
+    rules = [{"name": "trend", "trend_window": 2, "up_factor": 2.0}, "cyclical"]
+    controller = Controller(
+        opt, lr_rule=rules, wd_rule="trend", trend_window=3, cycle_length=4, **NO_MEMORY
+    )
+    got = []
+    for loss in (4.0, 3.0, 2.0):
+        controller.observe(loss=loss)
+        controller.tick()
+        got.append((opt.param_groups[0]["lr"], opt.param_groups[0]["weight_decay"]))
+    assert [rate for rate, _ in got] == pytest.approx([0.6, 2 * 0.2, 4 * 0.6])
+    assert [decay for _, decay in got] == pytest.approx([0.01, 0.01, 0.0095])
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"name": "patience", "patience": 0}, "patience is 0; it must be a whole number in"),
+        ({"name": "patience", "up_factor": 2}, "patience does not read 'up_factor'; it reads big"),
+        ({"patience": 3}, "{'patience': 3} names no rule; a rule is a name, like"),
+        (3, "3 names no rule; a rule is a name, like"),
+        ([None], "None names no rule; a rule is a name, like"),
+        ([{"name": "trend"}, "patience+trend"], "'trend' is named twice"),
+        ({"name": "learned", "grad_power": 1}, "learned does not read 'grad_power'"),
+    ],
+)
+def test_constants_with_a_rule_are_checked(value, message):
+    with pytest.raises(ValueError, match=message):
+        parse_rules("lr_rule", value)
+
+
+def test_what_a_rule_argument_may_be():
+    rule, constants = parse_rules("lr_rule", {"name": "patience", "patience": 30})[0]
+    assert (rule.name, rule.reads, constants) == ("patience", "loss", {"patience": 30})
+    assert parse_rules("lr_rule", "none") == parse_rules("lr_rule", []) == []
+    both = parse_rules("betas_rule", ("relative", "variance"))
+    assert [rule.moves for rule, _ in both] == ["beta1", "beta2"] and all(not c for _, c in both)
+    assert [rule.moves for rule, _ in parse_rules("reward_rule", "trend")] == ["lr", "momentum"]
+
+
+def test_every_rule_has_a_reason_and_constants_that_exist():
+    for rule in RULES:
+        assert rule.argument in ARGUMENTS and set(rule.constants) <= set(CONSTANTS)
+        assert reason(rule.label, rule.moves) == rule.reason != ""
+    assert "went too far" in reason("line_search")
+
+
+def test_rules_need_no_torch():
+    """A config is checked before torch is loaded."""
+    code = "import sys, adaptiverl.optim.rules, adaptiverl.optim.signals; assert 'torch' not in "
+    subprocess.run([sys.executable, "-c", code + "sys.modules"], cwd=ROOT, check=True)
 
 
 def test_betas_that_would_hold_for_the_whole_run_are_refused_with_the_figure(caplog):
@@ -553,9 +573,20 @@ def test_a_new_group_begins_where_it_is():
     assert [group["lr"] for group in opt.param_groups] == [0.5, 2.0], "base 4, ratio a half"
 
 
-def test_the_page_of_rules_has_them_all():
-    page = (ROOT / "docs/rules.md").read_text(encoding="utf-8")
-    rules = {*LR_RULES, *REWARD_RULES, "inverse", "exp", "relative", "normalized", "stable"}
-    assert all(f"`{rule}`" in page for rule in rules)
-    for name, value in vars(Options()).items():
-        assert f"`{name}` ({value:g})" in page, f"{name} with its default"
+def test_the_page_of_rules_is_the_one_that_the_rules_write():
+    text = (ROOT / "docs/rules.md").read_text(encoding="utf-8")
+    assert page(text) == text, "python -m scripts.rules_tables"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["AdaptiveOptimizer", "AdaptiveScheduler", "RewardAdaptiveScheduler", "Controller"],
+)
+def test_help_lists_every_argument(name):
+    text = inspect.getdoc(getattr(adaptiverl, name)) or ""
+    for argument in (*ARGUMENTS, *CONSTANTS):
+        assert f"\n{argument}: " in text or f"\n{argument} = " in text, argument
+    own = inspect.signature(getattr(adaptiverl, name)).parameters.values()
+    for parameter in own:
+        if parameter.kind is not parameter.VAR_KEYWORD and parameter.name != "last_epoch":
+            assert re.search(rf"\b{parameter.name}\b", text), parameter.name

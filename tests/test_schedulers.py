@@ -1,4 +1,4 @@
-"""AdaptiveScheduler and RewardAdaptiveScheduler: the seeds' examples, run as they were written."""
+"""AdaptiveScheduler and RewardAdaptiveScheduler: the documents' examples, as they are written."""
 
 import asyncio
 import copy
@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from adaptiverl import AdaptiveOptimizer, AdaptiveScheduler, OnlineAdamW, RewardAdaptiveScheduler
 from adaptiverl.integrations.hf import RewardObserveCallback
-from adaptiverl.integrations.trl import RewardTap
+from adaptiverl.integrations.trl import RewardTap, TrustRegionCallback
 
 
 def linear() -> nn.Module:
@@ -34,7 +34,7 @@ def make_toy_dataset(n=512):
 
 
 def demo(seed: int, adaptive: bool) -> float:
-    """Seed 5's demo; its last epoch's mean loss."""
+    """The demo of the scheduler's document; its last epoch's mean loss."""
     loader = DataLoader(make_toy_dataset(), batch_size=64, shuffle=True)
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(10, 32), nn.ReLU(), nn.Linear(32, 1))
@@ -61,14 +61,14 @@ def demo(seed: int, adaptive: bool) -> float:
     return sum(last) / len(last)
 
 
-def test_seed_5s_demo_learns_as_plain_sgd_does():
-    """Run as written in the seed it ends 21 times higher: 2.8 against 0.13."""
+def test_the_documents_demo_learns_as_plain_sgd_does():
+    """Run as written there it ends 21 times higher: 2.8 against 0.13."""
     adaptive = [demo(seed, True) for seed in range(5)]
     plain = [demo(seed, False) for seed in range(5)]
     assert sum(adaptive) <= sum(plain)
 
 
-def test_seed_3s_quickstart():
+def test_the_quickstart():
     optimizer = AdamW(linear().parameters(), lr=5e-5, weight_decay=0.01)
     sched = AdaptiveScheduler(
         optimizer,
@@ -87,7 +87,7 @@ def test_seed_3s_quickstart():
     assert rates[-1] <= 5e-4
 
 
-def test_seed_4s_quick_usage():
+def test_the_quick_usage():
     optimizer = AdamW(linear().parameters(), lr=5e-5)
     scheduler = RewardAdaptiveScheduler(
         optimizer,
@@ -111,19 +111,20 @@ def test_seed_4s_quick_usage():
         {"use_reward": True, "reward_up": 1.05, "reward_down": 0.8},
     ],
 )
-def test_seed_5s_example_configurations(arguments):
+def test_example_configurations(arguments):
     optimizer = SGD(linear().parameters(), lr=0.05, momentum=0.9)
-    scheduler = AdaptiveScheduler(optimizer, **arguments)
+    entries: list[dict] = []
+    scheduler = AdaptiveScheduler(optimizer, record=entries.append, **arguments)
     for step in range(300):
         scheduler.step_loss(torch.tensor(1 / (step + 1)), reward=step / 300)
     assert 0.005 < optimizer.param_groups[0]["lr"] < 0.5
-    moved = {entry["rule"] for entry in scheduler.controller.audit}
+    moved = {entry["rule"] for entry in entries}
     assert ("cosine_restart" in moved) == ("use_cosine" in arguments)
     assert ("reward trend" in moved) == ("use_reward" in arguments)
 
 
-def test_every_argument_of_the_seeds_is_accepted():
-    """Seed 5's signature, its own values; then seed 3's and seed 4's."""
+def test_every_argument_of_the_documents_is_accepted():
+    """The signature of one document with its own values; then those of two others."""
     optimizer = SGD(linear().parameters(), lr=0.5, momentum=0.5)
     AdaptiveScheduler(
         optimizer, loss_beta=0.9, reward_beta=0.9, var_window=20, up_factor=1.05, down_factor=0.7,
@@ -181,7 +182,8 @@ def test_arguments_that_nothing_would_read_are_refused(make, message, caplog):
 def test_use_cosine_adds_to_the_rules_that_are_named():
     optimizer = SGD(linear().parameters(), lr=0.5)
     scheduler = AdaptiveScheduler(optimizer, lr_rule="trend", use_cosine=True)
-    assert scheduler.controller.lr_rules == ["trend", "cosine_restart"]
+    rules = [active.rule.name for active in scheduler.controller.rules]
+    assert rules == ["trend", "cosine_restart"]
 
 
 def test_groups_that_share_one_rate_are_no_second_writer():
@@ -322,9 +324,9 @@ def texts(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["RLOO", "GRPO"])
-@pytest.mark.parametrize("face", ["optimizer", "scheduler", "both", "online"])
+@pytest.mark.parametrize("front", ["optimizer", "scheduler", "both", "online"])
 @pytest.mark.filterwarnings("ignore")
-def test_inside_trls_trainers(kind, face, tmp_path):
+def test_inside_trls_trainers(kind, front, tmp_path):
     """The reward that TRL computed is what the rule sees, and the rate of each step follows."""
     import trl
 
@@ -340,15 +342,14 @@ def test_inside_trls_trainers(kind, face, tmp_path):
     rates: list[float] = []
     base.register_step_pre_hook(lambda opt, *_: rates.append(opt.param_groups[0]["lr"]))
     rule = {"trend_window": 2, "reward_up": 2.0, "memory": math.inf, "max_drift": 100.0}
-    if face == "optimizer":
+    if front == "optimizer":
         optimizer = watched = AdaptiveOptimizer(base, reward_rule="trend", **rule)
-    elif face in ("scheduler", "both"):
+    elif front in ("scheduler", "both"):
         optimizer, watched = base, RewardAdaptiveScheduler(base, rule="trend", **rule)
     else:  # its head is zero: each tensor at the rate of all
-        optimizer = watched = OnlineAdamW(
-            model.parameters(), lr=1e-3, weights=None, learn=False, reward_rule="trend", **rule
-        )
-        optimizer.register_step_post_hook(
+        base = OnlineAdamW(model.parameters(), lr=1e-3, weights=None, learn=False)
+        optimizer = watched = AdaptiveOptimizer(base, reward_rule="trend", **rule)
+        base.register_step_post_hook(
             lambda opt, *_: rates.append(next(iter(opt.rates.values())).item())
         )
     arguments = getattr(trl, f"{kind}Config")(
@@ -363,19 +364,19 @@ def test_inside_trls_trainers(kind, face, tmp_path):
         args=arguments,
         train_dataset=dataset,
         processing_class=tokenizer,
-        optimizers=(optimizer, watched if face == "both" else None),
+        optimizers=(optimizer, watched if front == "both" else None),
         callbacks=[RewardObserveCallback(watched, tap.last)],
     )
     trainer.train()
     # linear 1, 3/4, 1/2, 1/4; the reward has risen before the third step and again
-    linear = [1.0] * 4 if face == "both" else [1.0, 0.75, 0.5, 0.25]
+    linear = [1.0] * 4 if front == "both" else [1.0, 0.75, 0.5, 0.25]
     assert rates == pytest.approx([1e-3 * a * b for a, b in zip(linear, (1, 1, 2, 4), strict=True)])
     logged = [row["learning_rate"] for row in trainer.state.log_history if "learning_rate" in row]
     assert logged == pytest.approx(rates), "the log has the rate that the step took"
     assert watched.controller.step == 4, "once per step"
-    if face != "online":
+    if front != "online":
         now = float(base.param_groups[0]["lr"]) * watched.controller.ratio
-        assert (watched.lr if face == "optimizer" else watched.get_lr()[0]) == pytest.approx(now)
+        assert (watched.lr if front == "optimizer" else watched.get_lr()[0]) == pytest.approx(now)
 
 
 def test_a_tap_on_an_async_reward_is_async_and_remembers_alike():
@@ -404,7 +405,7 @@ def test_a_tap_on_an_async_reward_is_async_and_remembers_alike():
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_seed_3s_integration_with_trl(tmp_path):
+def test_wrapping_step_as_the_document_does_with_trl(tmp_path):
     """As it is written there, with RLOOTrainer for the ReinforceTrainer that TRL does not have."""
     from trl import RLOOConfig, RLOOTrainer
 
@@ -451,3 +452,42 @@ def test_seed_3s_integration_with_trl(tmp_path):
     lean = 1 - 1 / 100
     twice = (2.0**lean * 2.0) ** lean
     assert optimizer.param_groups[0]["lr"] == pytest.approx(5e-5 * min(twice, 3.0))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["RLOO", "GRPO"])
+def test_the_trust_region_inside_trls_trainers(kind, tmp_path):
+    """Started at a rate of 1: the same trust region, and the log has the rates that steps took."""
+    import trl
+
+    model, tokenizer, dataset = texts(tmp_path)
+    tap = RewardTap(lambda completions, **_: [float(len(text)) for text in completions])
+    optimizer = AdaptiveOptimizer(AdamW(model.parameters(), lr=1.0), "trust_region", steps=4)
+    infos = []
+    optimizer.register_step_post_hook(lambda *_: infos.append(optimizer.info))
+    arguments = getattr(trl, f"{kind}Config")(
+        output_dir=str(tmp_path), per_device_train_batch_size=4, num_generations=4, max_steps=4,
+        max_completion_length=4, report_to=[], use_cpu=True, save_strategy="no", bf16=False,
+        lr_scheduler_type="constant", learning_rate=1.0, disable_tqdm=True,
+        gradient_checkpointing=False, beta=0.0, logging_steps=1,
+    )  # fmt: skip
+    trainer = getattr(trl, f"{kind}Trainer")(
+        model=model,
+        reward_funcs=tap,
+        args=arguments,
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        optimizers=(optimizer, None),
+        callbacks=[RewardObserveCallback(optimizer, tap.last)],
+    )
+    trainer.add_callback(TrustRegionCallback(optimizer, tokenizer, tap.texts))
+    trainer.train()
+    assert len(infos) == 4 and infos[0].scale < 0.1
+    assert all(info.kl <= 2 * info.target for info in infos)
+    logged = [row["learning_rate"] for row in trainer.state.log_history if "learning_rate" in row]
+    assert logged == pytest.approx([info.lr for info in infos])
+
+
+def test_the_reward_scheduler_says_what_its_rule_is_called():
+    with pytest.raises(TypeError, match="RewardAdaptiveScheduler calls reward_rule rule"):
+        RewardAdaptiveScheduler(torch.optim.SGD([torch.zeros(1)], lr=1.0), reward_rule="trend")

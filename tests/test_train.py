@@ -6,12 +6,17 @@ import pty
 import subprocess
 import sys
 import termios
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT, read_jsonl
+from conftest import ENVIRONMENT, ROOT, around_steps, read_jsonl, with_samples
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from adaptiverl.config.schema import ConfigError
+from adaptiverl.training.guards import Guards
 
 EMBEDDED = {
     "MODEL": "adaptiverl/assets/policy",
@@ -39,10 +44,11 @@ def test_a_run_leaves_all_it_says(run, settings):
         "rewards/length/mean", "loss", "kl", "kl_per_completion", "kl_coef", "entropy",
         "grad_norm", "lr", "momentum",
         "completions/mean_length", "tokens_per_second", "seconds/rollout", "seconds/reward",
-        "seconds/reference", "seconds/update", "skipped", "braked", "kl_step", "kl_step_target",
-        "kl_step_evidence", "completions/distinct_1", "completions/distinct_2",
-        "completions/repetition", "rewards/regex/share", "rewards/length/share",
-        "sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max",
+        "seconds/reference", "seconds/update", "skipped", "updates_scaled", "update_kl",
+        "update_kl_target", "update_scale", "update_signal_to_noise", "completions/distinct_1",
+        "completions/distinct_2", "completions/repetition", "rewards/regex/share",
+        "rewards/length/share", "sampling/sampling_logp_difference/mean",
+        "sampling/sampling_logp_difference/max",
     }  # fmt: skip
     evaluated = {"eval/reward", "eval/rewards/regex/mean", "eval/rewards/length/mean"}
     assert [set(row) for row in metrics] == [always, always, always | evaluated, always]
@@ -150,7 +156,7 @@ def test_pieces_of_a_batch_give_the_gradient_of_the_whole(main, settings):
 
 
 def test_kl_coefficient_follows_its_target(main, settings):
-    keys = {"KL_TARGET": 1e-6, "KL_COEF": 0.5, "LRATE": 1e-2, "KL_ESTIMATOR": "k3"}
+    keys = {"KL_COEF_TARGET": 1e-6, "KL_COEF": 0.5, "LRATE": 1e-2, "KL_ESTIMATOR": "k3"}
     assert main(settings | keys) == 0
     coefficients = [
         row["kl_coef"] for row in read_jsonl(Path(settings["OUTPUT_DIR"]) / "metrics.jsonl")
@@ -158,19 +164,14 @@ def test_kl_coefficient_follows_its_target(main, settings):
     assert coefficients == pytest.approx([0.5, 0.45, 0.495])  # no KL yet: down; then far above: up
 
 
-def test_a_gradient_that_is_not_finite_is_skipped_and_counted(main, settings, monkeypatch):
-    import train
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted(run_parts, settings):
+    def poisoned(parts):
+        next(parts.policy.parameters()).register_hook(
+            lambda gradient: gradient * (float("nan") if parts.progress.step == 2 else 1.0)
+        )
+        return parts
 
-    real = train.policy_gradient
-
-    def poisoned(run, *arguments):
-        sums = real(run, *arguments)
-        if run.state.step == 2:
-            next(run.policy.parameters()).grad.fill_(float("nan"))
-        return sums
-
-    monkeypatch.setattr(train, "policy_gradient", poisoned)
-    assert main(settings) == 0
+    assert run_parts(settings, poisoned) == 0
     rows = read_jsonl(Path(settings["OUTPUT_DIR"]) / "metrics.jsonl")
     assert [row["skipped"] for row in rows] == [0, 1, 1]
     assert rows[1]["grad_norm"] is None, "JSON has no NaN"
@@ -179,27 +180,42 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(main, settings, mo
 
 
 @pytest.mark.parametrize("saved", [False, True])
-def test_a_broken_policy_ends_the_run_and_is_not_saved(main, settings, monkeypatch, capsys, saved):
+def test_a_broken_policy_ends_the_run_and_is_not_saved(run_parts, settings, saved):
     """After step 2 its weights are NaN: found when it is saved, or when it samples again."""
-    from adaptiverl.program import Run
+    out = Path(settings["OUTPUT_DIR"])
 
-    out, record = Path(settings["OUTPUT_DIR"]), Run.record
+    def broken(parts):
+        class Breaking(Guards):
+            """The last to see a step before it is written."""
 
-    def poisoned(run, *arguments):
-        record(run, *arguments)
-        if run.state.step == 2:
-            with torch.no_grad():
-                run.sampler.policy.lm.transformer.ln_f.bias.fill_(float("nan"))
+            def look(self, step, *arguments):
+                super().look(step, *arguments)
+                if step == 2:
+                    with torch.no_grad():
+                        parts.policy.lm.transformer.ln_f.bias.fill_(float("nan"))
 
-    monkeypatch.setattr(Run, "record", poisoned)
-    assert main(settings | {"SAVE_EVERY": int(saved)}) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
+        old = parts.guards
+        return replace(parts, guards=Breaking(old.config, old.last_step, old.allowed_gap))
+
+    with pytest.raises(ConfigError) as error:
+        run_parts(settings | {"SAVE_EVERY": int(saved)}, broken)
+    said = str(error.value)
     what = ("2", "weights") if saved else ("3", "log-probabilities")
-    assert error.startswith("error: step {}: the policy's {} are not finite (NaN)".format(*what))
-    assert error.endswith(f"last checkpoint is {out}/step-000001" if saved else "LR_RULE kl_target")
+    assert said.startswith("step {}: the policy's {} are not finite (NaN)".format(*what))
+    assert said.endswith(
+        f"last checkpoint is {out}/step-000001" if saved else "LR_RULE trust_region"
+    )
     assert [p.name for p in out.glob("step-*")] == ["step-000001"] * saved
     assert not (out / "final").exists()
     assert len(read_jsonl(out / "metrics.jsonl")) == 2
+
+
+def test_an_update_that_breaks_the_policy_is_the_users_mistake(main, settings, capsys):
+    """One line on stderr, and the status of a mistake in the config."""
+    assert main(settings | {"OPTIM": "sgd", "LR_RULE": "none", "LRATE": 1e38}) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: step 2: the policy's log-probabilities are not finite (NaN)")
+    assert error.endswith("LR_RULE trust_region")
 
 
 def test_a_model_that_is_broken_is_refused(main, settings, tiny, tmp_path, capsys):
@@ -212,18 +228,22 @@ def test_a_model_that_is_broken_is_refused(main, settings, tiny, tmp_path, capsy
     assert "its log-probabilities are not finite (NaN). Likely" in capsys.readouterr().err
 
 
-def test_no_gradient_from_different_rewards_is_told_once(main, settings, monkeypatch, caplog):
+def test_no_gradient_from_different_rewards_is_told_once(run_parts, settings, caplog):
     """As where layers have no backward pass and no error says so."""
-    from adaptiverl.rl.sampler import Sampler
 
-    real = Sampler.weighted_logprobs
+    class Severed(nn.Module):
+        def __init__(self, policy):
+            super().__init__()
+            self.policy = policy
 
-    def severed(*arguments):
-        score, *rest = real(*arguments)
-        return score * 0, *rest
+        def forward(self, rollout):
+            measured = self.policy(rollout)
+            return measured._replace(score=measured.score * 0)
 
-    monkeypatch.setattr(Sampler, "weighted_logprobs", severed)
-    assert main(settings | {"STEPS": 3, "KL_COEF": 0}) == 0
+    def severed(parts):
+        return replace(parts, policy=Severed(parts.policy))
+
+    assert run_parts(settings | {"STEPS": 3, "KL_COEF": 0}, severed) == 0
     rows = read_jsonl(Path(settings["OUTPUT_DIR"]) / "metrics.jsonl")
     assert [row["grad_norm"] for row in rows] == [0, 0, 0]
     said = [text for text in caplog.messages if "the gradient is exactly 0" in text]
@@ -236,21 +256,16 @@ def test_equal_rewards_are_no_lost_gradient(main, settings, caplog):
     assert not any("gradient is exactly 0" in text for text in caplog.messages)
 
 
-def test_sampling_that_drifts_from_the_loss_is_measured_and_told_once(
-    main, settings, monkeypatch, caplog
-):
+def test_sampling_that_drifts_from_the_loss_is_measured_and_told_once(run_parts, settings, caplog):
     """From step 2 on, one token in each completion is 0.4 nats off."""
-    from adaptiverl.program import Run
 
-    sample = Run.sample
+    def drifting(parts):
+        def drift(rollout):
+            rollout.logprobs[:, 0] += 0.4 * (parts.progress.step > 1)
 
-    def drifting(run, batch, step):
-        rollout = sample(run, batch, step)
-        rollout.logprobs[:, 0] += 0.4 * (step > 1)
-        return rollout
+        return with_samples(parts, drift)
 
-    monkeypatch.setattr(Run, "sample", drifting)
-    assert main(settings | {"GRAD_ACCUM": 2}) == 0
+    assert run_parts(settings | {"GRAD_ACCUM": 2}, drifting) == 0
     rows = read_jsonl(Path(settings["OUTPUT_DIR"]) / "metrics.jsonl")
     mean = [row["sampling/sampling_logp_difference/mean"] for row in rows]
     largest = [row["sampling/sampling_logp_difference/max"] for row in rows]
@@ -262,36 +277,37 @@ def test_sampling_that_drifts_from_the_loss_is_measured_and_told_once(
 
 
 @pytest.mark.parametrize("step", [1, 3])
-def test_a_gradient_that_fp16_overflows_changes_nothing(main, settings, monkeypatch, step):
-    """torch's fused AdamW is called by the scaler all the same, and skips by itself."""
-    from accelerate.optimizer import AcceleratedOptimizer
+def test_a_gradient_that_fp16_overflows_changes_nothing(run_parts, settings, step):
+    """The gradient scaler leaves the optimizer's step out, and scales less from there on."""
+    seen = []
 
-    from adaptiverl.program import Run
+    def scaled(parts):
+        optimizer, accelerator = parts.optimizer, parts.runtime.accelerator
+        scaler = accelerator.scaler = torch.amp.GradScaler("cpu")
 
-    start, take, seen = Run.start, Run.step, []
+        def overflow(gradient):
+            gradient = gradient.clone()
+            if parts.progress.step == step:
+                gradient[0] = torch.inf
+            return gradient
 
-    def scaled(run):
-        run.accelerator.scaler = scaler = torch.amp.GradScaler("cpu")
-        run.optimizer = AcceleratedOptimizer(run.optimizer.optimizer, False, scaler)
-        return start(run)
+        def watch(take_step):
+            weights = [p.detach().clone() for p in parts.policy.parameters()]
+            rate, scale = optimizer.lr, scaler.get_scale()
+            scaler.unscale_(optimizer)  # as accelerate does where the precision is fp16
+            take_step()
+            if parts.progress.step == step:
+                assert all(map(torch.equal, weights, parts.policy.parameters()))
+                assert optimizer.lr == rate
+                assert scaler.get_scale() == scale / 2
+                seen.append(step)
 
-    def overflow(run, rollout, grad_norm):
-        if run.state.step == step:
-            weights = [p.detach().clone() for p in run.policy.parameters()]
-            run.optimizer.optimizer.param_groups[0]["params"][0].grad[0] = torch.inf
-            run.accelerator.scaler.unscale_(run.optimizer.optimizer)
-            rate, scale = run.controller.ratio, run.accelerator.scaler.get_scale()
-            taken = take(run, rollout, torch.tensor(torch.inf))
-            assert all(map(torch.equal, weights, run.policy.parameters()))
-            assert run.controller.ratio == rate and "kl_step" not in taken
-            assert run.accelerator.scaler.get_scale() == scale / 2
-            seen.append(step)
-            return taken
-        return take(run, rollout, grad_norm)
+        next(parts.policy.parameters()).register_hook(overflow)
+        return around_steps(parts, watch)
 
-    monkeypatch.setattr(Run, "start", scaled)
-    monkeypatch.setattr(Run, "step", overflow)
-    assert main(settings | {"STEPS": 4}) == 0 and seen == [step]
+    assert run_parts(settings | {"STEPS": 4}, scaled) == 0 and seen == [step]
+    rows = read_jsonl(Path(settings["OUTPUT_DIR"]) / "metrics.jsonl")
+    assert ["update_kl" in row for row in rows] == [row["step"] != step for row in rows]
     final = AutoModelForCausalLM.from_pretrained(Path(settings["OUTPUT_DIR"]) / "final")
     assert all(parameter.isfinite().all() for parameter in final.parameters())
 
@@ -377,9 +393,9 @@ def test_dry_run_shows_a_batch_and_trains_and_writes_nothing(main, settings, cap
     out = capsys.readouterr().out
     lines = out.splitlines()
     assert lines[0].split() == ["prompt", "completion", "length", "reward"]
-    assert all(line.endswith("1.000   1.000") for line in lines[1:9])
+    assert [line.split()[-2:] for line in lines[1:9]] == [["1.000", "1.000"]] * 8
     assert "trainable parameters  158,592 of 158,592 (100.0%)" in out
-    assert "peak memory" in out and "seconds a step" in out
+    assert "peak memory" in out and "seconds per step" in out
     assert not Path(settings["OUTPUT_DIR"]).exists()
 
 

@@ -1,4 +1,4 @@
-"""The brake: updates scaled after the fact, to a KL that is met, with the evidence for how far."""
+"""The trust region: updates scaled afterwards until their KL meets a target, and that target."""
 
 import copy
 import math
@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from adaptiverl.optim.trust_region import LEAST, MEMORY, LastUpdate, TrustRegion, alignment, tells
+from adaptiverl.optim.trust_region import MEMORY, MIN_CONFIDENCE, SignalToNoise, TrustRegion
+from adaptiverl.optim.update import LastUpdate, alignment, supports_alignment
 
 KINDS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
@@ -70,6 +71,13 @@ def test_weights_without_gradient_stay():
     assert torch.equal(weights[1], still)
 
 
+def make(initialized: bool = False, **arguments) -> TrustRegion:
+    """One around an optimizer that is of no interest."""
+    region = TrustRegion(torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))]), **arguments)
+    region.initialized = initialized
+    return region
+
+
 class Quadratic:
     """KL = at_one · scale²."""
 
@@ -85,7 +93,7 @@ class Quadratic:
 
 
 @pytest.mark.parametrize(
-    ("settled", "at_one", "factor", "measured"),
+    ("initialized", "at_one", "factor", "measured"),
     [
         (True, 0.01, 1, 1),  # met
         (True, 0.019, 1, 1),  # within twice the target
@@ -96,13 +104,12 @@ class Quadratic:
         (True, 36.0, 1 / 60, 3),
     ],
 )
-def test_the_factor_that_meets_the_target(settled, at_one, factor, measured):
-    region, world = TrustRegion(settled=settled), Quadratic(at_one)
-    found, kl = region.fit(world.measure, world.rescale, 0.01)
+def test_the_factor_that_meets_the_target(initialized, at_one, factor, measured):
+    region, world = make(initialized), Quadratic(at_one)
+    found, kl = region.line_search(world.measure, world.rescale, 0.01)
     assert (found, world.measured) == (pytest.approx(factor), measured)
     assert found == pytest.approx(world.scale)
     assert kl == world.measure()
-    assert region.settled
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
@@ -113,20 +120,20 @@ def test_an_undefined_kl_is_too_far(broken):
     def measure() -> float:
         return broken if world.scale > 0.01 else measured()
 
-    factor, kl = TrustRegion(settled=True).fit(measure, world.rescale, 0.01)
+    factor, kl = make(True).line_search(measure, world.rescale, 0.01)
     assert factor == pytest.approx(1 / 900), "two strides down"
     assert kl == measured() <= 0.02
 
 
 def test_an_update_is_made_no_larger_than_it_may_be():
     world = Quadratic(1e-12)
-    factor, kl = TrustRegion().fit(world.measure, world.rescale, 0.01, most=500.0)
+    factor, kl = make().line_search(world.measure, world.rescale, 0.01, max_scale=500.0)
     assert factor == pytest.approx(500) == world.scale and kl == world.measure()
 
 
 def test_an_update_that_cannot_be_made_small_enough_is_taken_back():
     world = Quadratic(1.0)
-    factor, kl = TrustRegion().fit(lambda: 1.0, world.rescale, 0.01)
+    factor, kl = make().line_search(lambda: 1.0, world.rescale, 0.01)
     assert world.scale == 0 and kl == 0
     assert 0 < factor < 1e-6, "the rate shrinks by it, and is not lost"
 
@@ -141,43 +148,40 @@ def test_where_kl_jumps_the_search_ends_next_to_the_jump(edge, above):
         kl = world.measure()
         return kl if world.scale < edge else above
 
-    region = TrustRegion()
-    factor, kl = region.fit(measure, world.rescale, 0.01)
+    factor, kl = make().line_search(measure, world.rescale, 0.01)
     assert factor == pytest.approx(world.scale) and kl == pytest.approx(1e-9 * factor**2)
     assert edge / 2 < factor < edge, "the largest scale within bounds, nearly"
-    assert world.measured <= 13 and region.settled
+    assert world.measured <= 13
 
 
-def test_an_update_taken_back_leaves_the_search_to_the_next_one():
-    world, region = Quadratic(1.0), TrustRegion()
-    region.fit(lambda: 1.0, world.rescale, 0.01)
-    assert world.scale == 0 and not region.settled
-    world = Quadratic(1e-4)
-    assert region.fit(world.measure, world.rescale, 0.01)[0] == pytest.approx(10)
-
-
-def test_evidence_is_the_weighted_t_statistic():
+def test_signal_to_noise_is_the_weighted_t_statistic():
     chance = np.random.default_rng(0)
     values = chance.normal(0.02, 0.03, 40)
-    region = TrustRegion()
+    signal = SignalToNoise()
     for value in values:
-        region.confidence(float(value))
+        signal.observe(float(value))
     weights = MEMORY ** np.arange(len(values))[::-1]
     mean = np.average(values, weights=weights)
     variance = np.average((values - mean) ** 2, weights=weights)
     error = math.sqrt(variance * (weights**2).sum() / weights.sum() ** 2)
-    assert region.evidence == pytest.approx(mean / error)
+    assert signal.value == pytest.approx(mean / error)
 
 
-def test_confidence_follows_evidence():
-    unsure, sure = TrustRegion(), TrustRegion()
-    assert unsure.confidence(None) == LEAST, "no evidence yet"
+def test_confidence_follows_the_signal_to_noise_ratio():
+    unsure, sure = make(), make()
+    unsure.observe_alignment(None)
+    assert unsure.confidence == MIN_CONFIDENCE, "no evidence yet"
     for k in range(60):
-        low = unsure.confidence((-1) ** k * 0.02)
-        high = sure.confidence(0.02 + (-1) ** k * 0.02)
-    assert low == LEAST
-    assert high == 1.0
-    assert sure.confidence(math.nan) == 1.0, "not a number, no evidence"
+        unsure.observe_alignment((-1) ** k * 0.02)
+        sure.observe_alignment(0.02 + (-1) ** k * 0.02)
+    assert unsure.confidence == MIN_CONFIDENCE
+    assert sure.confidence == 1.0
+    sure.observe_alignment(math.nan)
+    assert sure.confidence == 1.0, "not a number, no evidence"
+
+
+def test_confidence_is_1_where_no_alignment_can_be_known():
+    assert TrustRegion(torch.optim.Adagrad([torch.nn.Parameter(torch.ones(1))])).confidence == 1.0
 
 
 @pytest.mark.parametrize("kind", ["sgd momentum", "rmsprop", "adamw"])
@@ -205,10 +209,10 @@ def test_alignment_is_the_cosine_between_gradient_and_last_update(kind):
         (partial(torch.optim.Adagrad, lr=1e-3), False),
     ],
 )
-def test_whether_an_optimizer_tells_its_alignment(optimizer, known):
+def test_whether_an_optimizer_supports_alignment(optimizer, known):
     p = torch.nn.Parameter(torch.ones(3))
     made = optimizer([p])
-    assert tells(made) is known
+    assert supports_alignment(made) is known
     for _ in range(2):
         p.grad = torch.ones(3)
         made.step()
@@ -219,3 +223,164 @@ def test_alignment_is_unknown_before_the_first_step_and_of_unknown_optimizers():
     assert alignment(stepped(KINDS["adamw"], 0)[1]) is None
     assert alignment(stepped(COPIED["adagrad"])[1]) is None
     assert alignment(stepped(KINDS["sgd"])[1]) is None, "no momentum, no memory of the update"
+
+
+# A step of it
+
+
+class World:
+    """One weight; the KL of an update is `steepness` times its square. Its gradient is always 1."""
+
+    def __init__(self, lr: float = 0.1, steepness: float = 1.0, kind=torch.optim.AdamW, **more):
+        self.weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+        arguments = {"weight_decay": 0.0} if kind is torch.optim.AdamW else {}
+        self.optimizer = kind([self.weight], lr=lr, **arguments)
+        self.entries: list[dict] = []
+        self.region = TrustRegion(self.optimizer, record=self.entries.append, **more)
+        self.steepness, self.before = steepness, 0.0
+
+    def kl(self) -> float:
+        return self.steepness * (self.weight.item() - self.before) ** 2
+
+    def step(self, gradient: float = 1.0, measure=None, **more):
+        self.before = self.weight.item()
+        self.weight.grad = torch.full_like(self.weight, gradient)
+        return self.region.step(measure or self.kl, **more)
+
+
+@pytest.mark.parametrize("lr", [1e-7, 1e-2, 1.0])
+def test_every_step_meets_the_target_and_the_group_keeps_its_rate(lr):
+    """AdamW's first step has the length of its rate."""
+    world = World(lr=lr, kl=0.01)
+    for _ in range(8):
+        info = world.step()
+        assert info.kl == world.kl() <= 2 * info.target
+        assert info.target == pytest.approx(0.01 * MIN_CONFIDENCE)
+        assert world.optimizer.param_groups[0]["lr"] == lr
+    assert info.kl >= info.target / 2
+    assert info.lr == pytest.approx(abs(world.weight.item() - world.before), rel=1e-3)
+
+
+def test_the_first_step_is_searched_for_and_later_ones_are_only_scaled_down():
+    world = World(lr=1e-3, kl=0.01)
+    first = world.step()
+    assert first.scale == pytest.approx(30), "made larger, by one stride: within the tolerance"
+    world.steepness = 1e-6
+    assert world.step().scale == 1.0, "short of the target: the rate follows, the step stays"
+    world.steepness = 1e3
+    assert world.step().scale < 0.1
+
+
+@pytest.mark.parametrize(("kl", "factor"), [(1.0, 1), (1 / 16, 2), (1.9, 1.9**-0.25), (1e-9, 2)])
+def test_the_rate_goes_half_of_the_way_at_most_a_factor_of_two(kl, factor):
+    world = World(kind=torch.optim.Adagrad, kl=1.0)
+    world.region.initialized = True
+    world.step(measure=lambda: kl)
+    assert world.region.ratio == pytest.approx(factor)
+
+
+@pytest.mark.parametrize("steps", [4, None])
+def test_the_target_falls_linearly_where_the_length_is_known(steps):
+    world = World(kind=torch.optim.Adagrad, kl=1.0, steps=steps)
+    targets = [world.step().target for _ in range(6)]
+    assert targets == ([1, 0.75, 0.5, 0.25, 0.25, 0.25] if steps else [1.0] * 6)
+
+
+def test_the_target_is_not_below_the_floor():
+    assert World(kl=1e-6).step(min_kl=0.5).target == 0.5
+
+
+def test_the_rate_does_not_wind_up_behind_its_bound():
+    """While an update moves nothing the rate waits at the bound, ready to fall at once."""
+    world = World(lr=1.0, kind=torch.optim.Adagrad, kl=0.01, max_lr=4.0)
+    for _ in range(50):
+        assert world.step(measure=lambda: 0.0).lr <= 4
+    assert world.region.ratio == pytest.approx(4)
+    kl = iter([0.16, 0.01])
+    world.step(measure=lambda: next(kl))
+    assert world.region.ratio == pytest.approx(1), "scaled to a quarter, which met the target"
+
+
+def test_while_there_is_no_gradient_nothing_is_measured():
+    world = World(lr=1e-3)
+    info = world.step(gradient=0.0, measure=lambda: pytest.fail("measured"))
+    assert (info.kl, info.lr, info.scale) == (None, 1e-3, 1.0)
+    assert world.region.ratio == 1.0 and not world.region.initialized
+    assert world.step().kl is not None
+
+
+def test_a_rate_of_0_stays_0_until_it_rises():
+    world = World(lr=0.0)
+    info = world.step(measure=lambda: pytest.fail("measured"))
+    assert (info.lr, info.kl) == (0.0, None)
+    world.optimizer.param_groups[0]["lr"] = 1e-3  # a warm-up has begun
+    assert world.step().kl is not None
+
+
+@pytest.mark.parametrize("broken", [math.nan, 1.0])
+def test_an_update_that_no_scale_brings_within_bounds_is_taken_back(broken):
+    """It does not raise the rate, and the next one is searched for too."""
+    world = World(lr=1.0, kl=0.01)
+    info = world.step(measure=lambda: broken)
+    assert world.weight.item() == pytest.approx(0, abs=1e-12) and info.kl == 0.0
+    assert 0 < info.scale < 1e-6 and world.region.ratio == 1e-9, "the lower bound of the rate"
+    assert not world.region.initialized
+    assert [entry["rule"] for entry in world.entries] == ["line_search"]
+    assert world.step().scale > 10
+
+
+def test_each_change_of_the_rate_has_its_reason():
+    world = World(lr=1.0, kl=0.01)
+    info = world.step()
+    search, steering = world.entries
+    assert search == {
+        "step": 0, "hyperparameter": "lr", "rule": "line_search", "signal": "kl",
+        "value": info.kl, "old": 1.0, "new": pytest.approx(info.lr),
+    }  # fmt: skip
+    assert (steering["rule"], steering["old"]) == ("trust_region", search["new"])
+    assert steering["new"] == pytest.approx(world.region.ratio)
+
+
+def test_another_scheduler_of_the_rate_composes():
+    world = World(lr=1e-2, kl=0.01)
+    schedule = torch.optim.lr_scheduler.StepLR(world.optimizer, 1, gamma=0.5)
+    for k in range(5):
+        ratio = world.region.ratio
+        info = world.step()
+        assert info.lr == pytest.approx(1e-2 * 0.5**k * ratio * info.scale)
+        schedule.step()
+
+
+def test_saved_and_loaded_it_continues_bit_for_bit():
+    worlds = [World(lr=1.0, kl=0.01, steps=20) for _ in range(2)]
+    for _ in range(8):
+        worlds[0].step()
+    other = worlds[1]
+    other.region.load_state_dict(worlds[0].region.state_dict())
+    other.optimizer.load_state_dict(copy.deepcopy(worlds[0].optimizer.state_dict()))
+    other.weight.data.copy_(worlds[0].weight.data)
+    assert [other.step() for _ in range(5)] == [worlds[0].step() for _ in range(5)]
+    assert all(type(value) in (int, float, bool) for value in other.region.state_dict().values())
+
+
+@pytest.mark.parametrize("wrong", ["missing", "unknown"])
+def test_a_state_of_something_else_is_refused(wrong):
+    state = make().state_dict()
+    state = state | {"most": 1} if wrong == "unknown" else {"ratio": 1.0}
+    with pytest.raises(ValueError, match=f"no state of a trust region: .* is {wrong}"):
+        make().load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"kl": 0.0}, "kl is 0.0; it must be in"),
+        ({"kl": math.nan}, "kl is nan"),
+        ({"steps": 0}, "steps is 0; it must be at least 1"),
+        ({"min_lr": 2.0, "max_lr": 1.0}, "min_lr 2 is above max_lr 1"),
+        ({"max_lr": 1e-4}, "the rate 0.001 is outside its bounds, 1e-09 … 0.0001"),
+    ],
+)
+def test_arguments_that_cannot_be_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        make(**wrong)

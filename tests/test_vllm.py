@@ -8,7 +8,7 @@ import torch
 import trl.generation.vllm_client
 from conftest import read_jsonl
 
-from adaptiverl.rl.policy import load_policy, load_tokenizer
+from adaptiverl.rl.loading import load_policy, load_tokenizer
 
 
 class StandIn:

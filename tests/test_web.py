@@ -21,9 +21,10 @@ import pytest
 from conftest import read_jsonl
 from tqdm import tqdm
 
-from adaptiverl.run.config import UserError
-from adaptiverl.run.reading import load_config
-from rewards.human import HumanReward
+from adaptiverl.config.loading import load_config
+from adaptiverl.config.schema import ConfigError
+from adaptiverl.training.keys import RunConfig
+from rewards import HumanReward
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 needs_browser = pytest.mark.skipif(not CHROMIUM, reason="no chromium on this machine")
@@ -36,7 +37,7 @@ def reward(tmp_path, monkeypatch) -> Iterator[HumanReward]:
     made = HumanReward(
         where="web", port=0, token_env="PAGE_TOKEN", labels=str(tmp_path / "labels.sqlite")
     )
-    made.labeller.start()
+    made.front_end.start()
     yield made
     made.close()
 
@@ -48,8 +49,8 @@ class Waiting(threading.Thread):
         super().__init__()
         self.reward, self.completions, self.result = reward, list(completions), None
         self.start()
-        assert reward.desk.wait_next("nobody")
-        reward.desk.shown.clear()
+        assert reward.queue.wait_next("nobody")
+        reward.queue.shown.clear()
 
     def run(self) -> None:
         prompts = ["Say "] * len(self.completions)
@@ -60,7 +61,7 @@ class Client:
     """A browser's requests, or somebody's who pretends to be one."""
 
     def __init__(self, reward: HumanReward):
-        self.host = urlsplit(reward.labeller.address).netloc
+        self.host = urlsplit(reward.front_end.address).netloc
         self.cookie = ""
 
     def request(self, method: str, path: str, body: dict | None = None, **headers: str):
@@ -87,18 +88,18 @@ class Client:
 
 def test_without_the_token_nothing_is_told_or_taken(reward):
     run, client = Waiting(reward, "a", "b"), Client(reward)
-    answer = {"key": reward.desk.next("x").key, "value": "+"}
+    answer = {"key": reward.queue.next("x").key, "value": "+"}
     for path in ("/", "/next", "/?token=", "/?token=wrong", "/docs", "/openapi.json"):
         response, text = client.request("GET", path)
         assert response.status == 403 and "Say" not in text
-    port = urlsplit(reward.labeller.address).port
+    port = urlsplit(reward.front_end.address).port
     cookies = ("wrong.x", ".x", "sesame.", "sesame")
     for client.cookie in ("", "labels-1=sesame.x", *(f"labels-{port}={c}" for c in cookies)):
         assert client.post("/label", answer) == 403 and client.post("/undo", {}) == 403
-    assert len(reward.desk.open) == 2
+    assert len(reward.queue.open) == 2
     client.enter()
     assert client.post("/label", answer) == 200
-    assert client.post("/label", {"key": next(iter(reward.desk.open)), "value": "-"}) == 200
+    assert client.post("/label", {"key": next(iter(reward.queue.open)), "value": "-"}) == 200
     run.join()
     assert sorted(run.result) == [-1.0, 1.0]
 
@@ -107,16 +108,21 @@ def test_other_sites_and_names_get_nowhere(reward):
     run, client = Waiting(reward, "a"), Client(reward)
     cookie = client.enter()
     assert "HttpOnly" in cookie and "SameSite=lax" in cookie
-    answer = {"key": reward.desk.next("x").key, "value": "+"}
+    answer = {"key": reward.queue.next("x").key, "value": "+"}
     for origin in ("http://evil.example", "null", f"http://{client.host}.evil.example", "http://["):
         assert client.post("/label", answer, Origin=origin) == 403
     response, _ = client.request("POST", "/label", answer)
     assert response.status == 403, "no origin at all"
-    for host in ("[", "evil.example", f"evil.example:{urlsplit(reward.labeller.address).port}", ""):
+    for host in (
+        "[",
+        "evil.example",
+        f"evil.example:{urlsplit(reward.front_end.address).port}",
+        "",
+    ):
         assert client.request("GET", "/next", Host=host)[0].status == 403, "a rebound name"
     form = client.request("POST", "/label", None, Origin=f"http://{client.host}")
     assert form[0].status == 422, "not what the page sends"
-    assert len(reward.desk.open) == 1
+    assert len(reward.queue.open) == 1
     assert client.post("/label", answer) == 200
     run.join()
 
@@ -139,11 +145,11 @@ def test_on_all_addresses_any_name_will_do_with_the_token(tmp_path, monkeypatch,
     monkeypatch.setenv("PAGE_TOKEN", "sesame")
     labels = str(tmp_path / "labels.sqlite")
     made = HumanReward(where="web", host="0.0.0.0", port=0, token_env="PAGE_TOKEN", labels=labels)
-    made.labeller.start()
+    made.front_end.start()
     try:
         assert f"label at http://{socket.gethostname()}:" in capsys.readouterr().err
         client = Client(made)
-        client.host = f"127.0.0.1:{urlsplit(made.labeller.address).port}"
+        client.host = f"127.0.0.1:{urlsplit(made.front_end.address).port}"
         assert client.request("GET", "/next", Host="studio.local")[0].status == 403
         client.enter()
         assert client.request("GET", "/next", Host="studio.local")[0].status == 200
@@ -155,17 +161,17 @@ def test_the_address_stands_on_a_line_of_its_own(tmp_path, capsys):
     """Also while a progress bar is shown, as it is when people are first asked."""
     made = HumanReward(where="web", port=0, labels=str(tmp_path / "labels.sqlite"))
     with tqdm(total=3, file=sys.stderr):
-        made.labeller.start()
+        made.front_end.start()
         err = capsys.readouterr().err
     made.close()
     (line,) = [line for line in re.split(r"[\r\n]", err) if "label at" in line]
-    assert line == f"label at {made.labeller.address}/?token={made.labeller.token}"
+    assert line == f"label at {made.front_end.address}/?token={made.front_end.token}"
 
 
-def test_an_idle_page_keeps_nothing_and_is_nobody(reward, monkeypatch):
+def test_an_idle_page_keeps_nothing_and_is_nobody(reward):
     """It asks for news every few seconds, as long as it is open."""
     run, one, other = Waiting(reward, "a"), Client(reward), Client(reward)
-    reward.desk.seen.clear()
+    reward.queue.seen.clear()
 
     def view(client: Client, path: str = "/next") -> dict:
         return json.loads(client.request("GET", path)[1])
@@ -174,7 +180,7 @@ def test_an_idle_page_keeps_nothing_and_is_nobody(reward, monkeypatch):
         client.enter()
     item = view(one)["item"]
     assert view(other)["item"] is None and view(other)["people"] == 2
-    monkeypatch.setattr("rewards.desk.IDLE", 0.0)
+    reward.queue.idle_timeout = 0.0
     assert view(other, "/next?acted=true")["item"] == item and view(other)["people"] == 1
     assert view(one)["item"] == item, "it does not change under who comes back"
     assert other.post("/label", {"key": item["key"], "value": "+"}) == 200
@@ -197,27 +203,27 @@ def test_the_token_is_taken_without_what_a_file_adds(tmp_path, monkeypatch):
     monkeypatch.setenv("PAGE_TOKEN", "sesame\r\n")
     labels = str(tmp_path / "labels.sqlite")
     made = HumanReward(where="web", port=0, token_env="PAGE_TOKEN", labels=labels)
-    made.labeller.start()
+    made.front_end.start()
     assert Client(made).enter()
     made.close()
 
 
 def test_mistakes_are_told_before_a_run_begins(reward, tmp_path, monkeypatch):
     labels = str(tmp_path / "other.sqlite")
-    port = urlsplit(reward.labeller.address).port
+    port = urlsplit(reward.front_end.address).port
     with pytest.raises(ValueError, match=f"nobody can listen on 127.0.0.1:{port}"):
-        HumanReward(where="web", port=port, labels=labels)
+        HumanReward(where="web", port=port, labels=labels).start()
     with pytest.raises(ValueError, match="not in the environment variable NO_TOKEN"):
-        HumanReward(where="web", port=0, token_env="NO_TOKEN", labels=labels)
+        HumanReward(where="web", port=0, token_env="NO_TOKEN", labels=labels).start()
     for odd in (" \n", "open sesame", "sésame", "a;b", "a\nb", "a&b"):
         monkeypatch.setattr("os.environ", os.environ | {"ODD_TOKEN": odd})
         with pytest.raises(ValueError, match="environment variable ODD_TOKEN") as caught:
-            HumanReward(where="web", port=0, token_env="ODD_TOKEN", labels=labels)
+            HumanReward(where="web", port=0, token_env="ODD_TOKEN", labels=labels).start()
         assert odd not in str(caught.value)
     keys = {"REWARDS": [{"TYPE": "human", "PORT": 80}]}
     (tmp_path / "config.json").write_text(json.dumps(keys))
-    with pytest.raises(UserError, match=r"REWARDS\.0: PORT needs WHERE web"):
-        load_config(tmp_path / "config.json")
+    with pytest.raises(ConfigError, match=r"REWARDS\.0: PORT needs WHERE web"):
+        load_config(tmp_path / "config.json", schema=RunConfig)
 
 
 # In a browser
@@ -271,7 +277,7 @@ class Person:
 def test_what_a_model_writes_is_text(reward, chromium):
     evil = "<script>document.title = 'owned'</script><img src=x onerror=\"document.title='owned'\">"
     run = Waiting(reward, evil)
-    person = Person(chromium, f"{reward.labeller.address}/?token=sesame")
+    person = Person(chromium, f"{reward.front_end.address}/?token=sesame")
     assert person.sees() == evil
     assert person.page.title() == "Label" and person.page.locator("img").count() == 0
     person.page.get_by_role("button", name="good").click()
@@ -283,7 +289,7 @@ def test_what_a_model_writes_is_text(reward, chromium):
 @needs_browser
 def test_the_address_works_from_a_link_on_another_site(reward, chromium):
     """A chat, say: also for who has been there already, who stays the same labeller."""
-    run, address = Waiting(reward, "a", "b"), f"{reward.labeller.address}/?token=sesame"
+    run, address = Waiting(reward, "a", "b"), f"{reward.front_end.address}/?token=sesame"
     page = chromium.new_context().new_page()
     page.route(
         "http://chat.example/**",
@@ -310,7 +316,7 @@ def test_the_page_is_read_in_the_dark(reward, chromium):
     run = Waiting(reward, "a", "aa")
     for scheme in ("light", "dark"):
         page = chromium.new_context(color_scheme=scheme).new_page()
-        page.goto(f"{reward.labeller.address}/?token=sesame")
+        page.goto(f"{reward.front_end.address}/?token=sesame")
         page.locator("#completion").filter(has_text="a").wait_for()
         text, mark, ground = page.evaluate(
             """() => {
@@ -358,8 +364,8 @@ def test_a_scale_of_numbers_says_which_end_is_good(tmp_path, monkeypatch, chromi
     made = HumanReward(
         where="web", scale="1-5", port=0, token_env="PAGE_TOKEN", labels=str(tmp_path / "l.sqlite")
     )
-    made.labeller.start()
-    person = Person(chromium, f"{made.labeller.address}/?token=sesame")
+    made.front_end.start()
+    person = Person(chromium, f"{made.front_end.address}/?token=sesame")
     person.page.locator("#keys button").first.wait_for()
     assert person.page.locator("#keys button").all_text_contents() == [
         "1worst", "2", "3", "4", "5best", "sskip", "uundo"
@@ -370,7 +376,7 @@ def test_a_scale_of_numbers_says_which_end_is_good(tmp_path, monkeypatch, chromi
 
 @needs_browser
 def test_the_page_says_whether_anybody_is_at_it(reward, chromium):
-    person = Person(chromium, f"{reward.labeller.address}/?token=sesame")
+    person = Person(chromium, f"{reward.front_end.address}/?token=sesame")
     page, asked = person.page, []
     page.on("request", lambda request: asked.append(urlsplit(request.url).query))
     for moves in (False, True, False):
@@ -387,9 +393,9 @@ def test_the_page_says_whether_anybody_is_at_it(reward, chromium):
 def test_another_site_cannot_label_through_a_labellers_browser(reward, chromium):
     """Its page posts a form and a fetch to ours, from a browser that holds the cookie."""
     run = Waiting(reward, "a")
-    person = Person(chromium, f"{reward.labeller.address}/?token=sesame")
+    person = Person(chromium, f"{reward.front_end.address}/?token=sesame")
     person.sees()
-    key = next(iter(reward.desk.open))
+    key = next(iter(reward.queue.open))
     other = person.page.context.new_page()
     other.route("http://evil.example/**", lambda route: route.fulfill(body="<title>evil</title>"))
     other.goto("http://evil.example/")
@@ -399,10 +405,10 @@ def test_another_site_cannot_label_through_a_labellers_browser(reward, chromium)
             const options = { method: "POST", mode: "no-cors", credentials: "include", body };
             return (await fetch(address + "/label", options).catch(error => error)).type;
         }""",
-        [reward.labeller.address, key],
+        [reward.front_end.address, key],
     )
     assert answered in ("opaque", None)
-    assert list(reward.desk.open) == [key], "not labelled"
+    assert list(reward.queue.open) == [key], "not labelled"
     other.close()
     person.press("-")
     run.join()

@@ -1,11 +1,15 @@
-"""HF Trainer: its loop reports to a scheduler or optimizer of ours."""
+"""HF Trainer, and TRL's trainers: their loop reports to an optimizer or scheduler of ours."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from transformers import TrainerCallback
 
 from adaptiverl.optim.adaptive import AdaptiveOptimizer
+from adaptiverl.optim.hyperparams import mean_over_processes
 from adaptiverl.optim.online import Online
 from adaptiverl.optim.schedulers import AdaptiveScheduler
 
@@ -13,11 +17,15 @@ from adaptiverl.optim.schedulers import AdaptiveScheduler
 class RewardObserveCallback(TrainerCallback):
     """After each step of the optimizer `scheduler` observes `reward_fn(step)`.
 
+    scheduler   an AdaptiveScheduler, RewardAdaptiveScheduler, AdaptiveOptimizer or OnlineAdamW and
+                its like
+    reward_fn   gives the latest reward of this process, or None where there is none; the mean over
+                processes is observed
+
     A Trainer always has a scheduler of its own, so the rate is that one's times what the rules
     make of it, and so is the `learning_rate` of the Trainer's log (not with ReduceLROnPlateau or
     GreedyLR, for which a Trainer logs what they have set). `scheduler` may be given to the Trainer
-    as its own, too. It is an AdaptiveScheduler, RewardAdaptiveScheduler, AdaptiveOptimizer,
-    OnlineAdamW or its like; `reward_fn` gives the latest reward, or None where there is none.
+    as its own, too.
     """
 
     def __init__(
@@ -26,28 +34,97 @@ class RewardObserveCallback(TrainerCallback):
         reward_fn: Callable[[int], float | None],
     ):
         self.scheduler, self.reward_fn = scheduler, reward_fn
-        scheduler.controller.owns_lr = False
         self.applied: Any = None
-        self.rates: list[float] = []  # of the step that is being made
+        self.rates: list[float] = []  # of the last step
+        stepped: Any = scheduler
+        if isinstance(scheduler, AdaptiveScheduler):
+            scheduler.controller.owns_lr = False
+            stepped = scheduler.optimizer
+        elif isinstance(scheduler, AdaptiveOptimizer):
+            stepped = scheduler.base
+        stepped.register_step_pre_hook(self._note_rates)
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        own = self.scheduler.controller
-        self.rates = [own.rate(float(group["lr"])) for group in own.optimizer.param_groups]
-        if isinstance(self.scheduler, AdaptiveScheduler):  # the optimizer does it by itself
+    def _note_rates(self, optimizer: Optimizer, *_: Any) -> None:
+        self.rates = [float(group["lr"]) for group in optimizer.param_groups]
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if isinstance(self.scheduler, AdaptiveScheduler):  # an optimizer does it by itself
             self.applied = self.scheduler.controller.applied()
             self.applied.__enter__()
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        reward = self.reward_fn(state.global_step + 1)
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        own, scale = {"reward": self.reward_fn(state.global_step + 1)}, 1.0
+        reward = mean_over_processes(own, args.device).get("reward")
         if isinstance(self.scheduler, AdaptiveScheduler):
             self.applied.__exit__(None, None, None)
             self.scheduler.observe(R=reward)
         else:
-            own = self.scheduler
-            watched = own if isinstance(own, Online) else own.controller
-            watched.observe(reward=reward)  # an Online's GRU sees it too
-        kwargs["lr_scheduler"]._last_lr = self.rates  # what a Trainer logs, until its next step
+            self.scheduler.observe(reward=reward)
+        if isinstance(self.scheduler, AdaptiveOptimizer) and self.scheduler.info:
+            scale = self.scheduler.info.scale
+        # What a Trainer logs, until its next step
+        kwargs["lr_scheduler"]._last_lr = [rate * scale for rate in self.rates]
+
+
+class TrustRegionCallback(TrainerCallback):
+    """Measures the KL of each update in a Trainer, for an AdaptiveOptimizer with trust_region.
+
+        optimizer = AdaptiveOptimizer(AdamW(model.parameters()), lr_rule="trust_region", steps=100)
+        trainer = RLOOTrainer(…, reward_funcs=tap, optimizers=(optimizer, None))
+        trainer.add_callback(TrustRegionCallback(optimizer, tokenizer, tap.texts))
+
+    optimizer   the AdaptiveOptimizer that the Trainer steps
+    tokenizer   of the model
+    texts       gives the texts on which to measure, the first `count` of them at each step:
+                `RewardTap.texts` are prompts with the completions of the last batch
+    count, length       texts per process and tokens of each; default 4 and 64
+
+    Log-probabilities of all words are computed at each token before the step, and once or a few
+    times within it; KL(before ‖ now) is exact, in nats per token, the mean over all processes. The
+    model is in eval mode while it is measured: dropout would count as a difference.
+    """
+
+    def __init__(
+        self,
+        optimizer: AdaptiveOptimizer,
+        tokenizer: Any,
+        texts: Callable[[], Sequence[str]],
+        count: int = 4,
+        length: int = 64,
+    ):
+        self.tokenizer, self.texts, self.count, self.length = tokenizer, texts, count, length
+        self.model: Any = None
+        self.inputs: Any = None
+        self.old = torch.empty(0)  # [tokens, words], of the policy before the step
+        optimizer.measure_kl = self.measure_kl
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.model, texts = kwargs["model"], [*self.texts()][: self.count]
+        if not texts:
+            raise ValueError("TrustRegionCallback: texts() gave no text to measure the KL on")
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.inputs = self.tokenizer(
+            texts, return_tensors="pt", padding=True, padding_side="right", truncation=True,
+            max_length=self.length,
+        ).to(args.device)  # fmt: skip
+        self.old = self._logprobs()
+
+    @torch.no_grad()
+    def _logprobs(self) -> Tensor:
+        was_training = self.model.training
+        self.model.eval()
+        logits = self.model(**self.inputs).logits
+        self.model.train(was_training)
+        return logits[self.inputs["attention_mask"].bool()].float().log_softmax(-1)
+
+    def measure_kl(self) -> float:
+        """KL(policy before this step ‖ policy now), nats per token."""
+        if self.inputs is None:
+            raise ValueError("add the TrustRegionCallback to the Trainer: it saw no step begin")
+        new = self._logprobs()
+        kl = torch.where(self.old == new, 0.0, self.old.exp() * (self.old - new)).sum(-1)
+        total = torch.stack([kl.sum(), torch.full_like(kl[0], len(kl))])
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(total)  # NaN in one process is NaN in all: too far
+        return (total[0] / total[1]).item()

@@ -12,13 +12,16 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from adaptiverl.integrations.hf import RewardObserveCallback
+from adaptiverl.integrations.hf import RewardObserveCallback, TrustRegionCallback
 
-__all__ = ["RewardObserveCallback", "RewardTap"]
+__all__ = ["RewardObserveCallback", "RewardTap", "TrustRegionCallback"]
 
 
 class RewardTap:
-    """A reward function that remembers the mean of what it returned last; async if `reward` is."""
+    """A reward function that remembers its last batch; async if `reward` is.
+
+    `last()` is the mean of what it returned, `texts()` are the prompts with their completions.
+    """
 
     def __new__(cls, reward: Callable[..., Any]) -> "RewardTap":
         called = reward
@@ -34,12 +37,15 @@ class RewardTap:
     def __init__(self, reward: Callable[..., Any]):
         self.reward = reward
         self.mean: float | None = None
+        self.batch: list[tuple[Any, Any]] = []  # prompts with their completions
         self.__name__ = getattr(reward, "__name__", type(reward).__name__)  # TRL logs by this name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._remember(self.reward(*args, **kwargs))
+        return self._remember(self.reward(*args, **kwargs), kwargs)
 
-    def _remember(self, values: list[float | None]) -> list[float | None]:
+    def _remember(self, values: list[float | None], batch: dict[str, Any]) -> list[float | None]:
+        prompts, completions = (batch.get(name) or [] for name in ("prompts", "completions"))
+        self.batch = [*zip(prompts, completions, strict=False)]
         known = [value for value in values if value is not None and math.isfinite(value)]
         self.mean = sum(known) / len(known) if known else None
         return values
@@ -48,7 +54,16 @@ class RewardTap:
         """The mean of this process's last batch; None before there was one, or if all missed."""
         return self.mean
 
+    def texts(self) -> list[str]:
+        """Prompts with completions of this process's last batch, for TrustRegionCallback."""
+        return [_text(prompt) + _text(completion) for prompt, completion in self.batch]
+
+
+def _text(part: Any) -> str:
+    """Of a string, or of a conversation."""
+    return part if isinstance(part, str) else "\n".join(message["content"] for message in part)
+
 
 class _AsyncRewardTap(RewardTap):
     async def __call__(self, *args: Any, **kwargs: Any) -> list[float | None]:
-        return self._remember(await self.reward(*args, **kwargs))
+        return self._remember(await self.reward(*args, **kwargs), kwargs)

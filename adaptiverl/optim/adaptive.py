@@ -1,91 +1,209 @@
-"""AdaptiveOptimizer: any optimizer, its hyperparameters moved by loss and reward.
+"""AdaptiveOptimizer: any optimizer, with hyperparameters that respond to loss, reward and KL.
 
-A thin face of controller.py. It is a real torch optimizer, so LRScheduler, GradScaler, accelerate
-and HF Trainer work with it; whoever schedules the rate goes on doing so, and the rules' ratio is
-applied around each step.
+It is a real torch optimizer, so LRScheduler, GradScaler, accelerate and HF Trainer work with it.
+Whoever schedules the rate goes on doing so: what the rules make of it is applied around each step.
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
-from torch import Tensor
+import torch
 from torch.optim import Optimizer
 
+from adaptiverl.optim.constants import CONSTANTS
 from adaptiverl.optim.controller import Controller
-from adaptiverl.optim.hyperparams import get, gradient_norm, number
+from adaptiverl.optim.hyperparams import Scalar, clamp, get, gradient_norm, numbers, scaled_rates
+from adaptiverl.optim.online import Online
+from adaptiverl.optim.online.learned import LearnedRate
+from adaptiverl.optim.rules import Value, documented, parse_rules
+from adaptiverl.optim.trust_region import Record, TrustRegion, UpdateInfo, falling
+from adaptiverl.optim.update import alignment, copyable
 
 
+@documented
 class AdaptiveOptimizer(Optimizer):
     """`base`, whose rate is the scheduled one times what the rules make of it.
 
-    `arguments` are Controller's and rules.Options': `momentum_rule`, `betas_rule`, `alpha_rule`,
-    `wd_rule`, `reward_rule`, constants. Rules are names of docs/rules.md joined by "+"; "none"
-    everywhere is `base` itself. Use it wherever `base` was used: after wrapping, `base` itself
-    should not be stepped, scheduled or unscaled.
+        optimizer = AdaptiveOptimizer(AdamW(model.parameters(), lr=1e-4), lr_rule="trust_region")
+        optimizer.step(measure_kl=measure_kl)
+
+    base            the optimizer; after wrapping it must not be stepped, scheduled or unscaled
+    measure_kl      gives the KL from the policy before the last step to the policy now, in nats per
+                    token and the same in every process; also an argument of `step`, and an
+                    attribute. trust_region needs it, learned and the Online optimizers use it
+    min_kl          lowest target; set it where rounding disturbs the KL; default 0
+    trust_region_schedule       "linear": the target falls over `steps`, where these are given;
+                    "constant": it stays. Default "linear"
+    record          called with a dict for each change: step, hyperparameter, rule, signal, value
+                    (of the signal), old, new
+
+    "none" everywhere is `base` itself.
     """
 
-    def __init__(self, base: Optimizer, lr_rule: str = "none", **arguments: Any):
+    def __init__(
+        self,
+        base: Optimizer,
+        lr_rule: Value = "none",
+        *,
+        measure_kl: Callable[[], float] | None = None,
+        min_kl: float = 0.0,
+        trust_region_schedule: str = "linear",
+        record: Record | None = None,
+        **arguments: Any,
+    ):
+        if trust_region_schedule not in ("linear", "constant"):
+            raise ValueError(
+                f'trust_region_schedule is {trust_region_schedule!r}; it is "linear" or "constant"'
+            )
         super().__init__(base.param_groups, base.defaults)
-        self.base = base
+        self.base, self.measure_kl, self.min_kl, self.record = base, measure_kl, min_kl, record
         self._share()
-        self.controller = Controller(base, lr_rule=lr_rule, owns_lr=False, **arguments)
+        self.online = base if isinstance(base, Online) else None
+        by_kl = {rule.name: own for rule, own in parse_rules("lr_rule", lr_rule) if not rule.update}
+        self.controller = Controller(
+            base, lr_rule=lr_rule, owns_lr=False, record=self._record_of_controller, **arguments
+        )
+        constants = {"trust_region_kl": CONSTANTS["trust_region_kl"].default} | arguments
+        for own in reversed(by_kl.values()):
+            constants |= own
+        self.kl: float = constants["trust_region_kl"]
+        self.steps, self._bounds = self.controller.steps, self.controller.bounds["lr"]
+        self.falls_over = self.steps if trust_region_schedule == "linear" else None
+        self.trust_region = self.learned = None
+        # What adapts, by name: the objects whose state_dict belongs to a checkpoint
+        self.parts: dict[str, Any] = {"controller": self.controller}
+        if "trust_region" in by_kl:
+            self.parts["trust_region"] = self.trust_region = TrustRegion(
+                base, kl=self.kl, steps=self.falls_over, min_lr=self._bounds[0],
+                max_lr=self._bounds[1], record=self._record,
+            )  # fmt: skip
+        if "learned" in by_kl:
+            betas = {k: v for k, v in arguments.items() if k in ("loss_beta", "reward_beta")}
+            self.parts["learned"] = self.learned = LearnedRate(**betas)
+        self.info: UpdateInfo | None = None  # of the last step, where its KL was measured
+        self._has_grad_norm = False  # of the step to come
 
     def _share(self) -> None:
         self.param_groups, self.state = self.base.param_groups, self.base.state
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copy and pickle. As with torch's optimizers, hooks stay behind."""
-        return super().__getstate__() | {"base": self.base, "controller": self.controller}
+        """For copy and pickle. As with torch's optimizers, hooks stay behind; so do callbacks."""
+        return copyable(self) | {"measure_kl": None, "record": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._share()
 
-    def step_loss(self, loss: float | Tensor) -> None:
+    def step_loss(self, loss: Scalar) -> None:
         """Adapts to the loss; call it before `step`. A tensor is fetched from its device."""
-        self.controller.observe(loss=number(loss))
+        self.observe(loss=loss)
 
-    def step_reward(self, reward: float | Tensor) -> None:
-        """Adapts to a reward, higher is better."""
-        self.controller.observe(reward=number(reward))
+    def step_reward(self, reward: Scalar) -> None:
+        """Adapts to a reward, higher is better; call it before `step`."""
+        self.observe(reward=reward)
 
-    def step_kl(self, kl: float | Tensor) -> None:
-        """Adapts to how far the last update moved a policy, nats a token: kl_target, learned."""
-        self.controller.observe(kl=number(kl))
+    def observe(
+        self, *, loss: Scalar = None, reward: Scalar = None, grad_norm: Scalar = None
+    ) -> None:
+        """Adapts to the signals of a step; call it before `step`. The rule grad_norm computes the
+        norm itself where it is not given."""
+        signals = numbers(loss=loss, reward=reward, grad_norm=grad_norm)
+        self._has_grad_norm |= "grad_norm" in signals
+        self.controller.observe(**signals)
+        if self.learned:
+            self.learned.observe(**signals)
+        if self.online:
+            self.online.observe(loss=signals.get("loss"), reward=signals.get("reward"))
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        if self.controller.inert:
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        measure_kl: Callable[[], float] | None = None,
+        min_kl: float | None = None,
+    ) -> Any:
+        """One step of `base`; `measure_kl` and `min_kl` instead of the attributes. What `closure`
+        returns. Raises ValueError where trust_region is given no KL."""
+        if self.controller.inert and not (self.trust_region or self.learned or self.online):
             return self.base.step(closure)
-        if "grad_norm" in self.controller.lr_rules:
+        measure, floor = measure_kl or self.measure_kl, self.min_kl if min_kl is None else min_kl
+        if self.trust_region and measure is None:
+            raise ValueError(
+                "lr_rule trust_region measures how far each update moves the policy: give "
+                "step(measure_kl=f), or set optimizer.measure_kl = f, where f() is the KL from the "
+                "policy before the step to the policy now, in nats per token"
+            )
+        needs_norm = self.controller.reads("grad_norm") and not self._has_grad_norm
+        loss: Any = None
+        if closure is not None and (self.trust_region or self.learned or needs_norm):
+            with torch.enable_grad():  # these look at the gradients before the step
+                loss = closure()
+            closure = None
+        if needs_norm:
             own = (p for group in self.param_groups for p in group["params"])
             self.controller.observe(grad_norm=gradient_norm(own))
-        with self.controller.applied():
-            loss = self.base.step(closure)
-        self.controller.tick()
+        self._has_grad_norm, self.info = False, None
+        cosine = alignment(self.base) if self.learned else None
+        with ExitStack() as rates:
+            rates.enter_context(self.controller.applied())
+            if self.learned:
+                rates.enter_context(scaled_rates(self.base, self.learned.ratio, self._bounds))
+            if self.trust_region and measure:
+                self.info = self.trust_region.step(measure, min_kl=floor)
+            elif closure is not None:
+                loss = self.base.step(closure)
+            else:
+                self.base.step()
+            if measure and not self.trust_region and (self.learned or self.online):
+                target = max(falling(self.kl, self.controller.step, self.falls_over), floor)
+                self.info = UpdateInfo(float(self.param_groups[0]["lr"]), measure(), target)
+        kl, target = (self.info.kl, self.info.target) if self.info else (None, 0.0)
+        if self.learned and kl is not None:
+            self.learned.observe_update(kl, target, cosine)
+        if self.online:
+            done = (self.controller.step + 1) / self.steps if self.steps else None
+            self.online.observe(kl=kl, kl_target=target, done=done)
+        self.tick()
         return loss
+
+    def tick(self) -> None:
+        """One step of time; `step` calls it. Call it for a step that was left out."""
+        self.controller.tick()
+        if self.trust_region:
+            self.trust_region.time = self.controller.step
+        if self.learned:
+            old, ratio = self.lr, self.learned.ratio
+            self.learned.tick()
+            if self.learned.ratio != ratio:
+                time = self.learned.time
+                entry = {"step": time, "hyperparameter": "lr", "rule": "learned", "signal": "time"}
+                self._record(entry | {"value": time, "old": old, "new": self.lr})
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.base.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        return self.base.state_dict() | {"controller": self.controller.state_dict()}
+        """The base's, and those of `parts`."""
+        return self.base.state_dict() | {k: part.state_dict() for k, part in self.parts.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The base's state, and the controller's if it was saved with it."""
+        """The base's state, and those of `parts` that were saved with it."""
         state = dict(state_dict)
-        controller = state.pop("controller", None)
+        saved = {name: state.pop(name, None) for name in ("controller", "trust_region", "learned")}
         self.base.load_state_dict(state)
         self._share()
-        if controller is not None:
-            self.controller.load_state_dict(controller)
+        for name, part in self.parts.items():
+            if saved[name] is not None:
+                part.load_state_dict(saved[name])
 
     @property
     def lr(self) -> float:
-        """The rate that the next step takes, of the first group; so are the others."""
-        return self.controller.rate(float(self.param_groups[0]["lr"]))
+        """The rate that the next step starts from, of the first group."""
+        return self._rate(self.controller.rate(float(self.param_groups[0]["lr"])))
 
     @property
-    def wd(self) -> float | None:
+    def wd(self) -> float:
         return self._get("weight_decay") or 0.0
 
     @property
@@ -100,3 +218,19 @@ class AdaptiveOptimizer(Optimizer):
 
     def _get(self, name: str) -> float | None:
         return get(self.param_groups[0], self.controller.places[name])
+
+    def _rate(self, rate: float) -> float:
+        """What the parts beside the controller make of its rate."""
+        for part in (self.learned, self.trust_region):
+            if part and rate:
+                rate = clamp(rate * part.ratio, self._bounds)
+        return rate
+
+    def _record(self, entry: dict[str, Any]) -> None:
+        if self.record:
+            self.record(entry)
+
+    def _record_of_controller(self, entry: dict[str, Any]) -> None:
+        if entry["hyperparameter"] == "lr":
+            entry |= {name: self._rate(entry[name]) for name in ("old", "new")}
+        self._record(entry)

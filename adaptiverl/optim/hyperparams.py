@@ -3,8 +3,9 @@
 Numbers, tensors (written in place: a captured graph keeps seeing them) and pairs of betas alike.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,19 +13,11 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
+from adaptiverl.optim.constants import BOUNDS
+
 Group = dict[str, Any]
+Scalar = float | Tensor | None  # a signal; None where there is none
 BETAS = {"beta1": 0, "beta2": 1}
-# A rule may not go beyond these, whatever it is told; those of lr and momentum can be chosen.
-BOUNDS = {
-    "lr": (1e-9, 10.0),
-    "momentum": (0.0, 0.999),
-    "beta1": (0.0, 0.999),
-    "beta2": (0.5, 0.9999),
-    "alpha": (0.5, 0.9999),
-    "weight_decay": (0.0, 1.0),
-}
-
-
 # What bitsandbytes' optimizers keep first in `betas`, by their `optimizer_name`
 FIRST_OF_BETAS = {"momentum": "momentum", "lars": "momentum", "rmsprop": "alpha", "adagrad": None}
 
@@ -46,14 +39,9 @@ def get(group: Group, name: str | None) -> float | None:
 
     A momentum or weight decay of 0 is none: RMSprop makes no buffer for it.
     """
-    if name is None:
-        return None
     if name in BETAS:
-        betas: Sequence[Any] | None = group.get("betas")
-        return None if betas is None else float(betas[BETAS[name]])
-    if name not in group:
-        return None
-    return float(group[name]) or None
+        return float(group["betas"][BETAS[name]]) if "betas" in group else None
+    return float(group[name]) or None if name in group else None
 
 
 def put(group: Group, name: str, value: float) -> None:
@@ -66,30 +54,45 @@ def put(group: Group, name: str, value: float) -> None:
         group[name] = _written(group[name], value)
 
 
-def first_device(optimizer: Optimizer) -> torch.device:
-    """Of its first parameter; there are groups without any."""
-    tensors = (p for group in optimizer.param_groups for p in group["params"])
-    return next((p.device for p in tensors), torch.device("cpu"))
+def mean_over_processes(
+    signals: dict[str, float | None], device: torch.device | str = "cpu"
+) -> dict[str, float]:
+    """The mean of each signal over the processes that have it: not None, and finite.
 
-
-def one_of_each_rate(groups: Iterable[Group]) -> list[Group]:
-    """The groups without those whose rate is the very tensor of another group."""
-    own = {id(g["lr"]) if isinstance(g["lr"], Tensor) else id(g): g for g in groups}
-    return list(own.values())
-
-
-def scaled(group: Group, ratio: float, bounds: tuple[float, float]) -> Callable[[], object]:
-    """Multiplies the rate, within `bounds` (0 stays 0); what is returned puts it back.
-
-    A tensor is not read, so the device is not waited for.
+    Every process must call it, with the same names in the same order; a name that no process has is
+    left out. `device` is one that the process group can reduce on. Without torch.distributed, or
+    with one process, these are the signals themselves.
     """
-    old = group["lr"]
-    if not isinstance(old, Tensor):
-        group["lr"] = clamp(old * ratio, bounds) if old else old
-        return lambda: group.update(lr=old)
-    saved = old.clone()
-    old.copy_((saved * ratio).clamp(*bounds).where(saved > 0, saved))
-    return partial(old.copy_, saved)
+    own = {k: float(v) for k, v in signals.items() if v is not None and math.isfinite(v)}
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return own
+    table = [[own.get(name, 0.0) for name in signals], [float(name in own) for name in signals]]
+    total = torch.tensor(table, dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(total)
+    columns = zip(signals, *total.tolist(), strict=True)
+    return {name: value / count for name, value, count in columns if count}
+
+
+@contextmanager
+def scaled_rates(optimizer: Optimizer, ratio: float, bounds: tuple[float, float]) -> Iterator[None]:
+    """Within the context every rate is times `ratio`, inside `bounds`; a rate of 0 stays 0.
+
+    Groups that share one tensor as their rate are scaled once. No tensor is read, so there is no
+    synchronisation with the device.
+    """
+    groups = optimizer.param_groups
+    own = {id(g["lr"]) if isinstance(g["lr"], Tensor) else id(g): g for g in groups}
+    saved = [(g, g["lr"].clone() if isinstance(g["lr"], Tensor) else g["lr"]) for g in own.values()]
+    for group, old in saved:
+        if isinstance(old, Tensor):
+            group["lr"].copy_((old * ratio).clamp(*bounds).where(old > 0, old))
+        elif old:
+            group["lr"] = clamp(old * ratio, bounds)
+    try:
+        yield
+    finally:
+        for group, old in saved:
+            group["lr"] = group["lr"].copy_(old) if isinstance(old, Tensor) else old
 
 
 def _written(old: Any, value: float) -> Any:
@@ -101,9 +104,16 @@ def gradient_norm(parameters: Iterable[Tensor]) -> float:
     return float(get_total_norm([p.grad for p in parameters if p.grad is not None]))
 
 
-def number(x: float | Tensor) -> float:
-    """`x`, fetched from its device if it is a tensor."""
-    return float(x.detach() if isinstance(x, Tensor) else x)
+def numbers(**signals: Scalar) -> dict[str, float]:
+    """The signals that there are, fetched from their devices."""
+    present = {name: x for name, x in signals.items() if x is not None}
+    return {k: float(x.detach() if isinstance(x, Tensor) else x) for k, x in present.items()}
+
+
+def check_rate(rate: float, bounds: tuple[float, float]) -> None:
+    """Raises ValueError for a rate outside of its bounds; 0, which no rule moves, is none."""
+    if rate and not bounds[0] <= rate <= bounds[1]:
+        raise ValueError(f"the rate {rate:g} is outside its bounds, {bounds[0]:g} … {bounds[1]:g}")
 
 
 def clamp(value: float, bounds: tuple[float, float]) -> float:

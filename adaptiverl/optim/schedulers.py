@@ -1,18 +1,18 @@
 """AdaptiveScheduler and RewardAdaptiveScheduler: the controller as a torch scheduler.
 
-Thin faces: they rename arguments of the seeds and own the rate of the optimizer they are given.
-Another scheduler beside them is refused; adaptive.py's wrapper works beside any.
+They own the rate of the optimizer that they are given, so that another scheduler beside them is
+refused; AdaptiveOptimizer works beside any.
 """
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from adaptiverl.optim.controller import Controller
-from adaptiverl.optim.hyperparams import gradient_norm, number
-from adaptiverl.optim.rules import LR_CLOCKS
+from adaptiverl.optim.hyperparams import Scalar, gradient_norm, numbers
+from adaptiverl.optim.rules import Value, documented, parse_rules
 
 ALIASES = {
     "lr_min": "min_lr",
@@ -26,12 +26,20 @@ ALIASES = {
 }
 
 
+@documented
 class AdaptiveScheduler(LRScheduler):
     """Moves the rate and momentum of `optimizer` by loss, reward, gradient norm and time.
 
-    `lr_rule` None is trend, variance and patience; `use_cosine` adds cosine restarts.
-    `reward_rule` None is "trend" with `use_reward`, else "none". All other arguments are those of
-    Controller and Options, under their names or the seeds' (ALIASES).
+    optimizer       any torch optimizer, whose rates and momentum it writes
+    lr_rule         None, the default, is trend + variance + patience
+    reward_rule     None, the default, is "trend" with `use_reward`, else "none"
+    use_reward      whether the reward moves the rate; default False
+    use_cosine      whether the rule cosine_restart is added; default False
+    eta_min_scale   lowest factor of a schedule; here the default is 0.1
+    record          called with a dict for each change, as by Controller
+    lr_min, lr_max, momentum_min, momentum_max, T0, T_mult, ema_loss_beta, ema_reward_beta
+                    are other names of min_lr, max_lr, min_momentum, max_momentum, cycle_length,
+                    cycle_mult, loss_beta and reward_beta
 
         scheduler.step_loss(loss, reward=None)      after optimizer.step()
         scheduler.observe(loss=None, R=None, model=None)        the same, by other names
@@ -46,9 +54,8 @@ class AdaptiveScheduler(LRScheduler):
         self,
         optimizer: Optimizer,
         *,
-        lr_rule: str | None = None,
-        momentum_rule: str = "none",
-        reward_rule: str | None = None,
+        lr_rule: Value | None = None,
+        reward_rule: Value | None = None,
         use_reward: bool = False,
         use_cosine: bool = False,
         eta_min_scale: float = 0.1,
@@ -57,21 +64,20 @@ class AdaptiveScheduler(LRScheduler):
     ):
         if last_epoch != -1:
             raise ValueError("last_epoch: continue with load_state_dict, which has all of the past")
-        rules = ["trend", "variance", "patience"] if lr_rule is None else lr_rule.split("+")
-        if use_cosine and "cosine_restart" not in rules:
-            rules.append("cosine_restart")
+        rules = parse_rules("lr_rule", "trend+variance+patience" if lr_rule is None else lr_rule)
+        if use_cosine and "cosine_restart" not in [rule.name for rule, _ in rules]:
+            rules += parse_rules("lr_rule", "cosine_restart")
         if use_reward and reward_rule == "none":
             raise ValueError('use_reward contradicts reward_rule "none"')
-        if {*rules} & {*LR_CLOCKS} or eta_min_scale != 0.1:
+        if any("eta_min_scale" in rule.constants for rule, _ in rules) or eta_min_scale != 0.1:
             arguments["eta_min_scale"] = eta_min_scale
         self.controller = Controller(
             optimizer,
-            lr_rule="+".join(rules),
-            momentum_rule=momentum_rule,
+            lr_rule=[{"name": rule.name} | own for rule, own in rules],
             reward_rule=reward_rule or ("trend" if use_reward else "none"),
             **{ALIASES.get(name, name): value for name, value in arguments.items()},
         )
-        self._pending: dict[str, float | None] = {}
+        self._pending: dict[str, float] | None = None  # signals for the next step
         self._has_observed = False  # since the optimizer's last step
         optimizer.register_step_post_hook(self._after_optimizer)
         super().__init__(optimizer)
@@ -89,38 +95,32 @@ class AdaptiveScheduler(LRScheduler):
         self._step_count, self.last_epoch = 0, 0
         self._last_lr = self.get_lr()
 
-    def step_loss(self, loss: float | Tensor, reward: float | Tensor | None = None) -> list[Any]:
+    def step_loss(self, loss: Scalar, reward: Scalar = None) -> list[Any]:
         """Adapts to a loss, and a reward where there is one; the rates of all groups."""
-        self.set_metrics(loss, reward)
+        self._pending = numbers(loss=loss, reward=reward)
         return self.step()
 
     def observe(
-        self,
-        loss: float | Tensor | None = None,
-        R: float | Tensor | None = None,
-        model: nn.Module | None = None,
+        self, loss: Scalar = None, R: Scalar = None, model: nn.Module | None = None
     ) -> list[Any]:
         """As `step_loss`, all of it optional."""
-        self.set_metrics(loss, R)
-        if model is not None and "grad_norm" in self.controller.lr_rules:
+        self._pending = numbers(loss=loss, reward=R)
+        if model is not None and self.controller.reads("grad_norm"):
             self._pending["grad_norm"] = gradient_norm(model.parameters())
         return self.step()
 
-    def set_metrics(
-        self, loss: float | Tensor | None, reward: float | Tensor | None = None
-    ) -> None:
+    def set_metrics(self, loss: Scalar, reward: Scalar = None) -> None:
         """Keeps the signals for the next `step()`."""
-        given = {"loss": loss, "reward": reward}
-        self._pending = {k: None if v is None else number(v) for k, v in given.items()}
+        self._pending = numbers(loss=loss, reward=reward)
 
     def step(self, epoch: int | None = None) -> list[Any]:  # type: ignore[override]
         """One step of time, with the signals of `set_metrics` if there are any."""
-        signals, self._pending = self._pending, {}
-        if signals or not self._has_observed:
-            self._has_observed = bool(signals)
+        signals, self._pending = self._pending, None
+        if signals is not None or not self._has_observed:
+            self._has_observed = signals is not None
             self.last_epoch += 1
             self._step_count += 1
-            self.controller.observe(**signals)
+            self.controller.observe(**signals or {})
             self.controller.tick()
         self._last_lr = self.get_lr()
         return self._last_lr
@@ -140,8 +140,17 @@ class AdaptiveScheduler(LRScheduler):
         self._last_lr = self.get_lr()
 
 
+@documented
 class RewardAdaptiveScheduler(AdaptiveScheduler):
-    """The rate follows the reward alone: `rule` is scaling, trend, variance, kelly or none."""
+    """An AdaptiveScheduler whose rate follows the reward alone.
 
-    def __init__(self, optimizer: Optimizer, rule: str = "trend", **arguments: Any):
+    optimizer       any torch optimizer, whose rates and momentum it writes
+    rule            scaling, trend, variance, kelly or none, as for `reward_rule`; default "trend"
+
+    The arguments of AdaptiveScheduler are its own, too.
+    """
+
+    def __init__(self, optimizer: Optimizer, rule: Value = "trend", **arguments: Any):
+        if "reward_rule" in arguments:
+            raise TypeError("RewardAdaptiveScheduler calls reward_rule rule")
         super().__init__(optimizer, lr_rule="none", reward_rule=rule, **arguments)

@@ -1,8 +1,8 @@
-"""What rules see: a number after each step, and what its past says of it.
+"""What rules read: a number after each step, and what its past says about it. Imports no torch.
 
 Each part is a pure function (state, x) → (state, answer) on plain numbers and lists. A signal that
-is only noise has no trend, no excess and no plateau worth acting on, or rarely; what it costs to be
-wrong is bounded in controller.py.
+is only noise has no trend, no excess variance and no plateau that is worth acting on, or rarely;
+controller.py bounds what it costs to be wrong.
 """
 
 import math
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+State = dict[str, Any]  # plain numbers and lists
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -18,54 +20,46 @@ class Reading:
 
     value: float
     ema: float  # smoothed, from the first value on
-    usual: float  # the mean of |smoothed| values so far
-    trend: int = 0  # 1 rising, -1 falling, 0 no more than noise
-    variance: float = 0.0  # of the smoothed values in the window
-    excess: float = 0.0  # by how much the window's variance exceeds its long-run mean, at least 0
-    plateau: int = 0  # 1: nothing has improved, drop; -1: the drop brought nothing, undo
-    warm: bool = True  # whether the smoothed value has forgotten its first
+    mean_abs: float  # the mean of |smoothed| values so far, without this one
+    trend: int  # 1 rising, -1 falling, 0 no more than noise
+    variance: float  # of the smoothed values in the window
+    excess_variance: float  # of the window over its long-run mean, relative to it; at least 0
+    plateau: int  # 1: nothing has improved, drop; -1: the drop brought nothing, undo
+    warm: bool  # whether the smoothed value has forgotten its first
 
 
-@dataclass(frozen=True)
-class Signal:
-    """How a signal is read. Its state is a dict of numbers and lists that `read` returns anew."""
+def read(state: State, x: float, beta: float, c: Any) -> tuple[State, Reading]:
+    """Takes in the value `x`; `beta` smooths it, and `c` has the constants of that name."""
+    averages = smoothed(state, x, beta)
+    values = [*state.get("values", []), x][-c.var_window :]
+    emas = [*state.get("emas", []), averages["ema"]][-c.var_window :]
+    long, excess = excess_variance(state.get("long"), values, c.var_window)
+    # As many values as the EMA remembers; two neighbours for a beta of 0
+    window = c.trend_window or max(round(2 / (1 - beta)), 2)
+    tested, direction = trend(
+        state.get("tested", []), x, window, c.trend_threshold, c.min_rel_improve
+    )
+    waiting, move = plateau(state.get("waiting", {}), x, c.patience, c.cooldown)
+    reading = Reading(
+        value=x,
+        ema=averages["ema"],
+        mean_abs=state["mean_abs"] if state else averages["mean_abs"],
+        trend=direction,
+        variance=variance(emas),
+        excess_variance=excess,
+        plateau=move,
+        warm=averages["n"] * (1 - beta) >= 2 or beta == 0,
+    )
+    past = {"values": values, "emas": emas, "long": long, "tested": tested, "waiting": waiting}
+    return averages | past, reading
 
-    beta: float = 0.9  # of the EMA
-    window: int = 20  # values whose variance is taken
-    trend_window: int | None = None  # values that a trend is tested on; None: 2 / (1 - beta)
-    threshold: float = 3.0  # standard errors that a trend must stand out by
-    min_rel: float = 1e-4  # and its least size, relative to the mean
-    patience: int = 20
-    cooldown: int = 50
 
-    @property
-    def tested(self) -> int:
-        """As many values as the smoothed one remembers; of beta 0 two: neighbours, as the seeds."""
-        return self.trend_window or max(round(2 / (1 - self.beta)), 2)
-
-    def read(self, state: dict[str, Any], x: float) -> tuple[dict[str, Any], Reading]:
-        n = state.get("n", 0) + 1
-        ema = x if n == 1 else self.beta * state["ema"] + (1 - self.beta) * x
-        usual = abs(ema) if n == 1 else state["usual"] + (abs(ema) - state["usual"]) / n
-        values = [*state.get("values", []), x][-self.window :]
-        smoothed = [*state.get("smoothed", []), ema][-self.window :]
-        long, above = excess(state.get("long"), values, self.window)
-        tested, direction = trend(
-            state.get("tested", []), x, self.tested, self.threshold, self.min_rel
-        )
-        waiting, move = plateau(state.get("waiting", {}), x, self.patience, self.cooldown)
-        reading = Reading(
-            value=x,
-            ema=ema,
-            usual=state.get("usual", usual),
-            trend=direction,
-            variance=variance(smoothed),
-            excess=above,
-            plateau=move,
-            warm=n * (1 - self.beta) >= 2 or self.beta == 0,
-        )
-        state = {"n": n, "ema": ema, "usual": usual, "values": values, "smoothed": smoothed}
-        return state | {"long": long, "tested": tested, "waiting": waiting}, reading
+def smoothed(state: State, x: float, beta: float) -> State:
+    """The count of values, their exponential mean, and the mean of its absolute values."""
+    n = state.get("n", 0) + 1
+    ema = x if n == 1 else beta * state["ema"] + (1 - beta) * x
+    mean_abs = abs(ema) if n == 1 else state["mean_abs"] + (abs(ema) - state["mean_abs"]) / n
+    return {"n": n, "ema": ema, "mean_abs": mean_abs}
 
 
 def variance(values: Sequence[float]) -> float:
@@ -76,7 +70,9 @@ def variance(values: Sequence[float]) -> float:
     return sum((x - mean) ** 2 for x in values) / (len(values) - 1)
 
 
-def excess(long: float | None, values: Sequence[float], window: int) -> tuple[float | None, float]:
+def excess_variance(
+    long: float | None, values: Sequence[float], window: int
+) -> tuple[float | None, float]:
     """How far the variance of a full window lies above its own running mean, in units of that.
 
     Relative, because Var(ℓ) itself depends on the loss's units.
@@ -122,23 +118,23 @@ def plateau(
     if before:
         if len(values) < cooldown:
             return {"values": values, "before": before}, 0
-        return {"values": []}, 0 if _fall(before, values) > 4 else -1
+        return {"values": []}, 0 if _fell(before, values) else -1
     values = values[-2 * patience :]
     if len(values) < 2 * patience:
         return {"values": values}, 0
     _, slope, spread, residuals = _line(values)
-    if _over(-slope, math.sqrt(_noise(residuals) / spread)) > 1:
+    if -slope > math.sqrt(_noise(residuals) / spread):
         return {"values": values}, 0
     return {"values": [], "before": values}, 1
 
 
-def _fall(before: Sequence[float], after: Sequence[float]) -> float:
-    """By how many standard errors `after` lies below the line through `before`, at its middle."""
+def _fell(before: Sequence[float], after: Sequence[float]) -> bool:
+    """Whether `after` is four standard errors below the line through `before`, at its middle."""
     (mean, slope, spread, one), (found, _, _, other) = _line(before), _line(after)
     distance = (len(before) + len(after)) / 2
-    variance = max(_noise(one), _noise(other))
     share = 1 / len(before) + 1 / len(after) + distance**2 / spread
-    return _over(mean + slope * distance - found, math.sqrt(variance * share))
+    error = math.sqrt(max(_noise(one), _noise(other)) * share)
+    return mean + slope * distance - found > 4 * error
 
 
 def _line(values: Sequence[float]) -> tuple[float, float, float, list[float]]:
@@ -154,11 +150,5 @@ def _noise(residuals: Sequence[float]) -> float:
     n, total = len(residuals), sum(r**2 for r in residuals)
     if n <= 2 or not total:
         return 0.0
-    alike = sum(a * b for a, b in pairwise(residuals)) / total
-    alike = min(max(alike, 0.0), 0.95)
+    alike = min(max(sum(a * b for a, b in pairwise(residuals)) / total, 0.0), 0.95)
     return total / (n - 2) * (1 + alike) / (1 - alike)
-
-
-def _over(difference: float, error: float) -> float:
-    """In standard errors, of which there may be none."""
-    return difference / error if error else math.copysign(math.inf, difference) if difference else 0

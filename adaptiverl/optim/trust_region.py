@@ -1,209 +1,235 @@
-"""The trust region: how far an update may move the policy, held inside the step that makes it.
+"""The trust region: no update moves a policy further than a target KL, whatever the learning rate.
 
-KL ≈ ½ lr² uᵀFu, so an update that went too far is right once it is scaled by sqrt(target / KL). A
-policy that has collapsed does not come back: the brake must act before the next sample.
-Leaves out how KL is measured (the caller's) and the rate of the next step (rules.kl_target).
+1. Line search within the step: an update that went too far is scaled by sqrt(target / KL). A policy
+   that has collapsed does not recover, so this happens before the next sample is drawn.
+2. Steering between steps: the rate moves towards the one whose updates meet the target.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
-FAR = 2.0  # an update this many times the target is shrunk
-STRIDE = 30.0  # the largest change between two measurements; KL ≈ lr² is a law for small steps
-TRIES = 12
-MEMORY = 0.96  # of the evidence, a step
-SURE = 4.0  # standard errors at which the whole target is used
-LEAST = 0.1  # of it, however little evidence there is
+from adaptiverl.optim.constants import lr_bounds
+from adaptiverl.optim.hyperparams import check_rate, clamp, scaled_rates
+from adaptiverl.optim.update import LastUpdate, alignment, has_gradient, supports_alignment
+
+KL_TOLERANCE = 2.0  # an update whose KL is this many times the target is scaled down
+MAX_RESCALE = 30.0  # the largest change between two measurements: KL ≈ s² holds for small changes
+MAX_MEASUREMENTS = 12
+MEMORY = 0.96  # of alignments, per step: a mean over some 25 of them
+EVIDENCE_SCALE = 4.0  # the signal-to-noise ratio at which the whole target is used
+MIN_CONFIDENCE = 0.1
+
+Record = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class UpdateInfo:
+    """What one update did."""
+
+    lr: float  # the rate that the step took, after the line search
+    kl: float | None  # nats per token; None where it was not measured
+    target: float  # nats per token
+    scale: float = 1.0  # the factor of the line search; 1 if there was none
+    signal_to_noise: float = 0.0  # of the alignments
 
 
 @dataclass
-class TrustRegion:
-    """Finds the scale of an update at which its KL meets the target, and how large that may be.
+class SignalToNoise:
+    """Mean of a signal in units of its standard error, with exponential weights (MEMORY)."""
 
-    `settled` is whether an update has been measured before. The first is also made larger where it
-    falls short: a rate a thousand times too small is then as good as any. The rest is the evidence
-    that updates lead uphill: weighted sums of what `alignment` gave.
-    """
-
-    settled: bool = False
     weight: float = 0.0
-    weight2: float = 0.0
+    weight2: float = 0.0  # sum of squared weights
     mean: float = 0.0
-    spread: float = 0.0
+    spread: float = 0.0  # weighted sum of squared deviations
 
-    def confidence(self, aligned: float | None) -> float:
-        """The share of the target that the evidence allows, LEAST to 1, after one more `alignment`.
-
-        Where rewards are mostly noise, gradients of fresh samples do not agree with the last
-        update, and a fixed target would be spent on noise.
-        """
-        if aligned is not None and math.isfinite(aligned):
-            self.weight = MEMORY * self.weight + 1
-            self.weight2 = MEMORY**2 * self.weight2 + 1
-            off = aligned - self.mean
-            self.mean += off / self.weight
-            self.spread = MEMORY * self.spread + off * (aligned - self.mean)
-        return min(max(self.evidence / SURE, LEAST), 1.0)
+    def observe(self, x: float) -> None:
+        self.weight = MEMORY * self.weight + 1
+        self.weight2 = MEMORY**2 * self.weight2 + 1
+        off = x - self.mean
+        self.mean += off / self.weight
+        self.spread = MEMORY * self.spread + off * (x - self.mean)
 
     @property
-    def evidence(self) -> float:
-        """By how many standard errors the mean of recent alignments is above 0."""
+    def value(self) -> float:
+        """0 while there are fewer than some five values."""
         if self.weight <= 4 or not self.spread > 0:
             return 0.0
         variance = self.spread / self.weight * self.weight2 / self.weight**2
         return self.mean / math.sqrt(variance)
 
-    def fit(
+
+class TrustRegion:
+    """Makes the steps of `optimizer` so that each one's KL meets a target.
+
+    optimizer   any torch optimizer. Around each step its rates are multiplied by `ratio`, the
+                factor that has been found; afterwards they are what they were, so that any
+                learning-rate scheduler can be used.
+    kl          nats per token that an update may move the policy; default 0.004
+    steps       length of the run in steps, over which the target falls linearly to kl / steps;
+                default None: the target stays
+    min_lr, max_lr      bounds of the rate that a step takes; default 1e-9 and 10
+    record      called with a dict for each change of the rate: step, hyperparameter ("lr"), rule
+                ("line_search" or "trust_region"), signal ("kl"), value (its KL), old and new rate
+
+    target = kl · (share of the run that is left) · confidence. Confidence is the signal-to-noise
+    ratio of `alignment` over 4, from 0.1 to 1: where rewards are mostly noise, gradients of fresh
+    samples do not agree with the last update, and a fixed target would be spent on noise. It is 1
+    for optimizers whose state does not determine the last update (see `supports_alignment`).
+    """
+
+    def __init__(
         self,
-        measure: Callable[[], float],
+        optimizer: Optimizer,
+        *,
+        kl: float = 0.004,
+        steps: int | None = None,
+        min_lr: float | None = None,
+        max_lr: float | None = None,
+        record: Record | None = None,
+    ):
+        self.bounds = lr_bounds(min_lr, max_lr)
+        if not 0 < kl < math.inf:
+            raise ValueError(f"kl is {kl}; it must be in (0, inf): nats per token of an update")
+        if steps is not None and steps < 1:
+            raise ValueError(f"steps is {steps}; it must be at least 1, or None: a constant target")
+        if not 0 <= self.bounds[0] <= self.bounds[1]:
+            raise ValueError(f"min_lr {self.bounds[0]:g} is above max_lr {self.bounds[1]:g}")
+        for group in optimizer.param_groups:
+            check_rate(float(group["lr"]), self.bounds)
+        self.optimizer, self.kl, self.steps, self.record = optimizer, kl, steps, record
+        self.ratio = 1.0  # the factor on the rate
+        self.time = 0  # steps that have been made
+        self.initialized = False  # whether the KL of an update has met the target before
+        self.alignments = SignalToNoise()
+
+    @property
+    def confidence(self) -> float:
+        """The share of the target that the signal-to-noise ratio allows."""
+        if not supports_alignment(self.optimizer):
+            return 1.0
+        return clamp(self.alignments.value / EVIDENCE_SCALE, (MIN_CONFIDENCE, 1.0))
+
+    @property
+    def target(self) -> float:
+        """Nats per token for the next update."""
+        return falling(self.kl, self.time, self.steps) * self.confidence
+
+    def observe_alignment(self, cosine: float | None) -> None:
+        """Takes in one `alignment`; None and NaN carry no information."""
+        if cosine is not None and math.isfinite(cosine):
+            self.alignments.observe(cosine)
+
+    def step(self, measure_kl: Callable[[], float], *, min_kl: float = 0.0) -> UpdateInfo:
+        """Makes one step and scales its update until the KL is within twice the target.
+
+        measure_kl  gives KL(policy before this step ‖ policy now) in nats per token, the same
+                    number in every process. What it needs of the policy before is computed by the
+                    caller beforehand. It is called once or a few times, up to 13. NaN is too far.
+        min_kl      the target is never below this, for a KL that is measured with rounding errors
+
+        The first update is also scaled up where it falls short. While all gradients are 0 before
+        that, the KL is not measured. An update that no scale brings within bounds is taken back.
+        Under a GradScaler, which may skip a step, wrap the optimizer in AdaptiveOptimizer instead.
+        """
+        base = self._base_rate()
+        with scaled_rates(self.optimizer, self.ratio, self.bounds):
+            rate = clamp(base * self.ratio, self.bounds) if base else 0.0
+            if not base or not (self.initialized or has_gradient(self.optimizer)):
+                self.optimizer.step()
+                info = UpdateInfo(rate, None, max(self.target, min_kl))
+            else:
+                self.observe_alignment(alignment(self.optimizer))
+                target, update = max(self.target, min_kl), LastUpdate(self.optimizer)
+                self.optimizer.step()
+                scale, kl = self.line_search(
+                    measure_kl, update.rescale, target, self.bounds[1] / rate
+                )
+                info = UpdateInfo(rate * scale, kl, target, scale, self.alignments.value)
+                self._set_ratio(base, self.ratio * scale, "line_search", kl)
+                # That nothing is left of an update is no sign that the rate was too small, and the
+                # next one is searched too.
+                if update.scale:
+                    self.initialized = True
+                    self.steer(base, kl, target)
+        self.time += 1
+        return info
+
+    def line_search(
+        self,
+        measure_kl: Callable[[], float],
         rescale: Callable[[float], None],
         target: float,
-        most: float = math.inf,
+        max_scale: float = math.inf,
     ) -> tuple[float, float]:
-        """The factor that the update was scaled by, at most `most`, and its KL at that scale.
+        """The factor that the update was scaled by, at most `max_scale`, and its KL at that scale.
 
-        `measure()` is the KL of the update as it is now, `rescale(s)` multiplies the update by s.
-        The search keeps the largest scale within bounds and the smallest beyond, and bisects
-        where the quadratic law leads out of that bracket: the KL of a mixture of experts jumps.
-        An update that no scale brings within bounds is taken back: rescale(0), and a KL of 0.
+        `rescale(s)` multiplies the update by s. The search keeps the largest scale within bounds
+        and the smallest one beyond, and bisects where the quadratic law leads out of that bracket:
+        the KL of a mixture of experts jumps. Taken back: rescale(0), and a KL of 0.
         """
-        factor, kl = 1.0, measure()
+        scale, kl = 1.0, measure_kl()
         within, kl_within, beyond = 0.0, 0.0, math.inf
-        for _ in range(TRIES):
-            far = not kl <= FAR * target  # NaN is far
-            short = not self.settled and kl < target / FAR and factor < most
+        for _ in range(MAX_MEASUREMENTS):
+            far = not kl <= KL_TOLERANCE * target  # NaN is far
+            short = not self.initialized and kl < target / KL_TOLERANCE and scale < max_scale
             if far:
-                beyond = factor
+                beyond = scale
             else:
-                within, kl_within = factor, kl
+                within, kl_within = scale, kl
             if not far and not short:
                 break
             # Of an infinite or undefined KL it is known only that the step was too large.
             ratio = 0.0 if math.isnan(kl) else target / kl if kl > 0 else math.inf
-            change = min(max(math.sqrt(ratio), 1 / STRIDE), STRIDE, most / factor)
-            if within and not within < factor * change < beyond:
-                change = math.sqrt(within * beyond) / factor
+            change = min(max(math.sqrt(ratio), 1 / MAX_RESCALE), MAX_RESCALE, max_scale / scale)
+            if within and not within < scale * change < beyond:
+                change = math.sqrt(within * beyond) / scale
             rescale(change)
-            factor, kl = factor * change, measure()
-        if not kl <= FAR * target:
-            rescale(within / factor)
-            factor, kl = within or factor, kl_within
-            if not within:
-                return factor, kl  # nothing is known of this update: the next is searched too
-        self.settled = True
-        return factor, kl
+            scale, kl = scale * change, measure_kl()
+        if not kl <= KL_TOLERANCE * target:
+            rescale(within / scale)
+            scale, kl = within or scale, kl_within
+        return scale, kl
+
+    def steer(self, base: float, kl: float, target: float) -> None:
+        """Moves the rate half of the way to the target in log space, at most by a factor of 2.
+
+        `base` is the rate without `ratio`. η ← η · clip((target / KL)^¼, ½, 2), since KL ∝ η².
+        """
+        factor = clamp((target / kl) ** 0.25, (0.5, 2.0)) if kl > 0 else 2.0
+        self._set_ratio(base, self.ratio * factor, "trust_region", kl)
+
+    def _set_ratio(self, base: float, ratio: float, rule: str, kl: float) -> None:
+        """Not beyond the bounds of the rate, or the ratio would wind up behind them."""
+        low, high = self.bounds
+        old, self.ratio = self.ratio, clamp(ratio, (low / base, high / base))
+        if self.record and self.ratio != old:
+            rates = [clamp(base * ratio, self.bounds) for ratio in (old, self.ratio)]
+            entry = {"step": self.time, "hyperparameter": "lr", "rule": rule, "signal": "kl"}
+            self.record(entry | {"value": kl, "old": rates[0], "new": rates[1]})
+
+    def _base_rate(self) -> float:
+        """Of the first group that has one above 0."""
+        rates = (float(group["lr"]) for group in self.optimizer.param_groups)
+        return next((rate for rate in rates if rate), 0.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers."""
+        own = {name: getattr(self, name) for name in ("ratio", "time", "initialized")}
+        return own | asdict(self.alignments)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ValueError for a state with other names."""
+        if wrong := state.keys() ^ self.state_dict().keys():
+            how = "unknown" if min(wrong) in state else "missing"
+            raise ValueError(f"this is no state of a trust region: {min(wrong)} is {how}")
+        for name, value in state.items():
+            setattr(self if name in vars(self) else self.alignments, name, value)
 
 
-class LastUpdate:
-    """The update that `optimizer`'s next step makes, to be scaled afterwards.
-
-    Made before the step; needs the gradients that the step used. Nothing is copied for torch's
-    plain SGD, RMSprop and AdamW, whose state tells what the step was; for any other optimizer the
-    trained weights are.
-    """
-
-    def __init__(self, optimizer: Optimizer):
-        self.optimizer = optimizer
-        self.scale = 1.0
-        self.rates = [float(group["lr"]) for group in optimizer.param_groups]
-        self.old = {
-            p: p.detach().clone()
-            for group in optimizer.param_groups
-            if not _is_known(optimizer, group)
-            for p in group["params"]
-            if p.grad is not None
-        }
-
-    @torch.no_grad()
-    def rescale(self, factor: float) -> None:
-        """Multiplies the update by `factor`: 1 leaves it, 0 takes it back."""
-        for group, lr in zip(self.optimizer.param_groups, self.rates, strict=True):
-            for p in group["params"]:
-                if p in self.old:
-                    p.copy_(self.old[p].lerp(p, factor))
-                elif p.grad is not None:
-                    own = getattr(self.optimizer, "rates", {}).get(p, lr)  # online.py's
-                    p.sub_(self._update(group, p, own), alpha=(factor - 1) * self.scale)
-        self.scale *= factor
-
-    def _update(self, group: dict, p: Tensor, lr: float | Tensor) -> Tensor:
-        """What the step subtracted from p: lr · (d + decay · p before the step)."""
-        direction, decay = _direction(self.optimizer, group, p)
-        if not decay:
-            return lr * direction
-        moved = self.scale * lr  # p = p₀ − moved · (d + decay · p₀)
-        before = (p + moved * direction) / (1 - moved * decay)
-        return lr * (direction + decay * before)
-
-
-@torch.no_grad()
-def alignment(optimizer: Optimizer) -> float | None:
-    """The cosine between the gradient and the last update, of weights whose update is known.
-
-    Of fresh samples: above 0 where the last update went uphill, 0 where it followed noise. Before a
-    step; None where there was none before, or the optimizer does not tell.
-    """
-    from torch.distributed.tensor import DTensor  # 0.6 s, unless something has imported it already
-
-    products, shards = [], False
-    for group in optimizer.param_groups:
-        if _tells(optimizer, group):
-            for p in group["params"]:
-                if p.grad is not None and optimizer.state.get(p):
-                    d, g = _direction(optimizer, group, p)[0], p.grad
-                    if isinstance(g, DTensor):
-                        d, g, shards = d.to_local(), g.to_local(), True
-                    d, g = d.flatten(), g.flatten()
-                    products.append(torch.stack([d.dot(g), d.dot(d), g.dot(g)]))
-    if not products:
-        return None
-    total = torch.stack(products).sum(0)
-    if shards:
-        torch.distributed.all_reduce(total)
-    both, one, other = total.tolist()
-    return both / math.sqrt(one * other) if one * other > 0 else None
-
-
-def tells(optimizer: Optimizer) -> bool:
-    """Whether `alignment` will be known after a step."""
-    return any(_tells(optimizer, group) for group in optimizer.param_groups)
-
-
-def _tells(optimizer: Optimizer, group: dict) -> bool:
-    return _is_known(optimizer, group) and bool(group.get("betas") or group["momentum"] > 0)
-
-
-def _is_known(optimizer: Optimizer, group: dict) -> bool:
-    """Whether `_direction` tells what a step did."""
-    decay = float(group["weight_decay"])
-    if group.get("maximize") or group.get("nesterov") or group.get("amsgrad"):
-        return False
-    kind = _torch_class(optimizer)
-    if kind is torch.optim.AdamW:
-        return float(group["lr"]) * decay < 0.5  # beyond, dividing by 1 − lr · decay is unsafe
-    if kind is torch.optim.SGD:
-        return not decay or group["momentum"] > 0
-    return kind is torch.optim.RMSprop and group["momentum"] > 0
-
-
-def _torch_class(optimizer: Optimizer) -> type:
-    """Whose step it makes: online.py's say it of themselves."""
-    return getattr(optimizer, "torch_class", type(optimizer))
-
-
-def _direction(optimizer: Optimizer, group: dict, p: Tensor) -> tuple[Any, float]:
-    """d and the decoupled decay of the step p ← p − lr · (d + decay · p), by the state it left."""
-    state = optimizer.state.get(p, {})  # [p] would make an entry
-    if _torch_class(optimizer) is not torch.optim.AdamW:
-        return (state["momentum_buffer"] if group["momentum"] else p.grad), 0.0
-    beta1, beta2 = (float(beta) for beta in group["betas"])
-    step = float(state["step"])
-    size = state["exp_avg_sq"].sqrt().div_(math.sqrt(1 - beta2**step)).add_(group["eps"])
-    direction = size.mul_(1 - beta1**step).reciprocal_().mul_(state["exp_avg"])  # in one buffer
-    return direction, float(group["weight_decay"])
+def falling(kl: float, time: int, steps: int | None) -> float:
+    """`kl` after `time` steps: falls linearly over `steps` to kl / steps; constant for None."""
+    return kl * (1.0 if not steps else max(steps - time, 1) / steps)

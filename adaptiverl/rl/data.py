@@ -1,4 +1,4 @@
-"""Prompts: files and hub ids through `datasets`, and which of them each step trains on."""
+"""Prompts: loading them through `datasets`, and which of them each step trains on."""
 
 import glob
 import logging
@@ -8,10 +8,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow
 import pyarrow.compute
 import torch
-from datasets import Dataset, Value, load_dataset
+from datasets import Dataset, Value
 from datasets.exceptions import DatasetGenerationError
 from datasets.utils.logging import disable_progress_bar, get_verbosity, set_verbosity
 
@@ -21,8 +22,8 @@ FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parque
 def load_prompts(source: str, column: str, split: str = "train") -> Dataset:
     """The rows of a JSON, JSONL, CSV or Parquet file, or of a hub data set's `split`.
 
-    Raises FileNotFoundError or ValueError, saying what is missing: the file, rows, `column`,
-    or text in it.
+    Raises FileNotFoundError or ValueError that says what is missing: the file, rows, `column`, or
+    text in it.
     """
     disable_progress_bar()
     path = Path(source)
@@ -34,7 +35,7 @@ def load_prompts(source: str, column: str, split: str = "train") -> Dataset:
         name = glob.escape(str(path))
         try:
             with _silent():
-                rows = load_dataset(FORMATS[path.suffix], data_files=name, split="train")
+                rows = datasets.load_dataset(FORMATS[path.suffix], data_files=name, split="train")
             rows.data.validate(full=True)  # its text is UTF-8
         except (DatasetGenerationError, ValueError) as error:
             reason = str(error.__cause__ or error).splitlines()[0]
@@ -47,7 +48,7 @@ def load_prompts(source: str, column: str, split: str = "train") -> Dataset:
     elif path.exists():
         raise ValueError(f"{source} must end in one of {', '.join(FORMATS)}")
     else:
-        rows = load_dataset(source, split=split)
+        rows = datasets.load_dataset(source, split=split)
     if not rows.num_rows:
         raise ValueError(f"{source} has no rows")
     if column not in rows.column_names:
@@ -69,7 +70,7 @@ def load_prompts(source: str, column: str, split: str = "train") -> Dataset:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """`datasets` does not log what it raises."""
+    """Within this, `datasets` does not log the errors that it raises."""
     level = get_verbosity()
     set_verbosity(logging.CRITICAL)
     try:
@@ -79,7 +80,7 @@ def _silent() -> Iterator[None]:
 
 
 def _not_text(rows: Dataset, column: str) -> int | None:
-    """The first row whose `column` is no text or empty."""
+    """The first row whose `column` is empty or no text; None if there is none."""
     kind: Any = rows.features[column]
     if not (isinstance(kind, Value) and kind.dtype in ("string", "large_string")):
         odd = (i for i, value in enumerate(rows[column]) if not isinstance(value, str) or not value)
@@ -98,9 +99,9 @@ def wordless(rows: Dataset, column: str) -> list[str]:
 
 
 def indices_at(step: int, count: int, total: int, seed: int) -> list[int]:
-    """The rows of step `step` (from 0): `count` of `total`, each row once an epoch, shuffled.
+    """The rows of step `step` (from 0): `count` of `total`, shuffled, each row once per epoch.
 
-    A function of its arguments alone, so the position in the data needs no state to resume.
+    Depends on its arguments alone, so that resuming needs no state.
     """
     positions = range(step * count, (step + 1) * count)
     return [_shuffled(k // total, total, seed)[k % total] for k in positions]

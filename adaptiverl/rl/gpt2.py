@@ -1,9 +1,9 @@
-"""GPT-2's forward pass over transformers' own modules: shared prompts, caches written in place.
+"""GPT-2's forward pass over transformers' own modules: each prompt is read once.
 
-One function serves sampling, the reference and training, so all three see the same policy. The
-modules are called, not their weights, so adapters and quantised layers stay as they are.
-Leaves out dropout (it is off in all of them), projection to logits (head.py) and every GPT-2
-variant that `is_gpt2` does not name: those run by transformers' own code.
+Sampling, the reference and training use the same function, so they compute the same policy. It
+calls modules, not their weights, so adapters and quantised layers work as they are. Leaves out
+dropout (it is always off), the projection to logits (head.py) and the variants of GPT-2 that
+`is_gpt2` does not allow: they run by transformers' own code.
 """
 
 import math
@@ -26,17 +26,17 @@ class Cache:
         self.held = held  # a Tensor, once there is one
 
     def extend(self, new: Tensor) -> Tensor:
-        """Adds those of the new tokens; all that these tokens may look at."""
+        """Adds the new tokens' keys and values; returns all that these tokens may attend to."""
         self.held = new if self.held is None else torch.cat([self.held, new], 3)
         return self.held
 
     def take(self, rows: Tensor) -> "Cache":
-        """The cache of each of `rows`, as often as it is named."""
+        """A cache of the given `rows`, which may repeat."""
         return Cache(self.held.index_select(1, rows))
 
 
 def is_gpt2(lm: PreTrainedModel) -> bool:
-    """Whether `hidden_states` computes what `lm` does: GPT-2 with its usual attention and GELU."""
+    """Whether `hidden_states` computes what `lm` does: GPT-2 with default attention and GELU."""
     return (
         type(lm) is GPT2LMHeadModel
         and lm.config.activation_function in ("gelu_new", "gelu_pytorch_tanh")  # the same formula
@@ -55,7 +55,7 @@ def hidden_states(
 ) -> Tensor:
     """The last layer's output [B, N, D] for `ids` [B, N] at `positions` [B, N].
 
-    `attend` [B, 1, N, cached + N] is True, or 0 in floating point, where a token looks.
+    `attend` [B, 1, N, cached + N] is True where a token attends; in floating point 0, else −inf.
     """
     rows, length = ids.shape
     heads = transformer.config.n_head
@@ -63,22 +63,22 @@ def hidden_states(
     for block, cache in zip(transformer.h, caches, strict=True):
         qkv = block.attn.c_attn(block.ln_1(x)).view(rows, length, 3, heads, -1)
         q, kv = qkv.permute(2, 0, 3, 1, 4).split((1, 2))  # [1 or 2, B, H, N, D / H]
-        q, (k, v) = q.flatten(0, 1).clone(), cache.extend(kv)  # a view of qkv would keep it all
-        if attend.dtype == torch.bool:  # else torch would, in every layer
+        q, (k, v) = q.flatten(0, 1).clone(), cache.extend(kv)  # a view would keep all of qkv
+        if attend.dtype == torch.bool:  # converted once here, not by torch in every layer
             hidden = torch.zeros_like(attend, dtype=q.dtype)
             attend = hidden.masked_fill_(~attend, -torch.inf)
         attended = scaled_dot_product_attention(q, k, v, attn_mask=attend)
         x = x + block.attn.c_proj(attended.transpose(1, 2).reshape(rows, length, -1))
         inner = block.mlp.c_fc(block.ln_2(x))
         outer = gelu(inner)
-        with _made_again(outer, inner):
+        with recompute_gelu(outer, inner):
             x = x + block.mlp.c_proj(outer)
     return transformer.ln_f(x)
 
 
-def _made_again(outer: Tensor, inner: Tensor) -> saved_tensors_hooks:
-    """For backward, what is done here keeps `inner` instead of `outer`, its GELU."""
-    where = outer.data_ptr()  # not `outer`: what the first function refers to is kept, too
+def recompute_gelu(outer: Tensor, inner: Tensor) -> saved_tensors_hooks:
+    """Within this, backward keeps `inner` instead of `outer`, and computes its GELU again."""
+    where = outer.data_ptr()  # not `outer`, which the first function would keep alive
     return saved_tensors_hooks(
         lambda x: x.shape if x.data_ptr() == where else x,
         lambda x: x if isinstance(x, Tensor) else gelu(inner).view(x),
@@ -86,7 +86,7 @@ def _made_again(outer: Tensor, inner: Tensor) -> saved_tensors_hooks:
 
 
 def gelu(x: Tensor) -> Tensor:
-    """GELU by tanh; with nothing to differentiate, on a CPU, x σ(2z), three times as fast."""
+    """GELU by tanh. Without gradient, on a CPU, computed as x σ(2z): three times as fast."""
     if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_grad_enabled():
         return torch.nn.functional.gelu(x, approximate="tanh")
     a = math.sqrt(8 / math.pi)  # 2z = x (a + 0.044715 a x²)
@@ -96,7 +96,7 @@ def gelu(x: Tensor) -> Tensor:
 def read_prompts(transformer: GPT2Model, ids: Tensor, mask: Tensor) -> tuple[Tensor, list[Cache]]:
     """The hidden states [Q, P, D] of left-padded prompts, and their caches."""
     size = ids.shape[1]
-    # A padding token looks at itself: with nothing to look at, its softmax would be NaN.
+    # A padding token attends to itself: the softmax of no position would be NaN.
     causal = torch.ones(size, size, dtype=torch.bool, device=ids.device).tril()
     itself = torch.eye(size, dtype=torch.bool, device=ids.device)
     attend = (causal & mask[:, None].bool()) | itself  # [Q, P, P]
@@ -106,10 +106,10 @@ def read_prompts(transformer: GPT2Model, ids: Tensor, mask: Tensor) -> tuple[Ten
 
 
 def predicting_states(transformer: GPT2Model, rollout: Rollout) -> Tensor:
-    """The states [B, T, D] that predict each completion's tokens; each prompt is read once."""
+    """The hidden states [B, T, D] that predict each completion's tokens."""
     prompts, caches = read_prompts(transformer, rollout.prompt_ids, rollout.prompt_mask)
     first = prompts[rollout.prompt_of, -1:]  # predicts the first token
-    ids = rollout.completion_ids[:, :-1]  # the last token predicts nothing that is asked for
+    ids = rollout.completion_ids[:, :-1]  # what follows the last token is not needed
     rows, length = ids.shape
     if length == 0:
         return first

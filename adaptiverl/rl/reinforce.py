@@ -2,11 +2,46 @@
 
 No model, no sampling, no state.
 
-A missing reward is NaN: it takes no part in a baseline and its completion gets no advantage.
+A missing reward is NaN: it takes no part in a baseline, and its completion gets no advantage.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+# Baselines: (rewards [B], NaN where missing; group_size; ema) → [B]. Where all rewards that are
+# compared are equal, batch and rloo are exactly these: an optimizer that normalises its updates
+# would turn rounding errors into whole steps.
+
+
+def _none(rewards: Tensor, group_size: int, ema: float | None) -> Tensor:
+    return torch.zeros_like(rewards)
+
+
+def _ema(rewards: Tensor, group_size: int, ema: float | None) -> Tensor:
+    return _batch(rewards, group_size, ema) if ema is None else torch.full_like(rewards, ema)
+
+
+def _batch(rewards: Tensor, group_size: int, ema: float | None) -> Tensor:
+    mean = rewards.nan_to_num(0.0).sum() / (~rewards.isnan()).sum().clamp(min=1)
+    return torch.where(_equal(rewards), rewards, mean)
+
+
+def _rloo(rewards: Tensor, group_size: int, ema: float | None) -> Tensor:
+    groups = _groups(rewards, group_size)
+    known, count = groups.nan_to_num(0.0), (~groups.isnan()).sum(-1, keepdim=True)
+    others = (known.sum(-1, keepdim=True) - known) / (count - 1).clamp(min=1)
+    return torch.where(_equal(groups), groups, others).reshape(-1)
+
+
+BASELINES: dict[str, Callable[[Tensor, int, float | None], Tensor]] = {
+    "none": _none,
+    "ema": _ema,
+    "batch": _batch,
+    "rloo": _rloo,
+}
+PER_PROMPT = {"rloo"}  # baselines that compare the completions of one prompt, not of the batch
 
 
 def advantages(
@@ -17,38 +52,25 @@ def advantages(
     ema: float | None = None,
     normalize: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """How much better each completion was than its baseline, and what a unit of reward weighs.
+    """How much better each completion was than its baseline, and the weight of a unit of reward.
 
     Both are [B] and 0 where the reward is missing: advantage = weight · (reward − baseline).
 
     `rewards` is [B], completions of one prompt side by side in groups of `group_size`.
-    `baseline` is one of
+    `baseline` is one of BASELINES:
       none   0;
       ema    `ema`, the running mean of earlier batches, or this batch's mean before there is one;
       batch  the mean over the batch;
       rloo   the mean over the *other* completions of the same prompt (Kool et al. 2019), over the
-             other completions of the batch where each prompt has one.
-    Where all rewards that are compared are equal, batch and rloo give exactly 0: an optimizer that
-    normalises its updates would make whole steps of rounding errors. The weight is 1, or with
-    `normalize` one over the advantages' root mean square plus 1e-4.
+             other completions of the batch if each prompt has one.
+    The weight is 1. With `normalize` it is 1 / (r + 1e-4), where r is the root mean square of the
+    advantages. Raises ValueError for an unknown baseline.
     """
+    if baseline not in BASELINES:
+        raise ValueError(f"baseline must be one of {', '.join(BASELINES)}, not {baseline!r}")
     present = ~rewards.isnan()
-    known = rewards.nan_to_num(0.0)
-    if baseline == "none":
-        base = torch.zeros_like(known)
-    elif baseline == "ema" and ema is not None:
-        base = torch.full_like(known, ema)
-    elif baseline in ("ema", "batch"):
-        mean = known.sum() / present.sum().clamp(min=1)
-        base = torch.where(_equal(rewards), known, mean)
-    elif baseline == "rloo":
-        groups = known.view(-1, group_size if group_size > 1 else len(known))
-        count = present.view_as(groups).sum(-1, keepdim=True)
-        others = (groups.sum(-1, keepdim=True) - groups) / (count - 1).clamp(min=1)
-        base = torch.where(_equal(rewards.view_as(groups)), groups, others).reshape(-1)
-    else:
-        raise ValueError(f"baseline must be none, ema, batch or rloo, not {baseline!r}")
-    advantage, weight = (known - base) * present, present.to(known)
+    base = BASELINES[baseline](rewards, group_size, ema)
+    advantage, weight = (rewards - base).where(present, 0.0), present.to(rewards)
     if normalize and present.any():
         weight = weight / (advantage[present].square().mean().sqrt() + 1e-4)
     return advantage * weight, weight
@@ -57,14 +79,18 @@ def advantages(
 def zero_std_share(rewards: Tensor, group_size: int = 1) -> float:
     """The share of groups in which all rewards that are not missing are the same, 0 to 1.
 
-    `rewards` and groups are those of `advantages`: the batch is one where `group_size` is 1.
+    `rewards` and groups are those of `advantages`: the batch is one group if `group_size` is 1.
     """
-    groups = rewards.view(-1, group_size if group_size > 1 else len(rewards))
-    return _equal(groups).float().mean().item()
+    return _equal(_groups(rewards, group_size)).float().mean().item()
+
+
+def _groups(rewards: Tensor, group_size: int) -> Tensor:
+    """The rewards that are compared with each other, one row per group."""
+    return rewards.view(-1, group_size if group_size > 1 else len(rewards))
 
 
 def _equal(rewards: Tensor) -> Tensor:
-    """Whether all of a row that are not missing are the same, or it has none: [..., 1]."""
+    """Whether all rewards of a row that are not missing are the same: [..., 1]."""
     lowest = rewards.nan_to_num(torch.inf).amin(-1, keepdim=True)
     return rewards.nan_to_num(-torch.inf).amax(-1, keepdim=True) <= lowest
 
@@ -94,11 +120,10 @@ def token_weights(
     """w [B, T], such that the policy gradient is the sum of w ∇ log π over all tokens.
 
     That is the gradient of the mean over completions of A Σₜ log πₜ. `logprobs`, `mask` and
-    `reference` are [B, T]; `advantage` is [B] and already carries the KL penalty of its completion;
-    `kl_coef` is a number or [B], in the advantage's units. The estimate k3 depends on the policy
-    beyond the sampled tokens' probability, so its own derivative is added, and the expected
-    gradient is that of reward − kl_coef · KL for both estimators. (k1's own derivative has
-    expectation 0: left out.)
+    `reference` are [B, T]. `advantage` is [B] and already contains the KL penalty of its
+    completion. `kl_coef` is a number or [B], in the advantage's units. With both estimators the
+    expected gradient is that of reward − kl_coef · KL: the derivative of the estimate k3 itself is
+    added here; that of k1 has the expectation 0 and is left out.
     """
     weights = advantage[:, None].expand_as(logprobs)
     if reference is not None and estimator == "k3":
@@ -114,3 +139,11 @@ def adapt_kl_coef(coef: float, kl: float, target: float, gain: float = 0.1) -> f
     """
     error = min(max(kl / target - 1.0, -1.0), 1.0)
     return coef * (1.0 + gain * error)
+
+
+def updated_ema(ema: float | None, rewards: Tensor) -> float | None:
+    """The running mean after one more batch of rewards [B]; a batch without a reward leaves it."""
+    if rewards.isnan().all():
+        return ema
+    mean = rewards.nanmean().item()
+    return mean if ema is None else 0.9 * ema + 0.1 * mean

@@ -1,12 +1,12 @@
-"""A policy that FSDP has spread over processes: whole for sampling and saving.
+"""A policy that FSDP shards over processes: how to sample from it, measure it and save it.
 
-FSDP gathers a layer when it is called and lets go of it afterwards. Leaves out how it is spread,
-which accelerate does.
+FSDP gathers a layer's weights when the layer is called, and frees them afterwards. accelerate does
+the sharding itself.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -15,15 +15,31 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.optim import Optimizer
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+T = TypeVar("T")
+
+
+def run_gathered(policy: nn.Module, work: Callable[[], T]) -> T:
+    """`work()`, which may call parts of `policy`; without gradient, and in all processes at once.
+
+    FSDP gathers the outermost weights (embeddings, head) only in a forward pass of the policy, so
+    `work` is run as one.
+    """
+    setattr(policy, "gathered_work", work)  # noqa: B010
+    register_fsdp_forward_method(policy, "gathered_work")  # replaces it by one that gathers
+    try:
+        with no_reshard(policy):
+            return policy.gathered_work()  # type: ignore[operator]
+    finally:
+        delattr(policy, "gathered_work")
 
 
 @contextmanager
-def kept_whole(policy: nn.Module) -> Iterator[None]:
-    """Within this, a layer stays gathered after its first call: sampling calls it once a token."""
+def no_reshard(policy: nn.Module) -> Iterator[None]:
+    """Keeps each layer gathered after its first call: sampling calls it once per token."""
     layers = [module for module in policy.modules() if isinstance(module, FSDPModule)]
     for layer in layers:
         layer.set_reshard_after_forward(False, recurse=False)
@@ -40,12 +56,22 @@ def local(weights: list[Any]) -> list[Tensor]:
     return [weight.to_local() for weight in weights]
 
 
-def whole_state(policy: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
-    """State dicts of both, by parameter name, on the CPU of the main process; all must call it."""
-    weights = get_model_state_dict(policy, options=WHOLE)
-    return weights, get_optimizer_state_dict(policy, optimizer, options=WHOLE)
+def whole_weights(policy: nn.Module) -> dict[str, Any]:
+    """By parameter name, on the CPU of the main process; all processes must call it."""
+    return get_model_state_dict(policy, options=WHOLE)
 
 
-def load_optimizer(policy: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """What `whole_state` gave, in all processes."""
-    set_optimizer_state_dict(policy, optimizer, state, options=WHOLE)
+class ShardedOptimizer:
+    """The state of `optimizer`, whose parameters are shards, saved whole by parameter name.
+
+    All processes must call its methods together.
+    """
+
+    def __init__(self, policy: nn.Module, optimizer: Optimizer):
+        self.policy, self.optimizer = policy, optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        return get_optimizer_state_dict(self.policy, self.optimizer, options=WHOLE)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        set_optimizer_state_dict(self.policy, self.optimizer, state, options=WHOLE)

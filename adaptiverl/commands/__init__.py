@@ -1,0 +1,1 @@
+"""The commands of the command line; those but `train` read what a run left in its folder."""

@@ -1,0 +1,122 @@
+"""From a config file to a Config: JSON with comments, KEY=VALUE, mistakes in the file's words."""
+
+import difflib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import json5
+from pydantic import BaseModel, ValidationError
+
+from adaptiverl.config.schema import RENAMED, Config, ConfigError
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), *, schema: type[ConfigT]
+) -> ConfigT:
+    """The config at `path` with KEY=VALUE `overrides`; a VALUE that is no JSON is a string."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"cannot read the config {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from error
+    try:
+        read = json5.loads(text, allow_duplicate_keys=False) if text.strip() else None
+        values = json.loads(json.dumps(read))  # joins the halves of "\ud83d\ude00": json5 does not
+    except ValueError as error:
+        raise ConfigError(f"{path}{_said_by_json5(str(error))}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold one JSON object, {{ ... }}")
+    typed: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise ConfigError(f"{override!r} is not KEY=VALUE")
+        if key != key.strip():
+            raise ConfigError(f"{override!r}: leave out the spaces around =")
+        try:
+            typed[key] = json.loads(value)
+        except json.JSONDecodeError:
+            typed[key] = value
+    try:
+        return schema.model_validate(values | typed, by_alias=True, by_name=False)
+    except ValidationError as error:
+        said_at: dict[str, list[str]] = {str(path): []}  # place → what is wrong there
+        for each in error.errors():
+            if not _is_of_another_kind(each):
+                said_at.setdefault(_place(each, path, typed), []).append(_explain(each, schema))
+        parts = [f"{place}: " + "; ".join(wrong) for place, wrong in said_at.items() if wrong]
+        raise ConfigError("; ".join(parts)) from error
+
+
+def _said_by_json5(message: str) -> str:
+    """One of json5's messages, like `<string>:3 Unexpected "}" at column 2`, in words."""
+    if found := re.fullmatch(r'<string>:(\d+) Unexpected "(.*)" at (column \d+)', message, re.S):
+        line, sign, column = found.groups()
+        missing = "a quote" if sign == "\n" else "a comma" if sign in '"{[' else None
+        hint = f"; is {missing} missing before it?" if missing else ""
+        return f", line {line}: unexpected {sign!r} at {column}{hint}"
+    if found := re.fullmatch(r"<string>:(\d+) Unexpected end of input .*", message):
+        return f", line {found[1]}: the file ends too early; is a bracket or a quote not closed?"
+    if found := re.fullmatch(r'Duplicate key "(.*)" found in object', message, re.S):
+        return f": {found[1]} is given twice"
+    return f": {message}"
+
+
+def _place(error: Any, path: str | Path, typed: dict[str, Any]) -> str:
+    """Who gave the value that is wrong; keys that contradict each other may be of both."""
+    if not typed or (error["loc"] and error["loc"][0] not in typed):
+        return str(path)
+    return "the command line" if error["loc"] else f"{path} and the command line"
+
+
+# What pydantic adds to a place for each type that a value may have: LRATE, WEIGHT
+KINDS = ("literal['auto']", "constrained-float", "float", "list[tuple[int, float]]")
+
+
+def _is_of_another_kind(error: Any) -> bool:
+    """Whether it says only that a value is not "auto", or no list, or no number but a list."""
+    kind = error["loc"][-1] if error["loc"] else None
+    is_list = isinstance(error["input"], list)
+    return kind == KINDS[0] or (kind == KINDS[3] and not is_list) or (kind == KINDS[2] and is_list)
+
+
+def _explain(error: Any, schema: type[Config]) -> str:
+    """One of pydantic's errors in the words of the config file."""
+    where = [str(part) for part in error["loc"] if part not in KINDS]
+    kinds = _kinds(schema)
+    owner: type[BaseModel] = schema
+    if len(where) > 2 and where[0] in ("REWARDS", "HELD_OUT") and where[2] in kinds:
+        owner = kinds[where.pop(2)]  # REWARDS, 0, regex, PATTERNS
+    name = ".".join(where)
+    if error["type"] == "extra_forbidden":
+        if owner is schema and name in RENAMED:
+            return f"{name} is now {RENAMED[name]}"
+        fields = owner.model_fields.items()
+        keys = {(f.alias or key).upper(): f.alias or key for key, f in fields if key != "type"}
+        near = difflib.get_close_matches(where[-1].upper(), keys, n=1, cutoff=0)
+        return f"unknown key {name}; the nearest is {keys[near[0]]}"
+    if error["type"] == "union_tag_invalid":
+        return f"{name}: TYPE is one of {', '.join(kinds)}, not {error['ctx']['tag']!r}"
+    if error["type"] == "union_tag_not_found":
+        return f"{name}: a reward needs a TYPE, one of {', '.join(kinds)}"
+    if error["type"] == "missing":
+        return f"{name} is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    if not name:
+        return message
+    if error["type"] == "value_error":
+        return f"{name}: {message}"
+    message = message.replace("Input should be", "it must be").replace("String should", "it must")
+    return f"{name} is {json.dumps(error['input'])}: {message}"
+
+
+def _kinds(schema: type[Config]) -> dict[str, type[BaseModel]]:
+    """The class of each reward that REWARDS may hold, by its TYPE."""
+    (entry,) = get_args(schema.model_fields["REWARDS"].annotation)  # list[Annotated[A | B, …]]
+    return {kind.model_fields["type"].default: kind for kind in get_args(get_args(entry)[0])}

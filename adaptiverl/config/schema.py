@@ -1,0 +1,211 @@
+"""Every key of config.json: its type, default and meaning, and which keys contradict each other.
+
+How a file becomes a Config is loading.py's. What a reward or a rule may be is known to who makes
+them: training/keys.py puts them in. What needs a model or a device to be known (its positions,
+FP16 on a CPU) is checked by training/build.py.
+"""
+
+import importlib.util
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+
+
+class ConfigError(Exception):
+    """A mistake in what the user gave: one line that says what is wrong, where, what to do."""
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.split()))
+
+
+RENAMED = {  # keys of earlier versions
+    "KL_STEP_TARGET": "TRUST_REGION_KL",
+    "KL_STEP_FALLS": 'TRUST_REGION_SCHEDULE, "linear" or "constant"',
+    "KL_TARGET": "KL_COEF_TARGET",
+}
+LR_BOUNDS = (1e-9, 10.0)  # where MIN_LR and MAX_LR are null
+# "trend+cosine", {"name": "trend", "up_factor": 1.1}, or a list of such
+Rules = Annotated[Any, WithJsonSchema({"type": ["string", "object", "array"]})]
+RewardT = TypeVar("RewardT", bound=BaseModel)
+
+
+class Config(BaseModel, Generic[RewardT]):
+    """Keys of config.json. Strings are read as the type they stand for: "5e-5" is 5e-5."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    SCHEMA: str | None = Field(None, alias="$schema", description="For editors; a run ignores it")
+
+    MODEL: str = Field(
+        "adaptiverl/assets/policy", description="Causal LM or LoRA adapter: hub id or folder"
+    )
+    FULLTUNE: bool = Field(True, description="Train all weights; false trains a LoRA adapter")
+    LORA_R: int = Field(8, ge=1, description="Rank of the adapter")
+    LORA_ALPHA: int = Field(16, ge=1, description="The adapter is scaled by LORA_ALPHA / LORA_R")
+    LORA_TARGETS: list[str] | None = Field(
+        None, description="Names of the modules that get an adapter; null: peft's default"
+    )
+    LOAD_4BIT: bool = Field(False, description="Freeze the model in NF4; needs FULLTUNE false")
+    LOAD_8BIT: bool = Field(False, description="Freeze the model in int8; needs FULLTUNE false")
+    FP16: bool = Field(False, description="fp16 autocast with a gradient scaler; needs a GPU")
+    BF16: bool = Field(False, description="bf16 autocast")
+
+    TRAIN_FILE: str = Field(
+        "data.json", description="Prompts: .json, .jsonl, .csv or .parquet file, or hub id"
+    )
+    EVAL_FILE: str | None = Field(
+        None, description="Prompts to evaluate on every EVAL_EVERY steps, never trained on"
+    )
+    PROMPT_COLUMN: str = Field("prompt", description="Column that holds the prompts")
+    REWARDS: list[RewardT] = Field(description="What is rewarded: the sum of these by WEIGHT")
+    HELD_OUT: list[RewardT] = Field(
+        [], description="Rewards that are logged and never trained on: they show reward hacking"
+    )
+
+    BATCH_SIZE: int = Field(32, ge=1, description="Completions per step, over all processes")
+    NUM_GENERATIONS: int = Field(2, ge=1, description="Completions per prompt")
+    MAX_NEW_TOKENS: int = Field(32, ge=1, description="Most tokens of a completion")
+    MAXSEQ: int | None = Field(
+        None, ge=2, description="Most tokens of prompt and completion; null: the model's positions"
+    )
+    TEMPERATURE: float = Field(1.0, gt=0, description="Of sampling and of all log-probabilities")
+    TOP_K: int = Field(0, ge=0, description="Sample among the k most likely tokens; 0: off")
+    TOP_P: float = Field(1.0, gt=0, le=1, description="Sample in the nucleus of mass p; 1: off")
+    SAMPLER: Literal["auto", "static_cache", "generate"] = Field(
+        "auto", description="What samples here; auto: static_cache for GPT-2, else generate"
+    )
+    VLLM_SERVER: str | None = Field(
+        None,
+        pattern="^https?://",
+        description="URL of a vLLM server that samples; null: none",
+    )
+
+    BASELINE: Literal["none", "ema", "batch", "rloo"] = Field(
+        "rloo",
+        description="Subtracted from a reward; rloo: the mean of the prompt's other completions, "
+        "of the batch's if NUM_GENERATIONS is 1",
+    )
+    NORMALIZE_ADVANTAGES: bool = Field(
+        True, description="Divide advantages by their root mean square"
+    )
+    KL_COEF: float = Field(
+        0.05, ge=0, description="Penalty per nat of KL to the first policy; 0: no reference model"
+    )
+    KL_ESTIMATOR: Literal["k1", "k3"] = Field("k1", description="Estimator of that KL (Schulman)")
+    KL_COEF_TARGET: float | None = Field(
+        None, gt=0, description="Nats of KL per completion that KL_COEF is adapted to; null: fixed"
+    )
+
+    OPTIM: Literal[
+        "sgd", "rmsprop", "adamw", "adamw_8bit", "online_sgd", "online_rmsprop", "online_adamw"
+    ] = Field("adamw", description="Optimizer; in online_… a GRU scales the update of each tensor")
+    LRATE: Literal["auto"] | Annotated[float, Field(ge=0)] = Field(
+        "auto", description='Learning rate at the start; "auto" leaves it to the trust region'
+    )
+    LR_RULE: Rules = Field("trust_region", description="Moves the rate: rules of docs/rules.md")
+    REWARD_RULE: Rules = Field("none", description="Moves the rate by the reward: docs/rules.md")
+    MOMENTUM_RULE: Rules = Field(
+        "none", description="Moves the momentum of SGD, RMSprop: docs/rules.md"
+    )
+    BETAS_RULE: Rules = Field("none", description="Moves AdamW's betas: docs/rules.md")
+    ALPHA_RULE: Rules = Field("none", description="Moves RMSprop's alpha: docs/rules.md")
+    WD_RULE: Rules = Field("none", description="Moves the weight decay: docs/rules.md")
+    TRUST_REGION_KL: float = Field(
+        0.004, gt=0, description="Nats per token by which an update may move the policy"
+    )
+    TRUST_REGION_SCHEDULE: Literal["linear", "constant"] = Field(
+        "linear", description="linear: TRUST_REGION_KL falls to 0 over the run"
+    )
+    MIN_LR: float | None = Field(None, gt=0, description="Lowest rate of all rules; null: 1e-9")
+    MAX_LR: float | None = Field(None, gt=0, description="Highest rate of all rules; null: 10")
+    MIN_MOMENTUM: float = Field(0.0, ge=0, lt=1, description="Lowest momentum of all rules")
+    MAX_MOMENTUM: float = Field(0.999, ge=0, lt=1, description="Highest momentum of all rules")
+    LOSS_BETA: float = Field(0.9, ge=0, lt=1, description="EMA factor of the loss that rules read")
+    REWARD_BETA: float = Field(0.9, ge=0, lt=1, description="EMA factor of the reward they read")
+    MOMENTUM: float = Field(0.9, ge=0, lt=1, description="SGD, RMSprop: momentum; AdamW: beta1")
+    WEIGHT_DECAY: float = Field(0.0, ge=0, description="Weight decay")
+    GRAD_ACCUM: int = Field(1, ge=1, description="Micro-batches per step")
+    MAX_GRAD_NORM: float = Field(1.0, ge=0, description="Gradients are clipped to it; 0: off")
+
+    STEPS: int = Field(100, ge=1, description="Number of steps")
+    EPOCHS: int | None = Field(
+        None, ge=1, description="Passes over the prompts, if they end sooner"
+    )
+    SEED: int = Field(0, ge=0, lt=2**32, description="Of all random numbers")
+
+    OUTPUT_DIR: str = Field("checkpoints", description="Folder that a run is written to")
+    RESUME: Literal["auto"] | None = Field(
+        None, description='"auto" continues the run in OUTPUT_DIR; null starts a new one'
+    )
+    SAVE_EVERY: int = Field(50, ge=0, description="Steps between checkpoints; 0: only at the end")
+    KEEP_CHECKPOINTS: int = Field(2, ge=0, description="How many step checkpoints are kept; 0: all")
+    LOG_EVERY: int = Field(10, ge=0, description="Steps between lines on the console; 0: none")
+    DYNAMICS_EVERY: int = Field(100, ge=0, description="online_: steps between reports; 0: none")
+    EVAL_EVERY: int = Field(50, ge=0, description="Steps between evaluations; 0: none")
+    SAMPLES_EVERY: int = Field(1, ge=0, description="Steps between rows of samples.jsonl; 0: none")
+    TRACKERS: list[Literal["tensorboard", "wandb"]] = Field(
+        [], description="Trackers that also log"
+    )
+
+    def changed(self) -> set[str]:
+        """The keys that were given another value than their default."""
+        fields = type(self).model_fields
+        return {key for key in self.model_fields_set if getattr(self, key) != fields[key].default}
+
+    @model_validator(mode="after")
+    def _contradictions(self) -> "Config":
+        for wrong, message in self._mistakes():
+            if wrong:
+                raise ValueError(message)
+        for keys, read, needs in self._readers():
+            if not read and (unread := self.changed() & keys):
+                raise ValueError(f"{', '.join(sorted(unread))} needs {needs}")
+        for tracker in self.TRACKERS:
+            if importlib.util.find_spec(tracker) is None:
+                raise ValueError(f"TRACKERS: {tracker} is not installed: pip install {tracker}")
+        return self
+
+    def _mistakes(self) -> list[tuple[bool, str]]:
+        return [
+            (
+                self.FP16 and self.BF16,
+                "FP16 and BF16 exclude each other; BF16 needs no gradient scaler",
+            ),
+            (self.LOAD_4BIT and self.LOAD_8BIT, "LOAD_4BIT and LOAD_8BIT exclude each other"),
+            (
+                self.FULLTUNE and (self.LOAD_4BIT or self.LOAD_8BIT),
+                "a quantised model cannot be fully tuned: FULLTUNE false is LoRA",
+            ),
+            (
+                bool(self.VLLM_SERVER) and not self.FULLTUNE,
+                "VLLM_SERVER needs FULLTUNE: adapters are not sent to the server",
+            ),
+            (
+                self.BATCH_SIZE % self.NUM_GENERATIONS > 0,
+                f"BATCH_SIZE {self.BATCH_SIZE} counts completions: it must be a multiple of "
+                f"NUM_GENERATIONS {self.NUM_GENERATIONS}",
+            ),
+            (
+                self.BATCH_SIZE % self.GRAD_ACCUM > 0,
+                f"BATCH_SIZE {self.BATCH_SIZE} must be a multiple of GRAD_ACCUM {self.GRAD_ACCUM}",
+            ),
+            (
+                self.MAXSEQ is not None and self.MAXSEQ <= self.MAX_NEW_TOKENS,
+                "MAXSEQ leaves no room for a prompt before MAX_NEW_TOKENS",
+            ),
+            (
+                self.BASELINE == "rloo" and self.BATCH_SIZE == 1,
+                "BASELINE rloo compares completions: BATCH_SIZE 1 has only one",
+            ),
+            (self.MIN_MOMENTUM > self.MAX_MOMENTUM, "MIN_MOMENTUM is above MAX_MOMENTUM"),
+        ]
+
+    def _readers(self) -> list[tuple[set[str], bool, str]]:
+        """Keys, whether something reads them, and what would: none may be ignored in silence."""
+        return [
+            ({"LORA_R", "LORA_ALPHA", "LORA_TARGETS"}, not self.FULLTUNE, "FULLTUNE false"),
+            ({"KL_COEF_TARGET", "KL_ESTIMATOR"}, self.KL_COEF > 0, "a KL_COEF above 0"),
+            ({"EVAL_EVERY"}, not self.EVAL_EVERY or self.EVAL_FILE is not None, "an EVAL_FILE"),
+            ({"SAMPLER"}, not self.VLLM_SERVER, "no VLLM_SERVER, which samples instead"),
+            ({"DYNAMICS_EVERY"}, self.OPTIM.startswith("online_"), "an online_ OPTIM"),
+        ]

@@ -1,0 +1,177 @@
+"""Checkpoints: a folder that is there whole or not at all, and the newest that is undamaged.
+
+A checkpoint is written beside its place under a hidden name, every file is synced, a manifest with
+their hashes is written last, and the folder is renamed. What it holds is training/state.py's.
+"""
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+import torch
+
+log = logging.getLogger(__name__)
+MANIFEST = "manifest.json"
+LOCK = ".lock"  # in a run's folder; the operating system frees it when the process ends
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # errors of file systems without locks
+FILES = ("metrics.jsonl", "samples.jsonl", "controller.jsonl", "dynamics.jsonl")
+WRITTEN = (  # all that a run leaves in its folder
+    *FILES, "config.json", "lr_vs_reward.png", "tensorboard", "step-*", "final", ".old-*", ".new-*",
+)  # fmt: skip
+
+
+def save(folder: Path, step: int, write: Callable[[Path], None]) -> None:
+    """Makes `folder` the checkpoint of `step`, filled by `write(temporary_folder)`."""
+    temporary = folder.with_name(f".new-{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    write(temporary)
+    files = {str(file.relative_to(temporary)): _sha256(file) for file in _files(temporary)}
+    manifest = {"step": step, "files": files}
+    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2))
+    for path in [*_files(temporary), temporary]:
+        _sync(path)
+    replaced = folder.with_name(f".old-{folder.name}")
+    if folder.exists():  # a longer run's final/; a kill between the renames leaves .old-, found
+        folder.rename(replaced)
+    temporary.rename(folder)
+    _sync(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def newest(output_dir: Path) -> tuple[Path, int] | None:
+    """The undamaged checkpoint of the highest step, and that step; warns of damaged ones."""
+    found = []
+    for path in output_dir.glob(f"*/{MANIFEST}"):
+        folder = path.parent
+        if not folder.name.startswith(".new-"):
+            try:
+                manifest = json.loads(path.read_text())
+                found.append((int(manifest["step"]), folder.name == "final", folder, manifest))
+            except (ValueError, KeyError) as error:
+                log.warning("%s is damaged (%s: %s): not used", folder, MANIFEST, error)
+    for step, _, folder, manifest in sorted(found, key=lambda each: each[:3], reverse=True):
+        damage = _damage(folder, manifest["files"])
+        if damage is None:
+            return folder, step
+        log.warning("%s is damaged (%s): using the one before it", folder, damage)
+    return None
+
+
+def lock(output_dir: Path) -> filelock.BaseFileLock:
+    """Makes `output_dir` and keeps it for this process until `release()` or the process ends.
+
+    Raises OSError where another process has it. Where a file system has no locks, it warns.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    held = filelock.FileLock(output_dir / LOCK, fallback_to_soft=False)
+    try:
+        held.acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise OSError(f"another run is writing to {output_dir}") from error
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+            raise
+        log.warning(
+            "%s is on a file system without locks (%s): see that no other run writes there",
+            output_dir,
+            error.strerror if isinstance(error, OSError) else error,
+        )
+    return held
+
+
+def holds_run(output_dir: Path) -> bool:
+    """Whether a run was written there."""
+    return (output_dir / FILES[0]).exists() or any(output_dir.glob(f"*/{MANIFEST}"))
+
+
+def set_aside(output_dir: Path) -> None:
+    """Moves what an earlier run wrote in `output_dir` into earlier-001, -002, …
+
+    Other files stay: labels, judgements and the folders of other runs may be beside it.
+    """
+    if holds_run(output_dir):
+        taken = [int(path.name[8:]) for path in output_dir.glob("earlier-[0-9][0-9][0-9]")]
+        place = output_dir / f"earlier-{max(taken, default=0) + 1:03d}"
+        place.mkdir()
+        for path in [path for name in WRITTEN for path in output_dir.glob(name)]:
+            path.rename(place / path.name)
+        log.warning("%s held an earlier run: it is now in %s", output_dir, place)
+
+
+def prune(output_dir: Path, keep: int, written: Path | None = None) -> None:
+    """Removes unfinished checkpoints, and all step checkpoints but the newest `keep`; 0 keeps all.
+
+    The newest undamaged one always stays. `written` is known to be undamaged: it is not read again.
+    """
+    for leftover in output_dir.glob(".new-*"):
+        shutil.rmtree(leftover)
+    steps = sorted(output_dir.glob("step-*"), key=lambda path: (len(path.name), path.name))
+    steps = steps[::-1]  # the newest first
+    whole = next((path for path in steps if path == written or _is_whole(path)), None)
+    for folder in steps[keep:] if keep else []:
+        if folder != whole:
+            shutil.rmtree(folder)
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        return _damage(folder, json.loads((folder / MANIFEST).read_text())["files"]) is None
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _damage(folder: Path, files: dict[str, str]) -> str | None:
+    for name, digest in files.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if _sha256(folder / name) != digest:
+            return f"{name} has changed"
+    return None
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of every global random generator, in plain numbers and tensors."""
+    numpy: Any = np.random.get_state()  # (kind, keys, …)
+    return {
+        "python": random.getstate(),
+        "numpy": (numpy[0], numpy[1].tolist(), *numpy[2:]),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():  # Windows cannot, and orders renames by itself
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

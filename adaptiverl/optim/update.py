@@ -1,0 +1,151 @@
+"""The last update of an optimizer: its direction, how it agrees with the gradient, its scaling.
+
+KL ≈ ½ lr² uᵀFu for a small update u, so that scaling u by s scales the KL by s².
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from adaptiverl.optim.hyperparams import Group
+
+
+class PerTensorOptimizer:
+    """Base of an optimizer that makes the step of `torch_class` with a rate for each tensor."""
+
+    torch_class: type[Optimizer]
+    rates: dict[Tensor, Tensor]  # of each tensor, in the last step
+
+
+def copyable(optimizer: Optimizer) -> dict[str, Any]:
+    """What copies of `optimizer` keep: neither its hooks nor the step that a scheduler wrapped."""
+    own = vars(optimizer).items()
+    return {k: v for k, v in own if k != "step" and not k.endswith("_hooks")}
+
+
+class LastUpdate:
+    """The update that `optimizer`'s next step makes, so that it can be scaled afterwards.
+
+    Create it before the step. It needs the gradients that the step used. Nothing is copied for
+    torch's SGD, RMSprop and AdamW, because their state determines the update; for any other
+    optimizer the trained weights are copied.
+    """
+
+    def __init__(self, optimizer: Optimizer):
+        self.optimizer = optimizer
+        self.scale = 1.0
+        self.rates = [float(group["lr"]) for group in optimizer.param_groups]
+        self.old = {
+            p: p.detach().clone()
+            for group in optimizer.param_groups
+            if not _is_known(optimizer, group)
+            for p in group["params"]
+            if p.grad is not None
+        }
+
+    @torch.no_grad()
+    def rescale(self, factor: float) -> None:
+        """Multiplies the update by `factor`: 1 leaves it, 0 takes it back."""
+        own = self.optimizer.rates if isinstance(self.optimizer, PerTensorOptimizer) else {}
+        for group, lr in zip(self.optimizer.param_groups, self.rates, strict=True):
+            for p in group["params"]:
+                if p in self.old:
+                    p.copy_(self.old[p].lerp(p, factor))
+                elif p.grad is not None:
+                    update = self._update(group, p, own.get(p, lr))
+                    p.sub_(update, alpha=(factor - 1) * self.scale)
+        self.scale *= factor
+
+    def _update(self, group: Group, p: Tensor, lr: float | Tensor) -> Tensor:
+        """What the step subtracted from p: lr · (d + decay · p before the step)."""
+        direction, decay = _direction(self.optimizer, group, p)
+        if not decay:
+            return lr * direction
+        moved = self.scale * lr  # p = p₀ − moved · (d + decay · p₀)
+        before = (p + moved * direction) / (1 - moved * decay)
+        return lr * (direction + decay * before)
+
+
+@torch.no_grad()
+def alignment(optimizer: Optimizer) -> float | None:
+    """The cosine between the gradient and the last update, over weights whose update is known.
+
+    Call it before a step, with the gradient of fresh samples. Above 0 the last update went uphill;
+    around 0 it followed noise. None before the first step and for optimizers without such a state.
+    """
+    products, shards = [], False
+    for group in optimizer.param_groups:
+        if _keeps_direction(optimizer, group):
+            for p in group["params"]:
+                if p.grad is not None and optimizer.state.get(p):
+                    d, shards = _local(_direction(optimizer, group, p)[0])
+                    d, g = d.flatten(), _local(p.grad)[0].flatten()
+                    products.append(torch.stack([d.dot(g), d.dot(d), g.dot(g)]))
+    if not products:
+        return None
+    total = torch.stack(products).sum(0)
+    if shards:
+        torch.distributed.all_reduce(total)
+    both, one, other = total.tolist()
+    return both / math.sqrt(one * other) if one * other > 0 else None
+
+
+@torch.no_grad()
+def has_gradient(optimizer: Optimizer) -> bool:
+    """Whether any gradient is not 0."""
+    own = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    local = [_local(grad) for grad in own if grad is not None]
+    if not local:
+        return False
+    found = torch.stack([grad.any() for grad, _ in local]).any().float()
+    if any(shards for _, shards in local):
+        torch.distributed.all_reduce(found)
+    return bool(found)
+
+
+def supports_alignment(optimizer: Optimizer) -> bool:
+    """Whether `alignment` will be known after a step."""
+    return any(_keeps_direction(optimizer, group) for group in optimizer.param_groups)
+
+
+def _local(x: Tensor) -> tuple[Tensor, bool]:
+    """This process's part of a tensor, and whether others have the rest of it."""
+    from torch.distributed.tensor import DTensor  # 0.6 s, unless something has imported it already
+
+    return (x.to_local(), True) if isinstance(x, DTensor) else (x, False)
+
+
+def _keeps_direction(optimizer: Optimizer, group: Group) -> bool:
+    return _is_known(optimizer, group) and bool(group.get("betas") or group["momentum"] > 0)
+
+
+def _is_known(optimizer: Optimizer, group: Group) -> bool:
+    """Whether `_direction` gives what a step did."""
+    decay = float(group["weight_decay"]) if "weight_decay" in group else 0.0
+    if group.get("maximize") or group.get("nesterov") or group.get("amsgrad"):
+        return False
+    kind = _torch_class(optimizer)
+    if kind is torch.optim.AdamW:
+        return float(group["lr"]) * decay < 0.5  # beyond, dividing by 1 − lr · decay is unsafe
+    if kind is torch.optim.SGD:
+        return not decay or group["momentum"] > 0
+    return kind is torch.optim.RMSprop and group["momentum"] > 0
+
+
+def _torch_class(optimizer: Optimizer) -> type:
+    return optimizer.torch_class if isinstance(optimizer, PerTensorOptimizer) else type(optimizer)
+
+
+def _direction(optimizer: Optimizer, group: Group, p: Tensor) -> tuple[Any, float]:
+    """d and the decoupled decay of the step p ← p − lr · (d + decay · p), by the state it left."""
+    state = optimizer.state.get(p, {})  # [p] would make an entry
+    if _torch_class(optimizer) is not torch.optim.AdamW:
+        return (state["momentum_buffer"] if group["momentum"] else p.grad), 0.0
+    beta1, beta2 = (float(beta) for beta in group["betas"])
+    step = float(state["step"])
+    size = state["exp_avg_sq"].sqrt().div_(math.sqrt(1 - beta2**step)).add_(group["eps"])
+    direction = size.mul_(1 - beta1**step).reciprocal_().mul_(state["exp_avg"])  # in one buffer
+    return direction, float(group["weight_decay"])

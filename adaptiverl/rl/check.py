@@ -1,0 +1,66 @@
+"""The check that sampling and the loss use the log-probabilities of the library's own model."""
+
+import torch
+from torch import Tensor
+
+from adaptiverl.rl.policy import Policy
+from adaptiverl.rl.rollout import Rollout
+
+
+def allowed_gap(sampler_matches_policy: bool) -> float:
+    """Nats per token by which sampling and the loss may differ.
+
+    `sampler_matches_policy`: both compute in fp32 throughout, with the same weights.
+    """
+    return 1e-3 if sampler_matches_policy else 0.05
+
+
+@torch.no_grad()
+def check_policy(policy: Policy, rollout: Rollout, sampler_matches_policy: bool) -> float:
+    """Compares a rollout and the policy's measurement of it with the library's forward pass.
+
+    Returns the largest gap in nats; raises ValueError as `check_logprobs` does.
+    """
+    library = torch.zeros_like(rollout.logprobs)
+    for row, completion in enumerate(rollout.tokens()):
+        prompt = rollout.prompt_of[row]
+        ids = rollout.prompt_ids[prompt][rollout.prompt_mask[prompt].bool()]
+        tokens = torch.tensor(completion, device=ids.device)
+        # Without autocast: its rounding is what this measures.
+        with torch.autocast(ids.device.type, enabled=False):
+            logits = policy.lm(input_ids=torch.cat([ids, tokens])[None]).logits
+        table = (logits[0, len(ids) - 1 : -1].float() / policy.temperature).log_softmax(-1)
+        library[row, : len(tokens)] = table.gather(-1, tokens[:, None])[:, 0]
+    measured = policy.logprobs(rollout)
+    return check_logprobs(rollout.logprobs, measured, library, rollout, sampler_matches_policy)
+
+
+def check_logprobs(
+    sampled: Tensor,
+    measured: Tensor,
+    library: Tensor,
+    rollout: Rollout,
+    sampler_matches_policy: bool,
+) -> float:
+    """Raises ValueError, with the likely cause, if log-probabilities are wrong.
+
+    `sampled` and `measured` (by the loss) are compared with `library`, all [B, T]: one unpadded
+    pass per completion by the model's own code. If `sampler_matches_policy`, `allowed_gap` holds
+    for each token. Otherwise rounding moves single tokens, and it holds for the mean. Returns the
+    largest gap in nats.
+    """
+    gap = torch.maximum((sampled - library).abs(), (measured - library).abs())
+    mean = (gap.sum() / rollout.completion_mask.sum()).item()
+    worst = gap.max().item()
+    if (worst if sampler_matches_policy else mean) <= allowed_gap(sampler_matches_policy):
+        return worst
+    padded = rollout.prompt_mask[rollout.prompt_of].min(-1).values == 0
+    by_row = gap.max(-1).values
+    if padded.any() and not padded.all() and by_row[padded].min() > 10 * by_row[~padded].max():
+        cause = "only padded prompts are off: the model ignores position_ids or the attention mask"
+    else:
+        cause = "all prompts are off: dropout is on, or the model's cache and its full pass differ"
+    raise ValueError(
+        f"the log-probabilities of the samples and of the loss differ by up to {worst:.2g} nats "
+        f"per token ({mean:.2g} on average); training on them would be wrong. Likely cause: {cause}"
+    )

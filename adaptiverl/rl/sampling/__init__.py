@@ -1,0 +1,1 @@
+"""Sampling from a policy: one protocol and the backends that meet it."""

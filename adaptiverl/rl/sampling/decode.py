@@ -1,0 +1,232 @@
+"""Sampling from GPT-2: buffers are made once, and completions that have ended cost no more work.
+
+A slot is a row of the buffers. When completions end, the last live slots move into the free ones,
+so live slots come first. Each step computes those alone, their number rounded up to ROUND_TO. On
+CUDA a step is a graph, captured for all slots, half, a quarter and an eighth of them. There slots
+move only every COMPACT_EVERY tokens, because the host must wait for the device to count the live
+ones.
+"""
+
+import copy
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import GPT2Model
+from transformers.pytorch_utils import Conv1D
+
+from adaptiverl.rl.gpt2 import Cache, hidden_states, read_prompts
+from adaptiverl.rl.projection import Projection, computed_in
+from adaptiverl.rl.rollout import Rollout
+from adaptiverl.rl.sampling.tokens import TokenSampler
+
+COMPACT_EVERY = 16  # tokens
+ROUND_TO = 8  # slots; an odd number of columns makes products up to 1.6 times as slow on a CPU
+
+
+class SlotCache(Cache):
+    """A cache [2, B, H, S, D / H] that is written in place, in the first `live` rows.
+
+    New keys and values go to `column` (a tensor on the device, so that a graph can move it), or
+    without it to the last of the `width` columns that a step uses.
+    """
+
+    def __init__(self, held: Tensor, column: Tensor | None):
+        super().__init__(held)
+        self.column, self.live, self.width = column, held.shape[1], held.shape[3]
+
+    def extend(self, new: Tensor) -> Tensor:
+        rows = self.held[:, : self.live]
+        if self.column is None:
+            rows[:, :, :, self.width - 1 : self.width] = new
+        else:
+            rows.index_copy_(3, self.column, new.to(rows.dtype))
+        return rows[:, :, :, : self.width]
+
+
+class Decoder:
+    """Buffers for up to `rows` completions of up to `length` tokens, within `width` columns.
+
+    `static` is for CUDA: steps have the few sizes that are captured as graphs, and the decoder is
+    kept from rollout to rollout. A graph sees new weights because optimizers write in place.
+    Otherwise steps compute a multiple of `round_to` slots, or all of them.
+    """
+
+    def __init__(
+        self,
+        transformer: GPT2Model,
+        head: torch.nn.Linear,
+        token_sampler: TokenSampler,
+        *,
+        rows: int,
+        length: int,
+        width: int,
+        static: bool = False,
+        round_to: int = ROUND_TO,
+    ):
+        device = head.weight.device
+        self.token_sampler, self.static = token_sampler, static
+        self.rows, self.length, self.width = rows, length, width
+        self.round_to = round_to
+        self.projection = Projection(head, token_sampler.temperature)
+        self.dtype = computed_in(head.weight)
+        self.transformer = transformer
+        self.copies: list[tuple[Tensor, Tensor]] = []  # (copy, original) of what autocast casts
+        if self.projection.weight.dtype != head.weight.dtype:
+            self.copies.append((self.projection.weight, head.weight))
+        if self.dtype != head.weight.dtype:
+            self.transformer = self._cast(transformer)
+
+        # By slot
+        self.row = torch.arange(rows, device=device)
+        self.live = torch.ones(rows, dtype=torch.bool, device=device)
+        self.token = torch.zeros(rows, dtype=torch.long, device=device)
+        self.position = torch.zeros(rows, dtype=torch.long, device=device)
+        self.uniform = torch.zeros(rows, length, dtype=torch.float64, device=device)
+        self.attend = torch.zeros(rows, 1, 1, width, dtype=torch.bool, device=device)
+        # By row
+        self.tokens = torch.zeros(rows, length, dtype=torch.long, device=device)
+        self.mask = torch.zeros(rows, length, dtype=torch.long, device=device)
+        self.logprobs = torch.zeros(rows, length, device=device)
+        # Where a step writes. On the device, so that a graph can advance it.
+        self.time = torch.zeros(1, dtype=torch.long, device=device)
+        self.column = torch.zeros(1, dtype=torch.long, device=device)
+
+        config = transformer.config
+        shape = (2, rows, config.n_head, width, config.n_embd // config.n_head)
+        column = self.column if static else None
+        self.caches = [
+            SlotCache(torch.zeros(shape, dtype=self.dtype, device=device), column)
+            for _ in transformer.h
+        ]
+        self.by_slot = [self.row, self.live, self.token, self.position, self.uniform, self.attend]
+        # Numbers of slots that graphs have. The first token needs no step, and may be the only one.
+        self.sizes = [max(1, rows >> k) for k in range(4)] if length > 1 else []
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        # bitsandbytes' int8 product synchronises with the host, which a graph cannot
+        synchronises = any(p.dtype == torch.int8 for p in transformer.parameters())
+        if device.type == "cuda" and self.sizes and not synchronises:
+            self._capture()
+
+    def __call__(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, prompt_of: Tensor, uniform: Tensor
+    ) -> Rollout:
+        """See `Backend`. B, T and P + T may be smaller than `rows`, `length` and `width`."""
+        live, length = self.rows, uniform.shape[1]
+        with torch.inference_mode():
+            self._begin(prompt_ids, prompt_mask, prompt_of, uniform)
+            for t in range(1, length):
+                if not self.static or t % COMPACT_EVERY == 0:
+                    live = self._compact(live)
+                    if live == 0:
+                        break
+                if self.graphs:
+                    self.graphs[live].replay()
+                else:
+                    self._step(live, None if self.static else prompt_ids.shape[1] + t)
+        rows, width = len(uniform), max(1, int(self.mask.sum(-1).max()))
+        written = [x[:rows, :width].clone() for x in (self.tokens, self.mask, self.logprobs)]
+        return Rollout(prompt_ids, prompt_mask, prompt_of, *written)
+
+    def _begin(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, prompt_of: Tensor, uniform: Tensor
+    ) -> None:
+        """Reads each prompt once, copies its cache to its rows and draws their first tokens."""
+        for copied, weight in self.copies:
+            copied.copy_(weight)
+        states, caches = read_prompts(self.transformer, prompt_ids, prompt_mask)
+        columns, (rows, length) = prompt_ids.shape[1], uniform.shape
+        prompt_of = pad(prompt_of, (0, self.rows - rows))  # unused slots have ended already
+        for slots, cache in zip(self.caches, caches, strict=True):
+            slots.held[:, :, :, :columns] = cache.take(prompt_of).held
+        self.attend.zero_()
+        self.attend[..., :columns] = prompt_mask[prompt_of, None, None].bool()
+        self.row.copy_(torch.arange(len(self.row), device=self.row.device))
+        self.live.copy_(self.row < rows)
+        self.position.copy_(prompt_mask.sum(-1)[prompt_of])
+        self.uniform[:rows, :length] = uniform
+        self.tokens.fill_(self.token_sampler.pad_id)
+        self.mask.zero_()
+        self.logprobs.zero_()
+        self.time.zero_()
+        self.column.fill_(columns)
+        self._draw(states[prompt_of, -1])
+
+    def _draw(self, states: Tensor) -> None:
+        """Draws the next token of the first slots after their hidden `states` [n, D]."""
+        n = len(states)
+        uniform = self.uniform[:n].index_select(1, self.time)[:, 0]
+        token, logprob = self.token_sampler(self.projection.logits(states), uniform)
+        at, live = (self.row[:n], self.time), self.live[:n]
+        self.token[:n] = token
+        self.tokens[at] = token.where(live, self.token_sampler.pad_id)
+        self.mask[at] = live.long()
+        self.logprobs[at] = logprob.where(live, 0.0)
+        live &= ~torch.isin(token, self.token_sampler.eos_ids)
+
+    def _step(self, n: int, width: int | None = None) -> None:
+        """Reads the last tokens of the first `n` slots, in `width` columns; draws the next."""
+        for slots in self.caches:
+            slots.live, slots.width = n, width or slots.held.shape[3]
+        self.attend.index_fill_(3, self.column, True)
+        states = hidden_states(
+            self.transformer,
+            self.token[:n, None],
+            self.position[:n, None],
+            self.attend[:n, ..., :width],
+            self.caches,
+        )
+        self.column += 1
+        self.position += 1
+        self.time += 1
+        self._draw(states[:, 0])
+
+    def _compact(self, n: int) -> int:
+        """Moves the last live of `n` slots into free ones; returns how many are still needed."""
+        live = self.live[:n]
+        alive = int(live.sum())
+        rest = min(n, -(-alive // self.round_to) * self.round_to)
+        if self.static and alive:
+            rest = min(size for size in self.sizes if size >= alive)
+        free, moving = (~live[:rest]).nonzero()[:, 0], rest + live[rest:].nonzero()[:, 0]
+        if len(moving):
+            free = free[: len(moving)]
+            for buffer in self.by_slot:
+                buffer[free] = buffer[moving]
+            for slots in self.caches:
+                slots.held[:, free] = slots.held[:, moving]
+        return rest
+
+    def _cast(self, transformer: GPT2Model) -> GPT2Model:
+        """A copy with matrices in autocast's type: cast once per rollout, not once per token."""
+        result = copy.deepcopy(transformer)
+        for module in result.modules():
+            if isinstance(module, Conv1D) and module.weight.is_floating_point():
+                module.weight.data = module.weight.data.to(self.dtype)
+        self.copies += zip(result.parameters(), transformer.parameters(), strict=True)
+        return result
+
+    def _capture(self) -> None:
+        """Captures a step for each number of slots; later calls overwrite what that writes."""
+        device = self.row.device
+        on = torch.is_autocast_enabled("cuda")
+        # Autocast's cache would stay in the graph, with the weights as they are now.
+        with torch.no_grad(), torch.autocast("cuda", enabled=on, cache_enabled=False):
+            side = torch.cuda.Stream(device)
+            side.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(side):
+                self._warm_up()
+            torch.cuda.current_stream(device).wait_stream(side)
+            for n in self.sizes:
+                graph = torch.cuda.CUDAGraph()
+                # Other threads may use the device meanwhile: rewards do.
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                    self._step(n)
+                self.graphs[n] = graph
+
+    def _warm_up(self) -> None:
+        """Makes the libraries' workspaces and the largest logits buffer."""
+        for n in self.sizes:
+            for place in (self.time, self.column, self.position):  # each step adds one
+                place.zero_()
+            self._step(n)

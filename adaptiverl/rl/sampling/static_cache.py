@@ -1,0 +1,48 @@
+"""The backend that samples from GPT-2 by `Decoder`, which CUDA keeps with its graphs."""
+
+from torch import Tensor
+
+from adaptiverl.rl.policy import Policy
+from adaptiverl.rl.rollout import Rollout
+from adaptiverl.rl.sampling.decode import Decoder
+from adaptiverl.rl.sampling.tokens import TokenSampler
+
+
+class StaticCacheBackend:
+    """Samples from a GPT-2 with a plain head. `static`: keep the decoder (None: on CUDA)."""
+
+    def __init__(self, policy: Policy, token_sampler: TokenSampler, static: bool | None = None):
+        self.policy, self.token_sampler = policy, token_sampler
+        self.static = policy.device.type == "cuda" if static is None else static
+        self.kept: Decoder | None = None
+
+    def __call__(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, prompt_of: Tensor, uniform: Tensor
+    ) -> Rollout:
+        """See `Backend`."""
+        decoder = self._decoder(prompt_ids.shape[1], *uniform.shape)
+        return decoder(prompt_ids, prompt_mask, prompt_of, uniform)
+
+    def _decoder(self, prompt: int, rows: int, length: int) -> Decoder:
+        width, kept = prompt + length, self.kept
+        if self.static:
+            width = -(-width // 64) * 64  # few different widths, so few captures
+        # The last batch of an evaluation is smaller: it must not replace the decoder.
+        if kept and kept.rows >= rows and kept.length >= length and kept.width >= width:
+            return kept
+        # One at a time: its cache, graphs and copies fill memory, during the update too. Graphs are
+        # bound to the addresses of the cache, so freeing that would mean to capture them again.
+        self.kept = None
+        lm = self.policy.base
+        decoder = Decoder(
+            lm.transformer,
+            lm.get_output_embeddings(),
+            self.token_sampler,
+            rows=rows,
+            length=length,
+            width=width,
+            static=self.static,
+        )
+        if self.static:
+            self.kept = decoder
+        return decoder

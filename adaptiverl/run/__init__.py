@@ -1,1 +1,0 @@
-"""The program around the loop: config, checkpoints, logs. Knows no model and no algorithm."""

@@ -1,0 +1,233 @@
+"""From the config to the parts of a run: the model, its optimizer, and all that they need.
+
+What the config names outside of the model is made by inputs.py. Each function raises ConfigError.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, set_seed
+from datasets import Dataset
+from torch import nn
+from torch.optim import Optimizer
+from transformers.utils import logging as transformers_logging
+
+from adaptiverl.config.schema import ConfigError
+from adaptiverl.optim.adaptive import AdaptiveOptimizer
+from adaptiverl.optim.online import Online, OnlineAdamW, OnlineRMSProp, OnlineSGD
+from adaptiverl.optim.online.dynamics import dynamics
+from adaptiverl.rl.check import allowed_gap
+from adaptiverl.rl.loading import LoraTargetsError, fit_tokenizer, load_policy, load_tokenizer
+from adaptiverl.rl.sampling.sampler import Sampler
+from adaptiverl.training import inputs, state
+from adaptiverl.training.batches import Batches
+from adaptiverl.training.checked import CheckedPolicy
+from adaptiverl.training.guards import Guards
+from adaptiverl.training.inputs import as_config_error
+from adaptiverl.training.keys import RULE_KEYS, RunConfig
+from adaptiverl.training.probe import Precision
+from adaptiverl.training.runtime import Runtime
+from adaptiverl.training.scoring import Scoring
+
+AUTO_LR = {"sgd": 0.1, "rmsprop": 1e-4, "adamw": 1e-4, "adamw_8bit": 1e-4}  # LRATE "auto"
+OPTIMIZERS: dict[str, Any] = {
+    "sgd": torch.optim.SGD, "rmsprop": torch.optim.RMSprop, "adamw": torch.optim.AdamW,
+    "online_sgd": OnlineSGD, "online_rmsprop": OnlineRMSProp, "online_adamw": OnlineAdamW,
+}  # fmt: skip
+# Keys that are arguments of AdaptiveOptimizer, in lower case
+ARGUMENTS = (
+    *RULE_KEYS, "LOSS_BETA", "REWARD_BETA", "MIN_LR", "MAX_LR", "MIN_MOMENTUM", "MAX_MOMENTUM",
+    "TRUST_REGION_KL", "TRUST_REGION_SCHEDULE",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything that one training process holds."""
+
+    runtime: Runtime
+    batches: Batches
+    eval_prompts: Dataset | None
+    last_step: int
+    policy: nn.Module  # prepared for several processes; called for gradients
+    sampler: Sampler  # of the policy itself
+    checked: CheckedPolicy
+    optimizer: AdaptiveOptimizer
+    changes: list[dict[str, Any]]  # of hyperparameters, in this step
+    dynamics: Callable[[], list[dict[str, Any]]] | None  # of an online optimizer
+    scoring: Scoring
+    guards: Guards
+    precision: Precision
+    progress: state.Progress
+    stateful: dict[str, state.Stateful]  # what a checkpoint holds
+    resumed: Path | None  # the checkpoint that the run continues
+
+
+def build(c: RunConfig, accelerator: Accelerator | None = None) -> Parts:
+    """Makes all parts, from a checkpoint if there is one to resume; checks them.
+
+    `accelerator` is that of the config if it is None.
+    """
+    inputs.output_folder(c)
+    runtime = Runtime(accelerator or make_accelerator(c))
+    set_seed(c.SEED)
+    transformers_logging.disable_progress_bar()
+    rows = inputs.rows_of_process(c, runtime)
+    inputs.use_hub(c)
+    prompts, eval_prompts = inputs.prompt_files(c)
+    files = {c.TRAIN_FILE: prompts}
+    if c.EVAL_FILE and eval_prompts:
+        files[c.EVAL_FILE] = eval_prompts
+    last_step = inputs.last_step_of(c, len(prompts))
+    max_prompt = inputs.max_prompt_tokens(c)
+    rewards, held_out = (
+        inputs.make_rewards(c, key, files, runtime) for key in ("REWARDS", "HELD_OUT")
+    )
+    try_rules(c, last_step)
+    resumed = state.newest(c, runtime)
+    if resumed:
+        state.refuse_changes(resumed, c)
+
+    sampler = make_sampler(c, runtime, resumed, max_prompt)
+    named = [(name, p) for name, p in sampler.policy.named_parameters() if p.requires_grad]
+    changes: list[dict[str, Any]] = []
+    base = base_optimizer(c, named, runtime.sharded)
+    optimizer = adaptive(c, base, last_step, record=changes.append)
+    policy = runtime.prepare(sampler.policy, optimizer)
+    rounded = c.BF16 or c.FP16 or c.LOAD_4BIT or c.LOAD_8BIT or bool(c.VLLM_SERVER)
+    precision = Precision(not rounded, rounded and (runtime.sharded or c.LOAD_8BIT))
+    progress = state.Progress(kl_coef=c.KL_COEF)
+    guards = Guards(c, last_step, allowed_gap(not rounded))
+    scoring = Scoring(c, runtime, rewards, held_out, last_step)
+    checked = CheckedPolicy(c, runtime, sampler, progress)
+    stateful: dict[str, state.Stateful] = {
+        "progress": progress,
+        "guards": guards,
+        "rewards": rewards,
+        "held_out": held_out,
+        "optimizer": runtime.shards.ShardedOptimizer(policy, base) if runtime.sharded else base,
+        **optimizer.parts,
+        "random": state.RandomState(runtime),
+    }
+    if scaler := runtime.accelerator.scaler:
+        stateful["scaler"] = scaler
+    if resumed:
+        state.restore(resumed, stateful, mapped=runtime.device.type != "cpu")
+    checked.check_at_start(files, precision.sampler_matches_policy)
+    return Parts(
+        runtime=runtime,
+        batches=Batches(c, prompts, rows),
+        eval_prompts=eval_prompts,
+        last_step=last_step,
+        policy=policy,
+        sampler=sampler,
+        checked=checked,
+        optimizer=optimizer,
+        changes=changes,
+        dynamics=partial(dynamics, base) if isinstance(base, Online) else None,
+        scoring=scoring,
+        guards=guards,
+        precision=precision,
+        progress=progress,
+        stateful=stateful,
+        resumed=resumed,
+    )
+
+
+def make_accelerator(c: RunConfig, kind: Callable[..., Accelerator] = Accelerator) -> Accelerator:
+    """The device, the processes and the precision; `kind` is accelerate's class or a subclass."""
+    if c.FP16 and not torch.cuda.is_available():
+        raise ConfigError("FP16 needs a GPU, and there is none: use BF16 or neither")
+    result = kind(
+        cpu=not torch.cuda.is_available(),  # said, or CPU processes do not find each other
+        mixed_precision="bf16" if c.BF16 else "fp16" if c.FP16 else "no",
+        log_with=c.TRACKERS or None,
+        project_dir=Path(c.OUTPUT_DIR, "tensorboard"),
+    )
+    if result.distributed_type == DistributedType.FSDP and not result.is_fsdp2:
+        raise ConfigError(
+            "FSDP works in its second version alone: set fsdp_version: 2 in accelerate's config, "
+            "as configs/accelerate/8-gpus-fsdp.yaml does"
+        )
+    return result
+
+
+def make_sampler(
+    c: RunConfig, runtime: Runtime, checkpoint: Path | None, max_prompt: int | None
+) -> Sampler:
+    """The policy, with the weights of `checkpoint` if there is one, and what samples from it."""
+    if c.VLLM_SERVER and runtime.processes > 1:
+        raise ConfigError("VLLM_SERVER works with one training process")
+    with as_config_error(f"MODEL {c.MODEL}"):
+        model = inputs.located(c.MODEL)
+        tokenizer = load_tokenizer(model)
+        try:
+            policy = load_policy(
+                model,
+                checkpoint=checkpoint,
+                full_tune=c.FULLTUNE,
+                quantize="4bit" if c.LOAD_4BIT else "8bit" if c.LOAD_8BIT else None,
+                compute_dtype=torch.bfloat16 if c.BF16 else torch.float32,
+                reference=c.KL_COEF > 0,
+                device=runtime.device,
+                lora={"r": c.LORA_R, "lora_alpha": c.LORA_ALPHA, "target_modules": c.LORA_TARGETS},
+                temperature=c.TEMPERATURE,
+                sharded=runtime.sharded,
+            )
+        except LoraTargetsError as error:
+            raise ConfigError(f"LORA_TARGETS: {error}") from error
+        fit_tokenizer(tokenizer, policy.base)
+    with as_config_error("VLLM_SERVER" if c.VLLM_SERVER else "SAMPLER"):
+        return Sampler(
+            policy,
+            tokenizer,
+            max_prompt=max_prompt,
+            top_k=c.TOP_K,
+            top_p=c.TOP_P,
+            backend=c.VLLM_SERVER or c.SAMPLER,
+        )
+
+
+def base_optimizer(
+    c: RunConfig, parameters: list[tuple[str, nn.Parameter]], sharded: bool = False
+) -> Optimizer:
+    """OPTIM, of named parameters; MOMENTUM is AdamW's beta1."""
+    kind, online = c.OPTIM.removeprefix("online_"), c.OPTIM.startswith("online_")
+    if sharded and online:
+        raise ConfigError(f"OPTIM {c.OPTIM} reads whole tensors, and FSDP has them in shards")
+    named: list[Any] = parameters if online else [p for _, p in parameters]
+    auto = max(c.MIN_LR or 0.0, min(AUTO_LR[kind], c.MAX_LR or math.inf))
+    common: dict[str, Any] = {
+        "lr": auto if c.LRATE == "auto" else c.LRATE,
+        "weight_decay": c.WEIGHT_DECAY,
+    }
+    if kind in ("sgd", "rmsprop"):
+        return OPTIMIZERS[c.OPTIM](named, momentum=c.MOMENTUM, **common)
+    common["betas"] = (c.MOMENTUM, 0.999)
+    if kind == "adamw":  # fused: one pass over the weights, a quarter of the time, no temporaries
+        return OPTIMIZERS[c.OPTIM](named, fused=True, **common)
+    from bitsandbytes.optim import AdamW8bit  # seconds to import
+
+    return AdamW8bit(named, **common)
+
+
+def adaptive(
+    c: RunConfig, base: Optimizer, last_step: int, record: Callable[[dict[str, Any]], None] | None
+) -> AdaptiveOptimizer:
+    """`base` under the rules of the config; every process gives them the same signals."""
+    arguments = {key.lower(): getattr(c, key) for key in ARGUMENTS}
+    with as_config_error("BETAS_RULE"):
+        return AdaptiveOptimizer(base, steps=last_step, record=record, **arguments)
+
+
+def try_rules(c: RunConfig, last_step: int) -> None:
+    """Tries the rules on a weight of their own, before the model is loaded."""
+    kind = {"OPTIM": "adamw"} if c.OPTIM == "adamw_8bit" else {}
+    weight = [("weight", nn.Parameter(torch.zeros(1)))]
+    adaptive(c, base_optimizer(c.model_copy(update=kind), weight), last_step, record=None)

@@ -1,0 +1,93 @@
+"""Stops a run whose policy is broken, with the likely cause: NaN, or wrong log-probabilities."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+
+from adaptiverl.config.schema import ConfigError
+from adaptiverl.files import checkpoint
+from adaptiverl.rl.check import check_policy
+from adaptiverl.rl.data import wordless
+from adaptiverl.rl.rollout import Rollout, uniforms
+from adaptiverl.rl.sampling.sampler import PromptError, Sampler, no_tokens
+from adaptiverl.training.inputs import as_config_error
+from adaptiverl.training.keys import RunConfig
+from adaptiverl.training.runtime import Runtime
+from adaptiverl.training.state import Progress
+
+
+class CheckedPolicy:
+    """The policy with its sampler; each method raises ConfigError in all processes at once."""
+
+    def __init__(self, c: RunConfig, runtime: Runtime, sampler: Sampler, progress: Progress):
+        self.config, self.runtime, self.progress = c, runtime, progress
+        self.sampler = sampler
+
+    def sample(self, texts: list[str], numbers: Tensor) -> Rollout:
+        """A completion of each of `texts` from the random numbers [B, T], without gradient."""
+        try:
+            rollout = self.runtime.no_grad(self.sampler, texts, numbers)
+        except PromptError as error:
+            raise ConfigError(f"{self.config.PROMPT_COLUMN}: {error}") from error
+        self._refuse(rollout.logprobs.isnan().any(), "log-probabilities are")
+        return rollout
+
+    def refuse_broken_weights(self, policy: nn.Module) -> None:
+        """A trained weight that is not finite must not be saved."""
+        weights = [p for p in policy.parameters() if p.requires_grad]
+        if self.runtime.sharded:
+            weights = self.runtime.shards.local(weights)
+        self._refuse(~torch.stack([p.isfinite().all() for p in weights]).all(), "weights are")
+
+    def _refuse(self, broken: Tensor, what: str) -> None:
+        """Ends the run of all processes where the policy of one is broken."""
+        if not self.runtime.largest(int(broken)):
+            return
+        c, step = self.config, self.progress.step
+        if not step:
+            raise ConfigError(
+                f"MODEL {c.MODEL}: its {what} not finite (NaN). Likely cause: broken weights"
+                + (", or FP16 is too narrow for them: use BF16" if c.FP16 else "")
+            )
+        saved = checkpoint.newest(Path(c.OUTPUT_DIR))
+        raise ConfigError(
+            f"step {step}: the policy's {what} not finite (NaN), so the run ends here, and nothing "
+            "was saved from this step. Likely cause: an update that was too large"
+            + (", or FP16 is too narrow: use BF16" if c.FP16 else "")
+            + ". Start a new run with a smaller LRATE or LR_RULE trust_region"
+            + (f"; the last checkpoint is {saved[0]}" if saved else "")
+        )
+
+    def check_at_start(self, files: Mapping[str, Dataset], exact: bool) -> None:
+        """Compares log-probabilities with the library's own, before the first step.
+
+        On the two shortest and the two longest of the first prompts, so that there is padding.
+        `files` are prompts by the name of their source, those to train on first; `exact` says that
+        sampling and measuring differ by fp32 rounding alone.
+        """
+        c, most, tokenizer = self.config, self.sampler.max_prompt, self.sampler.tokenizer
+        for source, rows in files.items():
+            for text in wordless(rows, c.PROMPT_COLUMN):
+                if not tokenizer(text).input_ids:
+                    raise ConfigError(f"{source}: {no_tokens(text)}")
+        prompts = next(iter(files.values()))
+        texts = prompts[: min(256, len(prompts))][c.PROMPT_COLUMN]
+        sizes = {text: len(tokenizer(text).input_ids) for text in texts}
+        if self.runtime.is_main and most and (cut := sum(n > most for n in sizes.values())):
+            logging.warning(
+                "%d of %d prompts are longer than the %d tokens that MAX_NEW_TOKENS leaves: they "
+                "lose their beginnings",
+                cut,
+                len(sizes),
+                most,
+            )
+        texts = sorted(texts, key=lambda text: sizes[text])
+        texts = texts[:2] + texts[-2:]
+        numbers = uniforms(c.SEED, 0, len(texts), min(8, c.MAX_NEW_TOKENS))
+        rollout = self.sample(texts, numbers)
+        with as_config_error(f"MODEL {c.MODEL}"):
+            self.runtime.no_grad(check_policy, self.sampler.policy, rollout, exact)

@@ -1,0 +1,55 @@
+"""An evaluation of the policy: one completion of each prompt of EVAL_FILE."""
+
+import logging
+import math
+from functools import partial
+
+from datasets import Dataset
+
+from adaptiverl.files.process import Paused
+from adaptiverl.rl.rollout import uniforms
+from adaptiverl.training.batches import columns
+from adaptiverl.training.build import Parts
+from adaptiverl.training.keys import RunConfig
+from adaptiverl.training.metrics import Metrics
+from adaptiverl.training.scoring import PendingScores, Scores
+
+
+def evaluate(c: RunConfig, parts: Parts, prompts: Dataset) -> Metrics:
+    """Metrics under eval/, from the same random numbers each time.
+
+    eval/reward is None where no completion has a reward.
+    """
+    runtime, scoring, size = (
+        parts.runtime,
+        parts.scoring,
+        parts.batches.rows.stop - parts.batches.rows.start,
+    )
+    # As many rows in each process, because a sharded policy is sampled by all at once.
+    total = math.ceil(len(prompts) / runtime.processes) * runtime.processes
+    own = range(runtime.rank, total, runtime.processes)
+    numbers = uniforms(c.SEED, 0, len(prompts), c.MAX_NEW_TOKENS)
+    pending: list[PendingScores] = []
+    for start in range(0, len(own), size):
+        rows = [row % len(prompts) for row in own[start : start + size]]
+        real = sum(row < len(prompts) for row in own[start : start + size])
+        batch = columns(c, prompts, rows)
+        rollout = parts.checked.sample(batch["prompt"], numbers[rows])
+        begun = scoring.begin(batch, rollout, parts.sampler.decode(rollout), parts.progress.step)
+        pending.append(partial(_first, begun, real))
+    try:
+        scores = scoring.wait(*pending, pairs=False)
+    except Paused as reason:  # the step is made: pausing here would make it twice
+        if runtime.is_main:
+            logging.warning("evaluation left out: %s", reason)
+        return {"eval/reward": None}
+    total_scores = scoring.rewards.combine(scores.trained)
+    known = total_scores[~total_scores.isnan()].tolist()
+    mean = {"eval/reward": sum(known) / len(known) if known else None}
+    return mean | scoring.metrics(scores, "eval/")
+
+
+def _first(pending: PendingScores, count: int) -> Scores:
+    """Without the rows that only fill up a batch."""
+    scores = pending()
+    return Scores(scores.trained[:count], scores.held_out[:count])

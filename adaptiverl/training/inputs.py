@@ -1,0 +1,169 @@
+"""What the config names outside of the model: folders, prompts, rewards. Mistakes are found here.
+
+Each function raises ConfigError, before the model loads.
+"""
+
+import math
+import os
+import sqlite3
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from huggingface_hub import is_offline_mode
+from transformers import AutoConfig
+
+import adaptiverl
+from adaptiverl.config.schema import ConfigError
+from adaptiverl.files import checkpoint
+from adaptiverl.rl.data import FORMATS, load_prompts
+from adaptiverl.rl.loading import adapter_config
+from adaptiverl.training.hub import go_offline_without_it
+from adaptiverl.training.keys import RunConfig
+from adaptiverl.training.metrics import is_own
+from adaptiverl.training.runtime import Runtime
+from adaptiverl.training.scoring import RESERVED
+from rewards import CompositeReward
+
+ASSETS = "adaptiverl/assets/"  # what begins so is in the installed package, if not a folder here
+
+
+@contextmanager
+def as_config_error(key: str) -> Iterator[None]:
+    """Turns what a library says of the value of `key` into the user's mistake."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError, sqlite3.Error) as error:
+        raise ConfigError(f"{key}: {error}") from error
+
+
+def located(model: str) -> str:
+    """`model`, or its place in the package; raises ValueError for a folder that does not exist.
+
+    The hub would be asked for it.
+    """
+    path = place = Path(model)
+    if model.startswith(ASSETS) and not path.exists():
+        place = Path(adaptiverl.__file__).parents[1] / model
+    local = model.startswith(("/", ".")) or (len(path.parts) > 1 and path.parent.exists())
+    if (local or place != path) and not place.exists():
+        raise ValueError(f"there is no folder {model}")
+    return model if place == path else str(place)
+
+
+def use_hub(c: RunConfig) -> None:
+    """Looks whether the hub can be reached if anything in the config is to come from there."""
+    names = [c.MODEL, c.TRAIN_FILE, c.EVAL_FILE]
+    if Path(c.MODEL, "adapter_config.json").exists():
+        names.append((adapter_config(c.MODEL) or {})["base_model_name_or_path"])
+    for reward in (*c.REWARDS, *c.HELD_OUT):
+        names += [reward.model_dump(by_alias=False)["model"]] if reward.loads_model else []
+    for name in filter(None, names):
+        here = name.startswith(ASSETS) or Path(name).exists() or Path(name).suffix in FORMATS
+        if not here:
+            go_offline_without_it()
+            break
+
+
+def output_folder(c: RunConfig) -> Path:
+    """OUTPUT_DIR, which may not exist yet but must be possible."""
+    path = Path(c.OUTPUT_DIR)
+    nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not nearest.is_dir():
+        raise ConfigError(f"OUTPUT_DIR: {nearest} is not a folder")
+    if not os.access(nearest, os.W_OK):
+        raise ConfigError(f"OUTPUT_DIR: {nearest} cannot be written to")
+    if (path / "config.json").exists() and not checkpoint.holds_run(path):
+        raise ConfigError(f"OUTPUT_DIR: {path} has a config.json of its own: name another folder")
+    return path
+
+
+def prompt_files(c: RunConfig) -> tuple[Dataset, Dataset | None]:
+    """The prompts to train on and those to evaluate on."""
+    with as_config_error("TRAIN_FILE"):
+        train = load_prompts(c.TRAIN_FILE, c.PROMPT_COLUMN)
+    if not c.EVAL_FILE:
+        return train, None
+    with as_config_error("EVAL_FILE"):
+        return train, load_prompts(c.EVAL_FILE, c.PROMPT_COLUMN, split="test")
+
+
+def last_step_of(c: RunConfig, prompts: int) -> int:
+    """Where STEPS or EPOCHS ends the run, whichever comes first."""
+    if c.EPOCHS is None:
+        return c.STEPS
+    return min(c.STEPS, math.ceil(c.EPOCHS * prompts * c.NUM_GENERATIONS / c.BATCH_SIZE))
+
+
+def rows_of_process(c: RunConfig, runtime: Runtime) -> slice:
+    """Which of a step's completions are this process's: all generations of some prompts."""
+    prompts = c.BATCH_SIZE // c.NUM_GENERATIONS
+    share, rest = divmod(prompts, runtime.processes)
+    if rest:
+        raise ConfigError(
+            f"BATCH_SIZE / NUM_GENERATIONS = {prompts} prompts per step cannot be shared by "
+            f"{runtime.processes} processes"
+        )
+    size = share * c.NUM_GENERATIONS
+    return slice(runtime.rank * size, (runtime.rank + 1) * size)
+
+
+def max_prompt_tokens(c: RunConfig) -> int | None:
+    """How many tokens of a prompt fit before MAX_NEW_TOKENS; None if the model sets no limit."""
+    with as_config_error(f"MODEL {c.MODEL}"):
+        model = located(c.MODEL)
+        adapter = adapter_config(model)
+        try:
+            limits = AutoConfig.from_pretrained(_base(c, adapter) if adapter else model)
+        except OSError as error:
+            if not is_offline_mode() or Path(model).exists():
+                raise
+            shipped = RunConfig.model_fields["MODEL"].default
+            hint = f"Without the hub, MODEL={shipped} works: it comes with the program"
+            raise OSError(f"{error} {hint}") from error
+    positions = getattr(limits, "max_position_embeddings", None)
+    if positions and c.MAXSEQ and positions < c.MAXSEQ:
+        raise ConfigError(f"MAXSEQ {c.MAXSEQ} is beyond the {positions} positions of {c.MODEL}")
+    longest = c.MAXSEQ or positions
+    if longest and longest <= c.MAX_NEW_TOKENS:
+        raise ConfigError(
+            f"MAX_NEW_TOKENS {c.MAX_NEW_TOKENS} leaves no room for a prompt in the {longest} "
+            f"positions of {c.MODEL}"
+        )
+    return longest and longest - c.MAX_NEW_TOKENS
+
+
+def _base(c: RunConfig, adapter: dict[str, Any]) -> str:
+    """The model that the adapter in MODEL was trained on; the adapter's shape must not change."""
+    names = {"LORA_R": "r", "LORA_ALPHA": "lora_alpha", "LORA_TARGETS": "target_modules"}
+    for key in [key for key in names if key in c.changed()]:
+        given, has = getattr(c, key), adapter[names[key]]
+        if given != has and not (key == "LORA_TARGETS" and set(given) == set(has)):
+            raise ConfigError(
+                f"{key} is {given}, but the adapter in MODEL {c.MODEL} has {has} and keeps it: "
+                f"leave {key} out"
+            )
+    try:
+        return located(adapter["base_model_name_or_path"])
+    except ValueError as error:
+        raise ValueError(f"{error}, on which its adapter was trained") from error
+
+
+def make_rewards(
+    c: RunConfig, key: str, files: Mapping[str, Dataset], runtime: Runtime
+) -> CompositeReward:
+    """All of REWARDS or HELD_OUT, started; `files` are the prompts by the name of their source."""
+    started = []
+    for i, declared in enumerate(getattr(c, key)):
+        with as_config_error(f"{key}.{i}"):
+            place = {"model": located(declared.model)} if declared.loads_model else {}
+            reward = declared.model_copy(update=place)  # a config may be used for several runs
+            for source, rows in files.items():
+                reward.check_columns(set(rows.column_names) - RESERVED, source)
+            if reward.one_process and runtime.processes > 1:
+                raise ValueError("people are asked by one training process, not by several")
+            reward.start(runtime.device)
+        started.append(reward)
+    return CompositeReward(started, reserved=is_own)

@@ -1,0 +1,142 @@
+"""The numbers that a step leaves, and their lines on the console: functions without state.
+
+Writing them to files is files/logs.py's.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaptiverl.files.console import printable
+from adaptiverl.files.process import Stopwatch
+from adaptiverl.rl.diversity import distinct, repetition
+from adaptiverl.rl.policy import Measured
+from adaptiverl.rl.reinforce import zero_std_share
+from adaptiverl.rl.rollout import Rollout
+from adaptiverl.training.runtime import Runtime
+
+Metrics = dict[str, Any]  # name → number, None where there is none
+# What a run writes to metrics.jsonl and samples.jsonl, and first parts of such names
+OWN_NAMES = {
+    "completion", "completion_ids", "entropy", "frac_reward_zero_std", "grad_norm", "kl", "kl_coef",
+    "kl_per_completion", "logprobs", "loss", "lr", "momentum", "prompt", "reward", "reward_std",
+    "skipped", "step", "tokens_per_second", "update_kl", "update_kl_target", "update_scale",
+    "update_signal_to_noise", "updates_scaled",
+}  # fmt: skip
+OWN_PREFIXES = ("completions/", "eval/", "held_out/", "rewards/", "sampling/", "seconds/")
+
+
+def is_own(name: str) -> bool:
+    """Whether a run writes, or may write, something under this name: a reward may not."""
+    return name in OWN_NAMES or name.startswith(OWN_PREFIXES)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step computed, of all processes."""
+
+    reward: Tensor  # [B], NaN where missing
+    kl: Tensor  # [B], nats per completion to the reference
+    lengths: Tensor  # [B], tokens per completion
+    token_ids: Sequence[Sequence[int]]  # of each completion
+    sums: Tensor  # [processes, 4]: loss, Σ entropy, Σ and max of |log π sampled − in the loss|
+    grad_norm: Tensor
+
+
+def add_sums(sums: Tensor, loss: Tensor, measured: Measured, rollout: Rollout) -> Tensor:
+    """`sums` [4] of StepResult with one more micro-batch of this process."""
+    gap = (rollout.logprobs - measured.logprobs.detach()).abs()
+    added = torch.stack([loss.detach(), measured.entropy.sum(), gap.sum()])
+    return torch.cat([sums[:3] + added, torch.maximum(sums[3], gap.max())[None]])
+
+
+def gathered(
+    runtime: Runtime, rollout: Rollout, reward: Tensor, kl: Tensor, sums: Tensor, grad_norm: Tensor
+) -> StepResult:
+    """The result of all processes; `reward` and `kl` are gathered already."""
+    lengths = runtime.gather(rollout.completion_mask.sum(-1)).float()
+    token_ids = runtime.gather_objects(rollout.tokens())
+    return StepResult(reward, kl, lengths, token_ids, runtime.gather(sums[None]), grad_norm)
+
+
+def step_metrics(result: StepResult, group_size: int) -> Metrics:
+    """Means over the completions; names are TRL's where TRL has one."""
+    loss, entropy, gap, _ = result.sums.mean(0).tolist()
+    tokens = result.lengths.sum().item() / len(result.sums)  # per process, as the sums are
+    known = result.reward[~result.reward.isnan()]
+    return {
+        "reward": known.mean().item() if len(known) else None,
+        "reward_std": known.std().item() if len(known) > 1 else None,
+        "frac_reward_zero_std": zero_std_share(result.reward, group_size),
+        "loss": loss,
+        "entropy": entropy / tokens,
+        "sampling/sampling_logp_difference/mean": gap / tokens,
+        "sampling/sampling_logp_difference/max": result.sums[:, 3].max().item(),
+        "grad_norm": result.grad_norm.item(),
+        "completions/mean_length": result.lengths.mean().item(),
+        "completions/distinct_1": distinct(result.token_ids, 1),
+        "completions/distinct_2": distinct(result.token_ids, 2),
+        "completions/repetition": repetition(result.token_ids),
+    }
+
+
+def kl_metrics(result: StepResult, kl_coef: float) -> Metrics:
+    """Of the KL penalty, where there is one."""
+    return {
+        "kl": (result.kl.sum() / result.lengths.sum()).item(),  # per token, as TRL has it
+        "kl_per_completion": result.kl.mean().item(),
+        "kl_coef": kl_coef,
+    }
+
+
+def time_metrics(runtime: Runtime, clock: Stopwatch, tokens: float) -> Metrics:
+    """Seconds by part of the step, the mean over processes, and completed tokens per second."""
+    seconds = runtime.reduce(torch.tensor(list(clock.laps.values())), "mean")
+    speed = {"tokens_per_second": round(tokens / sum(seconds), 1)}
+    named = zip(clock.laps, seconds, strict=True)
+    return speed | {f"seconds/{name}": round(lap, 4) for name, lap in named}
+
+
+def step_line(metrics: Mapping[str, Any]) -> str:
+    """Step 50 | Reward: 0.82 | Loss: -0.3456 | LR: 3.2e-05 | Momentum: 0.912"""
+    line = (
+        f"Step {metrics['step']} | Reward: {_reward(metrics['reward'])} | "
+        f"Loss: {metrics['loss']:.4f} | LR: {metrics['lr']:.3g} | "
+        f"Momentum: {metrics['momentum']:.3f}"
+    )
+    if "kl" in metrics:
+        line += f" | KL: {round(metrics['kl'], 3) + 0.0:.3f}"  # + 0.0: never "-0.000"
+    if "eval/reward" in metrics:
+        line += f" | Eval reward: {_reward(metrics['eval/reward'])}"
+    return line
+
+
+def _reward(value: float | None) -> str:
+    return "missing" if value is None else f"{value:.2f}"
+
+
+def dynamics_lines(optimizer: str, step: int, rows: Sequence[Mapping[str, Any]]) -> str:
+    """[OnlineAdamW] Step 100 dynamics: and two lines per tensor."""
+    lines = [f"[{optimizer}] Step {step} dynamics:"]
+    for row in rows:
+        head = {k: row[k] for k in ("grad_signal", "hidden_norm", "delta_scale")}
+        shown = " | ".join(f"{k}={v:.4f}" for k, v in head.items())
+        lines.append(f"  Tensor {row['tensor']} | {shown} | {row['name']}")
+        rest = {k: v for k, v in row.items() if k not in (*head, "step", "tensor", "name")}
+        if rest:
+            small = {k: k.endswith("mean") and v >= 1e-6 for k, v in rest.items()}
+            texts = [f"{k}={v:.6f}" if small[k] else f"{k}={v:.4g}" for k, v in rest.items()]
+            lines.append("  " + " ".join(texts))
+    return "\n".join(lines)
+
+
+def cell(value: Any, width: int = 60) -> str:
+    """A value on one line of a table."""
+    if value is None:
+        return "missing"
+    text = f"{value:.3f}" if isinstance(value, float) else " ".join(str(value).split())
+    text = printable(text)
+    return text if len(text) <= width else text[: width - 1] + "…"

@@ -1,0 +1,104 @@
+"""What a run carries from step to step, and how it is saved and restored by name.
+
+That a checkpoint is whole or not there at all is files/checkpoint.py's.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from adaptiverl.config.schema import ConfigError
+from adaptiverl.files import checkpoint
+from adaptiverl.training.keys import RunConfig
+from adaptiverl.training.runtime import Runtime
+from rewards import REWARD_TYPES
+
+# Keys that may differ between a run and its continuation, and those of a reward
+FREE_KEYS = {
+    "$schema", "STEPS", "EPOCHS", "OUTPUT_DIR", "RESUME", "SAVE_EVERY", "KEEP_CHECKPOINTS",
+    "LOG_EVERY", "DYNAMICS_EVERY", "EVAL_EVERY", "EVAL_FILE", "SAMPLES_EVERY", "TRACKERS",
+    "SAMPLER", "VLLM_SERVER", "HELD_OUT",
+}  # fmt: skip
+FREE_OF_REWARD = frozenset().union(*(kind.free_keys for kind in REWARD_TYPES))
+
+
+class Stateful(Protocol):
+    """What a checkpoint holds by a name. All processes call both methods together."""
+
+    def state_dict(self) -> Any: ...
+
+    def load_state_dict(self, state: Any) -> Any: ...
+
+
+@dataclass
+class Progress:
+    """The numbers of the algorithm that change from step to step."""
+
+    step: int = 0
+    kl_coef: float = 0.0
+    reward_ema: float | None = None  # of BASELINE ema
+    skipped: int = 0  # steps whose gradient was not finite
+    updates_scaled: int = 0  # steps whose update was made smaller
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+
+
+class RandomState:
+    """The global random generators of all processes."""
+
+    def __init__(self, runtime: Runtime):
+        self.runtime = runtime
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        return self.runtime.gather_objects([checkpoint.rng_state()])
+
+    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
+        own = self.runtime.rank
+        checkpoint.set_rng_state(states[own if own < len(states) else 0])
+
+
+def restore(folder: Path, stateful: Mapping[str, Stateful], mapped: bool) -> None:
+    """Continues from the checkpoint in `folder`; the policy was loaded from it already.
+
+    `mapped`: processes share the file's memory, and each copies what it needs to its device. On a
+    CPU nothing would be copied, and a run would go on upon a file that is pruned later.
+    """
+    file = folder / "trainer.pt"
+    saved = torch.load(file, weights_only=True, map_location="cpu", mmap=mapped)
+    for name, each in stateful.items():
+        each.load_state_dict(saved[name])
+
+
+def newest(c: RunConfig, runtime: Runtime) -> Path | None:
+    """The checkpoint that RESUME continues; one process verifies it and tells the others."""
+    found: list[Path | None] = [None]
+    if c.RESUME and runtime.is_main and (checked := checkpoint.newest(Path(c.OUTPUT_DIR))):
+        found = [checked[0]]
+    return runtime.from_main(found[0])
+
+
+def refuse_changes(folder: Path, c: RunConfig) -> None:
+    """Raises ConfigError where a run that continues from `folder` would be another one."""
+    before = json.loads((folder / "run_config.json").read_text())
+    now = json.loads(c.model_dump_json(by_alias=True))
+    for keys in (before, now):
+        for name in ("REWARDS", "HELD_OUT"):
+            keys[name] = [
+                {key: value for key, value in reward.items() if key not in FREE_OF_REWARD}
+                for reward in keys.get(name, [])
+            ]
+    for key in now.keys() - FREE_KEYS:
+        if before.get(key) != now[key]:
+            raise ConfigError(
+                f"RESUME: {key} was {before.get(key)} in {folder} and is {now[key]} now. A resumed "
+                f"run continues as it was. For another run, start a new one with MODEL={folder} "
+                "and another OUTPUT_DIR"
+            )

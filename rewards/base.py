@@ -1,0 +1,145 @@
+"""What every reward is: a declaration of its keys that can be called as TRL calls rewards.
+
+The class of a reward is its config schema, its constructor and its row in the README's table.
+"""
+
+import inspect
+from collections.abc import Sequence, Set
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+Weight = float | list[tuple[int, float]]
+
+
+def _type_is_required(schema: dict[str, Any]) -> None:
+    """For editors: a config must name the TYPE, a constructor need not."""
+    if "TYPE" in schema["properties"]:
+        schema["required"] = ["TYPE", *schema.get("required", [])]
+
+
+# Keys are upper case in configs and lower case in Python.
+KEYS = ConfigDict(
+    extra="forbid",
+    frozen=True,
+    allow_inf_nan=False,
+    alias_generator=str.upper,
+    validate_by_alias=True,
+    validate_by_name=True,
+    serialize_by_alias=True,
+    json_schema_extra=_type_is_required,
+)
+
+
+class Interrupted(Exception):
+    """The run is to stop while a reward waits; what it has received is kept."""
+
+
+class FatalJudgeError(ValueError):
+    """The endpoint will not answer however often it is asked: a wrong key, model or address."""
+
+
+class Reward(BaseModel):
+    """Base of all rewards. A subclass declares its keys as fields and defines `__call__`.
+
+    `type` is a Literal with a default. `__call__(prompts, completions, **columns)` returns one
+    float, or None, for each completion; it may be a coroutine function. It begins with
+    `self.start()`, which calls `_load` once. Whatever changes while a reward is used is made in
+    `_load`, so that a copy of a declaration shares nothing with it.
+    """
+
+    model_config = KEYS
+
+    # Its field `model` names a model that this process loads: a hub id or a folder
+    loads_model: ClassVar[bool] = False
+    # Works in a run of one process only
+    one_process: ClassVar[bool] = False
+    # Keys that are of use only where a policy is trained on the reward
+    training_keys: ClassVar[frozenset[str]] = frozenset({"WEIGHT", "NORMALIZE", "CLIP"})
+    # Keys that a run may change when it is resumed, because they do not change what is rewarded
+    free_keys: ClassVar[frozenset[str]] = frozenset()
+
+    type: str
+    name: Annotated[str, BeforeValidator(lambda value: value or "")] = Field(
+        "", description="Name in the logs; TYPE if absent"
+    )
+    weight: Weight = Field(
+        1.0, description="Factor in the sum, or points [[step, weight], …] with lines between"
+    )
+    normalize: Literal["none", "zscore", "rank"] = Field(
+        "none", description="By running mean and deviation, or by rank in the batch"
+    )
+    clip: tuple[float, float] | None = Field(None, description="Limits, after NORMALIZE")
+    _started: bool = False
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Reward":
+        if self.clip and not self.clip[0] < self.clip[1]:
+            raise ValueError(f"the first of CLIP, {self.clip[0]:g}, is not below its second")
+        if isinstance(self.weight, list):
+            steps = [step for step, _ in self.weight]
+            if not steps or sorted(set(steps)) != steps:
+                raise ValueError("the points of WEIGHT, [[step, weight], …], need steps that rise")
+        object.__setattr__(self, "name", self.name or self._default_name())
+        return self
+
+    def _default_name(self) -> str:
+        return self.type
+
+    def _load(self, device: Any) -> None:
+        """What `start` does the first time."""
+
+    def start(self, device: Any = None) -> None:
+        """Loads what the reward needs, once; models on `device`, the CPU if None.
+
+        Raises ValueError, OSError, ImportError or sqlite3.Error for what cannot work. A reward that
+        is called before is started by the call.
+        """
+        if not self._started:
+            self._load(device)
+            self._started = True
+
+    def __call__(self, prompts: Sequence, completions: Sequence, **columns: Any) -> Any:
+        raise NotImplementedError(f"{type(self).__name__} defines no __call__")
+
+    def interrupt(self) -> None:
+        """Ends all waiting: who waits gets Interrupted. May be called from a signal handler."""
+
+    def close(self) -> None:
+        """Gives back what `start` took: a terminal, a port."""
+
+    def changed(self) -> set[str]:
+        """The keys, in upper case, that were given another value than their default."""
+        fields = type(self).model_fields
+        return {
+            name.upper()
+            for name in self.model_fields_set
+            if getattr(self, name) != fields[name].default
+        }
+
+    def why_pause(self, missing: float) -> str | None:
+        """Why a run should pause where this share of the scores is missing; None: it goes on."""
+        return None
+
+    @property
+    def is_async(self) -> bool:
+        """Whether calling the reward gives a coroutine."""
+        return inspect.iscoroutinefunction(type(self).__call__)
+
+    @property
+    def after_others(self) -> bool:
+        """Whether it is called last, with the others' scores by name as the column `scores`."""
+        return False
+
+    @property
+    def compares(self) -> bool:
+        """Whether completions of one prompt are compared, so that a single one has no score."""
+        return False
+
+    @property
+    def uses_terminal(self) -> bool:
+        """Whether the reward reads keys from the controlling terminal."""
+        return False
+
+    def check_columns(self, columns: Set[str], source: str) -> None:
+        """Raises ValueError where prompts with these columns, from `source`, cannot be scored."""

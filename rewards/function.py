@@ -1,0 +1,118 @@
+"""Reward by any Python function with TRL's signature, or by an object that is made once."""
+
+import importlib
+import inspect
+from collections.abc import Callable, Sequence, Set
+from functools import partial
+from typing import Any, Literal
+
+from pydantic import Field
+
+from rewards.base import Reward
+
+GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
+
+
+class PythonReward(Reward):
+    """Any function with TRL's reward signature, sync or async, or a class of such objects.
+
+    ARGS are keyword arguments: of the class or of a function that makes rewards, which are called
+    once, at the start, or of the reward function itself, at each call. A function makes rewards if
+    it takes neither `**columns` nor anything that rewards are called with.
+    """
+
+    type: Literal["python"] = "python"
+    function: str = Field(pattern=r"^\w+(\.\w+)*:\w+$", description="my_module:my_reward")
+    args: dict[str, Any] = Field({}, description="Keyword arguments of the class or function")
+    _function: Callable[..., Any]
+
+    def _default_name(self) -> str:
+        return self.function.split(":")[1]
+
+    def _load(self, device: Any) -> None:
+        module, _, name = self.function.partition(":")
+        try:
+            found = getattr(importlib.import_module(module), name, None)
+        except SyntaxError as error:
+            raise ValueError(f"{error.filename}, line {error.lineno}: {error.msg}") from error
+        if not callable(found):
+            raise ValueError(f"module {module} has no function {name}")
+        makes_rewards = isinstance(found, type) or not (_has_columns(found) or _reads(found))
+        self._check_args(found, complete=makes_rewards)
+        if makes_rewards:
+            found = found(**self.args)
+            if not callable(found):
+                raise ValueError(f"{self.function} makes {found!r:.60}, which cannot be called")
+        elif self.args:
+            found = partial(found, **self.args)
+        if isinstance(found, Reward):
+            found.start(device)
+        self._function = found
+
+    def _check_args(self, function: Callable[..., Any], complete: bool) -> None:
+        """Raises ValueError where the call with ARGS would fail; `complete`: with them alone."""
+        declared = isinstance(function, type) and issubclass(function, Reward)  # checks by itself
+        if declared or (signature := _signature(function)) is None:
+            return
+        try:
+            (signature.bind if complete else signature.bind_partial)(**self.args)
+        except TypeError as error:
+            raise ValueError(f"{self.function} does not take these ARGS: {error}") from error
+
+    def check_columns(self, columns: Set[str], source: str) -> None:
+        """Raises ValueError if the function cannot be called with these columns by name."""
+        self.start()
+        if (signature := _signature(self._function)) is None:
+            return
+        try:
+            signature.bind(**dict.fromkeys({*GIVEN, *columns}))
+        except TypeError as error:
+            raise ValueError(
+                f"it cannot be called as rewards are, by name: {error}. Let it take what it needs "
+                "(prompts, completions, columns of the prompts) and **columns"
+            ) from error
+
+    @property
+    def after_others(self) -> bool:
+        self.start()
+        return isinstance(self._function, Reward) and self._function.after_others
+
+    @property
+    def is_async(self) -> bool:
+        self.start()
+        call = type(self._function).__call__
+        return any(map(inspect.iscoroutinefunction, (self._function, call)))
+
+    def __call__(self, prompts: Sequence, completions: Sequence, **columns: Any) -> Any:
+        self.start()
+        return self._function(prompts=prompts, completions=completions, **columns)
+
+    def interrupt(self) -> None:
+        if self._started and isinstance(self._function, Reward):
+            self._function.interrupt()
+
+    def close(self) -> None:
+        if self._started and isinstance(self._function, Reward):
+            self._function.close()
+
+
+def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
+    try:
+        return inspect.signature(function)
+    except (TypeError, ValueError):  # written in C
+        return None
+
+
+def _has_columns(function: Callable[..., Any]) -> bool:
+    """Whether it takes keyword arguments of any name; also where that cannot be known."""
+    signature = _signature(function)
+    if signature is None:
+        return True
+    kinds = {parameter.kind for parameter in signature.parameters.values()}
+    return inspect.Parameter.VAR_KEYWORD in kinds
+
+
+def _reads(function: Callable[..., Any]) -> bool:
+    """Whether it names something that rewards are called with."""
+    signature = _signature(function)
+    return signature is not None and any(name in signature.parameters for name in GIVEN)
