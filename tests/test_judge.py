@@ -45,6 +45,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.lock, self.chance = threading.Lock(), random.Random(0)
         self.share, self.faults, self.delay = 0.0, FAULTS, 0.0
+        self.slow = 0.6  # seconds of the fault of that name, more than TIMEOUT
         self.good: Counter[str] = Counter()  # answers of use, by text
         self.seen: list[dict] = []
         self.times: list[float] = []
@@ -93,7 +94,7 @@ class Handler(BaseHTTPRequestHandler):
         if fault in ("429", "500"):
             return self.reply(int(fault), {"error": {"message": "later"}}, {"Retry-After": "0.05"})
         if fault == "slow":
-            time.sleep(0.6)
+            time.sleep(self.server.slow)
         if fault == "cut":
             return self.connection.close()
         if fault == "out of range":
@@ -175,13 +176,11 @@ def texts(count: int) -> list[str]:
 
 def test_with_a_third_of_all_requests_failing_none_is_lost_zeroed_or_paid_twice(server, judge):
     """Killed in the middle by its budget, then started again on the same cache."""
-    server.share = 0.3
+    server.share, server.slow = 0.3, 4.0  # 0.5 s may pass on a busy machine
     completions = texts(500)
 
     def eager(**budget) -> JudgeReward:
-        return judge(
-            retries=30, backoff=0, timeout=3.0, **budget
-        )  # 0.5 s may pass on a busy machine
+        return judge(retries=30, backoff=0, timeout=3.0, **budget)
 
     first = ask(eager(max_calls=200), completions)
     assert 100 < sum(score is not None for score in first) < 250
