@@ -11,6 +11,8 @@ import pytest
 import torch
 from conftest import read_jsonl, without_clock
 
+from adaptiverl.training.guards import Guards
+from adaptiverl.training.keys import RunConfig
 from rewards import Interrupted
 
 ONE = [{"TYPE": "length", "MAX": 500}]  # 1.0 for every completion
@@ -243,3 +245,13 @@ def test_a_rate_of_zero_is_warned_of_at_the_first_step(main, settings, caplog):
     assert main(settings | {"LRATE": 0, "STEPS": 2}) == 0
     told = [text for text in caplog.messages if "the learning rate is 0" in text]
     assert len(told) == 1 and told[0].startswith("step 1:")
+
+
+def test_of_several_processes_the_main_one_warns(caplog):
+    numbers = {"grad_norm": 0.0, "lr": 0.0, "reward": 1.0, "entropy": 1.0}
+    numbers["sampling/sampling_logp_difference/mean"] = 0.0
+    for is_main in (False, True):
+        guards = Guards(RunConfig(), last_step=100, allowed_gap=1e-3, is_main=is_main)
+        guards.look(1, torch.rand(32), torch.ones(32), numbers)
+        assert guards.warned == ["no gradient", "rate"], "all processes remember alike"
+        assert len(caplog.messages) == 2 * is_main

@@ -103,7 +103,7 @@ def build(c: RunConfig, accelerator: Accelerator | None = None) -> Parts:
     rounded = c.BF16 or c.FP16 or c.LOAD_4BIT or c.LOAD_8BIT or bool(c.VLLM_SERVER)
     precision = Precision(not rounded, rounded and (runtime.sharded or c.LOAD_8BIT))
     progress = state.Progress(kl_coef=c.KL_COEF)
-    guards = Guards(c, last_step, allowed_gap(not rounded))
+    guards = Guards(c, last_step, allowed_gap(not rounded), runtime.is_main)
     scoring = Scoring(c, runtime, rewards, held_out, last_step)
     checked = CheckedPolicy(c, runtime, sampler, progress)
     stateful: dict[str, state.Stateful] = {

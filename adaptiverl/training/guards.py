@@ -48,14 +48,17 @@ class Guards:
     config: RunConfig
     last_step: int
     allowed_gap: float  # nats per token by which sampling and the loss may differ
+    is_main: bool = True  # whether this process logs
     flat_steps: int = 0  # steps in a row in which no rewards that are compared differed
     warned: list[str] = field(default_factory=list)
 
     def look(self, step: int, reward: Tensor, advantage: Tensor, metrics: Metrics) -> None:
-        """`reward` [B] is NaN where it is missing; every process may call it, and logs."""
+        """`reward` [B] is NaN where it is missing. Every process calls it; the main one logs."""
         for kind, message in self._found(reward, advantage, metrics):
             if kind not in self.warned:
                 self.warned.append(kind)
+                if not self.is_main:
+                    continue
                 logging.warning("step %d: %s", step, message)
 
     def _found(
