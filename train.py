@@ -25,6 +25,7 @@ from adaptiverl.files.process import Paused, StopSignal, Stopwatch
 from adaptiverl.rl.reinforce import (
     adapt_kl_coef,
     advantages,
+    is_informative,
     kl_per_token,
     token_weights,
     updated_ema,
@@ -104,7 +105,8 @@ def train(c: RunConfig, parts: Parts, folder: RunFolder, stop: StopSignal) -> No
         result = log.gathered(runtime, rollout, reward, kl, sums, grad_norm)
         metrics = log.step_metrics(result, c.NUM_GENERATIONS)
         metrics |= log.kl_metrics(result, progress.kl_coef) if c.KL_COEF else {}
-        metrics |= update(c, parts, rollout, metrics)
+        informative = is_informative(reward, c.BASELINE, c.NUM_GENERATIONS)
+        metrics |= update(c, parts, rollout, metrics, informative)
         clock.lap("update")
         if c.KL_COEF_TARGET:
             progress.kl_coef = adapt_kl_coef(progress.kl_coef, kl.mean().item(), c.KL_COEF_TARGET)

@@ -10,12 +10,14 @@ if TYPE_CHECKING:
     from adaptiverl.optim.adaptive import AdaptiveOptimizer
     from adaptiverl.optim.controller import Controller
     from adaptiverl.optim.hyperparams import mean_over_processes
+    from adaptiverl.optim.mini import AdamMini
     from adaptiverl.optim.online import OnlineAdamW, OnlineRMSProp, OnlineSGD
     from adaptiverl.optim.schedulers import AdaptiveScheduler, RewardAdaptiveScheduler
     from adaptiverl.optim.trust_region import TrustRegion, UpdateInfo
 
 __version__ = "0.1.0"
 __all__ = [
+    "AdamMini",
     "AdaptiveOptimizer",
     "AdaptiveScheduler",
     "Controller",
@@ -31,6 +33,7 @@ _MODULES = {
     "adaptive": ("AdaptiveOptimizer",),
     "controller": ("Controller",),
     "hyperparams": ("mean_over_processes",),
+    "mini": ("AdamMini",),
     "online": ("OnlineAdamW", "OnlineRMSProp", "OnlineSGD"),
     "schedulers": ("AdaptiveScheduler", "RewardAdaptiveScheduler"),
     "trust_region": ("TrustRegion", "UpdateInfo"),

@@ -16,11 +16,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from adaptiverl.optim.adaptive import AdaptiveOptimizer
+from adaptiverl.optim.mini import AdamMini
+from adaptiverl.optim.online import Online as OnlineOptimizer
 from adaptiverl.optim.online import OnlineAdamW, recurrent
 from adaptiverl.optim.online.optimizers import FEATURES
 from adaptiverl.optim.trust_region import TrustRegion
 
-STEPS = 60
+START = [1e-7, 1e-3, 1.0]  # of our rates; 1e-3 is what "auto" begins with
 DECADES = [10.0**k for k in range(-7, 1)]
 SWEEP = [3e-5, 1e-4, 3e-4, 1e-3]
 FEW = [1e-7, 1e-4, 1e-1]
@@ -31,12 +33,14 @@ class Method:
 
     steers = False  # whether the KL of each update is measured
 
-    def __init__(self, parameters: list, rate: float, seed: int):
+    def __init__(self, parameters: list, rate: float, seed: int, steps: int):
+        self.steps = steps
         self.rate, self.optimizer = rate, self.make(parameters, rate)
         self.scheduler = self.schedule()
         self.random = random.Random(seed)
         self.updates_scaled = 0  # updates that were scaled down
-        self.loss = 0.0  # of the step that is being made
+        self.loss, self.informative = 0.0, True  # of the step that is being made
+        self.sum_kl = 0.0  # of all updates, nats per token, where it is measured
 
     def make(self, parameters: list, rate: float) -> torch.optim.Optimizer:
         return torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
@@ -63,21 +67,21 @@ class Method:
 
 class Linear(Method):
     def schedule(self):
-        warm = STEPS // 10
+        warm, steps = max(self.steps // 10, 1), self.steps
         return torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda t: min((t + 1) / warm, (STEPS - t) / (STEPS - warm))
+            self.optimizer, lambda t: min((t + 1) / warm, (steps - t) / (steps - warm))
         )
 
 
 class Cosine(Method):
     def schedule(self):
-        return torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, STEPS)
+        return torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, self.steps)
 
 
 class OneCycle(Method):
     def schedule(self):
         return torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer, max_lr=self.rate, total_steps=STEPS + 1
+            self.optimizer, max_lr=self.rate, total_steps=self.steps + 1
         )
 
 
@@ -102,7 +106,7 @@ class ScheduleFree(Method):
     def make(self, parameters, rate):
         from schedulefree import AdamWScheduleFree
 
-        optimizer = AdamWScheduleFree(parameters, lr=rate, warmup_steps=STEPS // 10)
+        optimizer = AdamWScheduleFree(parameters, lr=rate, warmup_steps=self.steps // 10)
         optimizer.train()
         return optimizer
 
@@ -141,24 +145,40 @@ class RandomWalk(Method):
 class InTrustRegion(Method):
     """The program's default."""
 
-    target, falls = 0.004, True
+    target: float | None = None  # the default
+    falls = True
     kind: type[TrustRegion] = TrustRegion
     steers = True
 
-    def __init__(self, parameters, rate, seed):
-        super().__init__(parameters, rate, seed)
-        steps = STEPS if self.falls else None
-        self.region = self.kind(self.optimizer, kl=self.target, steps=steps)
+    def __init__(self, parameters, rate, seed, steps):
+        super().__init__(parameters, rate, seed, steps)
+        self.region = self.kind(self.optimizer, kl=self.target, steps=steps if self.falls else None)
         if isinstance(self.region, _Placebo):
             self.region.random = self.random
 
+    def make(self, parameters, rate):
+        return AdamMini(parameters, lr=rate, weight_decay=0.0)
+
     def step(self, step, measure):
-        self.info = self.region.step(measure)
+        self.info = self.region.step(measure, informative=self.informative)
         self.updates_scaled += self.info.scale < 1
+        self.sum_kl += self.info.kl or 0.0
 
     @property
     def next_rate(self) -> float:
         return self.rate * self.region.ratio
+
+
+class WithAdamW(InTrustRegion):
+    """AdamW, whose second moments are per element."""
+
+    make = Method.make
+
+
+class Mini(Method):
+    """AdamMini at a constant rate."""
+
+    make = InTrustRegion.make
 
 
 class _Placebo(TrustRegion):
@@ -225,8 +245,19 @@ class Online(InTrustRegion):
     def after(self, step, reward):
         self.optimizer.observe(
             loss=self.loss, reward=reward, kl=self.info.kl, kl_target=self.info.target,
-            done=step / STEPS,
+            done=step / self.steps,
         )  # fmt: skip
+
+
+class _OnlineMini(OnlineOptimizer, AdamMini):
+    torch_class = AdamMini
+
+
+class OnlineMini(Online):
+    """The GRU over AdamMini."""
+
+    def make(self, parameters, rate):
+        return _OnlineMini(parameters, lr=rate, weight_decay=0.0)
 
 
 class Frozen(Online):
@@ -262,8 +293,8 @@ class ShuffledFeatures(Online):
 
     optimizer_kind = _Shuffled
 
-    def __init__(self, parameters, rate, seed):
-        super().__init__(parameters, rate, seed)
+    def __init__(self, parameters, rate, seed, steps):
+        super().__init__(parameters, rate, seed, steps)
         self.optimizer.chance = torch.Generator().manual_seed(seed)
 
 
@@ -286,9 +317,9 @@ class LearnedRate(Method):
 
     steers = True
 
-    def __init__(self, parameters, rate, seed):
-        super().__init__(parameters, rate, seed)
-        self.adaptive = AdaptiveOptimizer(self.optimizer, lr_rule="learned", steps=STEPS)
+    def __init__(self, parameters, rate, seed, steps):
+        super().__init__(parameters, rate, seed, steps)
+        self.adaptive = AdaptiveOptimizer(self.optimizer, lr_rule="learned", steps=steps)
 
     def step(self, step, measure):
         self.adaptive.observe(loss=self.loss)
@@ -302,37 +333,62 @@ class LearnedRate(Method):
         self.adaptive.observe(reward=reward)
 
 
+class Ruled(Method):
+    """AdamW under rules of the library, with their defaults; it sees loss, reward and gradient."""
+
+    rules: dict[str, str]
+
+    def __init__(self, parameters, rate, seed, steps):
+        super().__init__(parameters, rate, seed, steps)
+        self.adaptive = AdaptiveOptimizer(self.optimizer, steps=steps, **self.rules)
+        self.reward: float | None = None
+
+    def step(self, step, measure):
+        self.adaptive.observe(loss=self.loss, reward=self.reward)
+        self.adaptive.step()
+
+    @property
+    def next_rate(self) -> float:
+        return self.adaptive.lr
+
+    def after(self, step, reward):
+        self.reward = reward
+
+
+def ruled(**rules: str) -> tuple[type[Method], list[float]]:
+    return type("Ruled", (Ruled,), {"rules": rules}), [1e-4, 3e-4]
+
+
 SPREAD = 0.6  # of log scales: the standard deviation of the trained GRU's on the tuning task
-
-
-def with_target(
-    kind: type[InTrustRegion], target: float
-) -> tuple[type[InTrustRegion], list[float]]:
-    return type(kind.__name__, (kind,), {"target": target}), [1e-4]
-
-
-# What the defaults were chosen among, on the two sentiment tasks and seeds 100 to 102
-TUNING = {
-    "constant": (Method, SWEEP),
-    "0.0005, falling": with_target(Falling, 0.0005),
-    "0.001, falling": with_target(Falling, 0.001),
-    "0.003, falling": with_target(Falling, 0.003),
-    "0.002, fixed": with_target(Fixed, 0.002),
-    "0.003, by signal-to-noise": with_target(InTrustRegion, 0.003),
-    "0.004, by signal-to-noise": with_target(InTrustRegion, 0.004),
+HALF_DECADES = [3e-5, 1e-4, 3e-4, 1e-3, 3e-3]
+OURS = ("trust_region", "OnlineAdamW", "placebo", "LR_RULE learned", "ours")
+REGIMES = {
+    "trust_region": (InTrustRegion, START),
+    "constant": (Method, HALF_DECADES),
+    "ours: AdamW in the trust region": (WithAdamW, [1e-3]),
+    "ours: AdamMini, constant": (Mini, HALF_DECADES),
+    "rule trend": ruled(lr_rule="trend"),
+    "rule variance": ruled(lr_rule="variance"),
+    "rule patience": ruled(lr_rule="patience"),
+    "rule cosine_restart": ruled(lr_rule="cosine_restart"),
+    "rule trend + variance + cosine": ruled(lr_rule="trend+variance+cosine"),
+    "reward rule trend": ruled(reward_rule="trend"),
+    "reward rule scaling": ruled(reward_rule="scaling"),
+    "reward rule kelly": ruled(reward_rule="kelly"),
 }
-OURS = ("trust_region", "OnlineAdamW", "placebo", "LR_RULE learned")
 ONLINE = {
-    "trust_region": (InTrustRegion, [1e-4]),
+    "trust_region": (WithAdamW, [1e-4]),
     "OnlineAdamW": (Online, [1e-4]),
     "placebo: frozen GRU": (Frozen, [1e-4]),
     "placebo: untrained GRU": (Untrained, [1e-4]),
     "placebo: shuffled features": (ShuffledFeatures, [1e-4]),
     "placebo: random scales": (RandomScales, [1e-4]),
     "LR_RULE learned": (LearnedRate, [1e-5, 1e-4, 1e-3]),
+    "AdamMini": (InTrustRegion, [1e-3]),
+    "OnlineMini": (OnlineMini, [1e-3]),
 }
 METHODS: dict[str, tuple[type[Method], list[float]]] = {
-    "trust_region": (InTrustRegion, DECADES),
+    "trust_region": (InTrustRegion, START),
     "constant": (Method, sorted({*DECADES, *SWEEP})),
     "warm-up + linear": (Linear, SWEEP),
     "cosine": (Cosine, SWEEP),
@@ -342,10 +398,11 @@ METHODS: dict[str, tuple[type[Method], list[float]]] = {
     "Schedule-Free": (ScheduleFree, [1e-4, 3e-4, 1e-3, 3e-3]),
     "Prodigy": (Prodigy, [0.3, 1.0]),
     "bang-bang KL": (BangBang, FEW),
-    "trust_region, linear target, full confidence": (Falling, [1e-4]),
-    "trust_region, constant target, full confidence": (Fixed, [1e-4]),
-    "trust_region, no line search": (NoLineSearch, FEW),
-    "placebo: random signal-to-noise": (RandomEvidence, [1e-4]),
-    "placebo: KL of another step": (ShuffledKL, FEW),
+    "trust_region, AdamW": (WithAdamW, [1e-3]),
+    "trust_region, linear target, full confidence": (Falling, [1e-3]),
+    "trust_region, constant target, full confidence": (Fixed, [1e-3]),
+    "trust_region, no line search": (NoLineSearch, START),
+    "placebo: random signal-to-noise": (RandomEvidence, [1e-3]),
+    "placebo: KL of another step": (ShuffledKL, [1e-3]),
     "placebo: random walk": (RandomWalk, [1e-4, 3e-4]),
 }

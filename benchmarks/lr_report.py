@@ -130,19 +130,20 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def report_tuning(rows: list[dict[str, Any]]) -> str:
-    """The mean score of each setting on each task."""
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
-    scores: dict[tuple[str, float], dict[str, list[float]]] = {}
-    for row in rows:
-        own = scores.setdefault((row["method"], row["rate"]), {})
-        own.setdefault(row["task"], []).append(row["score"])
-    lines = [f"| | {' | '.join(tasks)} |", "|---" * (len(tasks) + 1) + "|"]
-    for (method, rate), found in sorted(scores.items()):
-        name = f"{method}, {rate:g}" if method == "constant" else method
-        means = [f"{statistics.mean(found[task]):.3f}" for task in tasks]
-        lines.append(f"| {name} | {' | '.join(means)} |")
-    return "\n".join(lines) + "\n"
+def report_collapse(rows: list[dict[str, Any]]) -> str:
+    """How many runs ended below the untrained policy, or with a broken one."""
+    lines = []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        own = [row for row in rows if row["task"] == task]
+        start = statistics.mean(row["trace"][0] for row in own)
+        fell = [row for row in own if row["score"] is None or row["score"] < start - 0.1]
+        rates = [row["rate"] for row in own]
+        lines.append(
+            f"{task}: {len(fell)} of {len(own)} runs from rates of {min(rates):g} to "
+            f"{max(rates):g} ended 0.1 below the untrained policy ({start:.3f}); the mean score is "
+            f"{statistics.mean(score_of(row, -5.0) for row in own):.3f}."
+        )
+    return "\n\n".join(lines) + "\n"
 
 
 def report_online(rows: list[dict[str, Any]]) -> str:

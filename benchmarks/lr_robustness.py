@@ -1,17 +1,17 @@
 """Does any learning rate work? Every way of setting it, from start rates of 1e-7 to 1.
 
-    python benchmarks/lr_robustness.py [--tasks …] [--methods …]    run what is missing, then report
-    python benchmarks/lr_robustness.py --report                     table and plot from the results
-    python benchmarks/lr_robustness.py online                       OnlineAdamW and its placebos
-    python benchmarks/lr_robustness.py tuning                       what defaults were chosen among
+    python benchmarks/lr_robustness.py regimes      rewards, batches, lengths, LoRA, models
+    python benchmarks/lr_robustness.py rates        eight schedules and four optimizers, swept
+    python benchmarks/lr_robustness.py online       OnlineAdamW and its placebos
+    python benchmarks/lr_robustness.py collapse     a thousand short runs from rates at random
 
-A run is REINFORCE as train.py has it (AdamW, RLOO, normalised advantages, clipping at 1, a penalty
-of 0.02 a nat) on a GPT-2 of 2 × 96, pre-trained on film reviews: STEPS steps of 32 completions of
-24 tokens. Its score is the mean reward less the penalty of 256 fresh completions of the last
-policy, without the noise that a task may add; prompts and random numbers are the same for all.
-Defaults were chosen on the first task alone and with other seeds. Raw results, one line a run:
-lr_robustness.jsonl, online.jsonl, tuning.jsonl. Methods are in lr_methods.py, tables in
-lr_report.py.
+Each runs what is missing, then reports; --report only reports. A run is REINFORCE as train.py has
+it (RLOO, normalised advantages, clipping at 1, a penalty of 0.02 per nat) on a GPT-2 of 2 × 96, or
+the embedded one of 4 × 192, both pre-trained on film reviews; completions have 24 tokens. Its score
+is the mean reward less the penalty of 256 fresh completions of the last policy, without the noise
+that a task may add; prompts and random numbers are the same for all. Defaults were chosen on other
+tasks and seeds (README.md). Raw results, one line per run: regimes.jsonl, lr_robustness.jsonl,
+online.jsonl, collapse.jsonl. Methods are in lr_methods.py, tables in lr_report.py.
 """
 
 import argparse
@@ -31,19 +31,26 @@ import torch
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from lr_methods import METHODS, ONLINE, STEPS, TUNING, Method, ScheduleFree  # noqa: E402
-from lr_report import plot, read, report, report_online, report_tuning  # noqa: E402
+from lr_methods import METHODS, ONLINE, REGIMES, Method, ScheduleFree  # noqa: E402
+from lr_report import plot, read, report, report_collapse, report_online  # noqa: E402
+from regimes import BASE, Regime, cells, regime_of, report_regimes  # noqa: E402
 
 from adaptiverl.rl.loading import load_policy, load_tokenizer  # noqa: E402
 from adaptiverl.rl.policy import Policy  # noqa: E402
-from adaptiverl.rl.reinforce import advantages, kl_per_token, token_weights  # noqa: E402
+from adaptiverl.rl.reinforce import (  # noqa: E402
+    advantages,
+    is_informative,
+    kl_per_token,
+    token_weights,
+)
 from adaptiverl.rl.rollout import Rollout, uniforms  # noqa: E402
 from adaptiverl.rl.sampling.sampler import Sampler  # noqa: E402
 from rewards import ClassifierReward, LengthReward, RegexReward  # noqa: E402
 
-MODEL = str(HERE / "policy-small")
-BATCH, GROUP, TOKENS, TEMPERATURE, KL_COEF = 32, 4, 24, 0.7, 0.02
-PROBE = 4  # completions on which an update's KL is measured
+MODELS = {"small": HERE / "policy-small", "embedded": HERE.parent / "adaptiverl/assets/policy"}
+GROUP, TOKENS, TEMPERATURE, KL_COEF = 4, 24, 0.7, 0.02
+PROBE = 4  # completions on which an update's KL is measured, or an eighth of a larger batch
+JUDGED = 32  # completions per batch by which the last policy is judged
 FRESH = 8  # batches that the last policy is judged by
 
 
@@ -68,12 +75,20 @@ def tasks() -> dict[str, Task]:
     sentiment = ClassifierReward(model=str(HERE.parent / "adaptiverl/assets/sentiment"))
     length = LengthReward(target=10, unit="words")
     sparse = RegexReward(patterns=[r"\bgreat\b"])
+
+    def marks(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        """What a reward for enthusiasm may come down to: exclamation marks, up to ten."""
+        return [min(text.count("!"), 10) / 10 for text in completions]
+
     return {
         "sentiment": Task([(1.0, sentiment)]),
         "length": Task([(1.0, length)]),
         "sparse": Task([(0.3, sentiment), (1.0, sparse)]),
         "noisy": Task([(1.0, length)], noise=1.0),
-        "sentiment-noisy": Task([(1.0, sentiment)], noise=1.0),
+        "4 % hits": Task([(1.0, RegexReward(patterns=[r"\bseen\b"]))]),
+        "4 % hits, embedded": Task([(1.0, RegexReward(patterns=[r"\btime\b"]))]),
+        "1 % hits": Task([(1.0, RegexReward(patterns=[r"\bpeople\b"]))]),
+        "hackable": Task([(1.0, marks)]),
     }
 
 
@@ -85,33 +100,46 @@ class Bench:
 
     def __init__(self):
         torch.set_num_threads(1)
-        self.first = load_policy(MODEL, reference=False)
-        self.tokenizer = load_tokenizer(MODEL)
+        self.first: dict[tuple[str, bool], Policy] = {}
+        self.tokenizers = {name: load_tokenizer(str(path)) for name, path in MODELS.items()}
         self.tasks = tasks()
         rows = json.loads((HERE.parent / "data.json").read_text())
         self.prompts = [row["prompt"] for row in rows]
 
+    def policy(self, model: str, lora: bool) -> Policy:
+        if (model, lora) not in self.first:
+            torch.manual_seed(0)  # of the adapter
+            self.first[model, lora] = load_policy(
+                str(MODELS[model]), full_tune=not lora, reference=lora,
+                lora={"r": 8, "lora_alpha": 16},
+            )  # fmt: skip
+        lm = copy.deepcopy(self.first[model, lora].lm)
+        reference = None if lora else copy.deepcopy(lm).requires_grad_(False)
+        return Policy(lm, reference, TEMPERATURE)
+
     def rewards(self, task: Task, prompts: list[str], sampler: Sampler, rollout: Rollout):
         return task(prompts, sampler.decode(rollout), rollout.tokens())
 
-    def run(self, name: str, method: str, rate: float, seed: int) -> dict[str, Any]:
+    def run(self, regime: Regime, method: str, rate: float, seed: int) -> dict[str, Any]:
+        name, batch, steps, lora, model = regime
         task, start, tokens = self.tasks[name], time.perf_counter(), 0
-        lm = copy.deepcopy(self.first.lm)
-        policy = Policy(lm, copy.deepcopy(self.first.lm).requires_grad_(False), TEMPERATURE)
-        sampler = Sampler(policy, self.tokenizer)
-        way = (METHODS | ONLINE | TUNING)[method][0](list(policy.parameters()), rate, seed)
+        policy = self.policy(model, lora)
+        sampler = Sampler(policy, self.tokenizers[model])
+        parameters = [p for p in policy.parameters() if p.requires_grad]
+        kind = (METHODS | ONLINE | REGIMES)[method][0]
+        way = kind(parameters, rate, seed, steps)
         chance = random.Random(seed)
         noise = torch.Generator().manual_seed(seed)
         trace = []
-        for step in range(1, STEPS + 1):
-            prompts = [p for p in chance.sample(self.prompts, BATCH // GROUP) for _ in range(GROUP)]
+        for step in range(1, steps + 1):
+            prompts = [p for p in chance.sample(self.prompts, batch // GROUP) for _ in range(GROUP)]
             with torch.no_grad():
-                rollout = sampler(prompts, uniforms(seed, step, BATCH, TOKENS))
+                rollout = sampler(prompts, uniforms(seed, step, batch, TOKENS))
             if not rollout.logprobs.isfinite().all():
                 break
             tokens += int(rollout.completion_mask.sum())
             true = self.rewards(task, prompts, sampler, rollout)
-            reward = true + task.noise * torch.randn(BATCH, generator=noise)
+            reward = true + task.noise * torch.randn(batch, generator=noise)
             reference = sampler.policy.reference_logprobs(rollout)
             kl = kl_per_token(rollout.logprobs, reference).sum(-1)
             advantage, _ = advantages(
@@ -120,26 +148,21 @@ class Bench:
             weights = token_weights(rollout.logprobs, rollout.completion_mask, advantage)
             measured = policy(rollout.with_weights(weights))
             (-measured.score).backward()
-            norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             way.loss = -measured.score.item()
+            way.informative = is_informative(reward, "rloo", GROUP)
             if norm.isfinite():
                 way.step(step, partial(moved, sampler, rollout))
             way.optimizer.zero_grad()
             way.after(step, float((reward - KL_COEF * kl).mean()))
-            trace.append(
-                [
-                    round(float(x), 5)
-                    for x in (true.mean(), kl.mean(), measured.entropy.sum() / BATCH)
-                ]
-                + [float(f"{way.next_rate:.3g}")]
-            )
+            trace.append(round(float((true - KL_COEF * kl).mean()), 3))
         result = self.judge(task, sampler, way)
-        result |= {"task": name, "method": method, "rate": rate, "seed": seed}
+        result |= regime._asdict() | {"method": method, "rate": rate, "seed": seed}
         result |= {"tokens": tokens, "seconds": round(time.perf_counter() - start, 2)}
         return result | {
             "updates_scaled": way.updates_scaled,
-            "steps": len(trace),
-            "trace": trace[::4],
+            "sum_kl": round(way.sum_kl, 4),
+            "trace": trace,
         }
 
     @torch.no_grad()
@@ -149,8 +172,8 @@ class Bench:
             way.optimizer.eval()
         chance, scores, rewards, kls, entropies = random.Random(10**6), [], [], [], []
         for batch in range(FRESH):
-            prompts = chance.sample(self.prompts, BATCH)
-            rollout = sampler(prompts, uniforms(10**6, batch, BATCH, TOKENS))
+            prompts = chance.sample(self.prompts, JUDGED)
+            rollout = sampler(prompts, uniforms(10**6, batch, JUDGED, TOKENS))
             if not rollout.logprobs.isfinite().all():
                 return {"score": None, "reward": None, "kl": None, "entropy": None}
             reward = self.rewards(task, prompts, sampler, rollout)
@@ -165,7 +188,8 @@ class Bench:
 
 def moved(sampler: Sampler, rollout: Rollout) -> float:
     """The KL of the last update on a few of the completions, nats a token."""
-    part = rollout.select(torch.arange(0, BATCH, BATCH // PROBE))
+    size = len(rollout)
+    part = rollout.select(torch.arange(0, size, min(max(size // PROBE, 1), 8)))
     now = sampler.policy.logprobs(part)
     kl = kl_per_token(part.logprobs, now, "k3")  # exact in expectation over the sampled tokens
     return (kl.sum() / part.completion_mask.sum()).item()
@@ -185,7 +209,7 @@ def job(arguments: tuple) -> dict[str, Any]:
 
 def run_all(jobs: list[tuple], results: Path, processes: int) -> None:
     """Runs what `results` lacks and appends it."""
-    done = {tuple(row[k] for k in ("task", "method", "rate", "seed")) for row in read(results)}
+    done = {(regime_of(row), row["method"], row["rate"], row["seed"]) for row in read(results)}
     todo = [one for one in jobs if one not in done]
     print(f"{len(todo)} of {len(jobs)} runs to do")
     start = time.time()
@@ -201,35 +225,54 @@ def run_all(jobs: list[tuple], results: Path, processes: int) -> None:
                 print(f"{n} of {len(todo)}, {left / 60:.0f} minutes left", flush=True)
 
 
-REPORTED = ["length", "sparse", "noisy"]
-SUITES: dict[str, tuple[dict, str, Any, list[str], Any]] = {
-    "rates": (METHODS, "lr_robustness.jsonl", report, REPORTED, range(5)),
-    "online": (ONLINE, "online.jsonl", report_online, REPORTED, range(10)),
-    "tuning": (
-        TUNING, "tuning.jsonl", report_tuning, ["sentiment", "sentiment-noisy"], range(100, 103)
-    ),
-}  # fmt: skip
+def suites() -> dict[str, tuple[list[tuple], str, Any]]:
+    """The runs of each (regime, method, rate, seed), the file of their rows, and their report."""
+    three = [BASE._replace(task=task) for task in ("length", "sparse", "noisy")]
+
+    def swept(methods: dict[str, Any], regimes: list[Regime], seeds: range) -> list[tuple]:
+        return [
+            (regime, method, rate, seed)
+            for seed in seeds
+            for regime in regimes
+            for method in methods
+            for rate in methods[method][1]
+        ]
+
+    chance = random.Random(0)
+    short = [BASE._replace(task=task, batch=8, steps=15) for task in ("length", "4 % hits")]
+    return {
+        "regimes": (cells(), "regimes.jsonl", report_regimes),
+        "rates": (swept(METHODS, three, range(5)), "lr_robustness.jsonl", report),
+        "online": (swept(ONLINE, three, range(10)), "online.jsonl", report_online),
+        "collapse": (
+            [
+                (regime, "trust_region", float(f"{10 ** chance.uniform(-7, 0):.2g}"), seed)
+                for seed in range(500)
+                for regime in short
+            ],
+            "collapse.jsonl",
+            report_collapse,
+        ),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("suite", nargs="?", choices=SUITES, default="rates")
+    parser.add_argument("suite", choices=suites())
     parser.add_argument("--tasks", nargs="*")
     parser.add_argument("--methods", nargs="*")
     parser.add_argument("--seeds", nargs="*", type=int)
-    parser.add_argument("--rates", nargs="*", type=float, help="instead of each method's own")
-    parser.add_argument("--results", type=Path)
     parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count())
     parser.add_argument("--report", action="store_true", help="only report what there is")
     args = parser.parse_args()
-    methods, file, tell, tasks, seeds = SUITES[args.suite]
-    results = args.results or HERE / file
+    jobs, file, tell = suites()[args.suite]
+    results = HERE / file
     jobs = [
-        (task, method, rate, seed)
-        for seed in args.seeds or seeds
-        for task in args.tasks or tasks
-        for method in args.methods or methods
-        for rate in args.rates or methods[method][1]
+        one
+        for one in jobs
+        if (args.tasks is None or one[0].task in args.tasks)
+        and (args.methods is None or one[1] in args.methods)
+        and (args.seeds is None or one[3] in args.seeds)
     ]
     if not args.report:
         run_all(jobs, results, args.processes)

@@ -484,7 +484,7 @@ def test_a_rate_beyond_its_bounds_is_told_with_the_bound(mistake, keys, message)
 
 @pytest.mark.parametrize(
     ("keys", "rate"),
-    [({}, 1e-4), ({"MAX_LR": 1e-5}, 1e-5), ({"MIN_LR": 1e-3}, 1e-3), ({"OPTIM": "sgd"}, 0.1)],
+    [({}, 1e-3), ({"MAX_LR": 1e-5}, 1e-5), ({"MIN_LR": 1e-2}, 1e-2), ({"OPTIM": "sgd"}, 0.1)],
 )
 def test_the_automatic_rate_starts_within_its_bounds(load, keys, rate):
     config = load(keys)
@@ -676,7 +676,7 @@ def test_a_tracker_must_be_installed(load, mistake, monkeypatch, tracker):
         ("FP16", "maybe", "valid boolean"),
         ("MODEL", 3, "valid string"),
         ("RESUME", True, "'auto'"),
-        ("OPTIM", "adam", "'sgd', 'rmsprop', 'adamw', 'adamw_8bit', 'online_sgd'"),
+        ("OPTIM", "adam", "'adam_mini', 'adamw', 'adamw_8bit', 'sgd', 'rmsprop'"),
         ("BASELINE", "mean", "'none', 'ema', "),
         ("KL_ESTIMATOR", "k2", "'k1' or 'k3'"),
         ("REWARDS", {"TYPE": "regex"}, "valid list"),

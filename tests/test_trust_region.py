@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from adaptiverl.optim.trust_region import MEMORY, MIN_CONFIDENCE, SignalToNoise, TrustRegion
+from adaptiverl.optim.mini import AdamMini
+from adaptiverl.optim.trust_region import (
+    MEMORY,
+    MIN_CONFIDENCE,
+    TRUSTED,
+    SignalToNoise,
+    TrustRegion,
+)
 from adaptiverl.optim.update import LastUpdate, alignment, supports_alignment
 
 KINDS = {
@@ -16,6 +23,7 @@ KINDS = {
     "sgd momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.1, momentum=0.9, weight_decay=0.1),
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1),
+    "adam_mini": lambda p: AdamMini(p, lr=0.1, weight_decay=0.1),
     "adamw foreach": lambda p: torch.optim.AdamW(p, lr=0.1, foreach=True),
     "adamw fused": lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),
     "adamw tensor lr": lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.1), foreach=False),
@@ -169,8 +177,11 @@ def test_signal_to_noise_is_the_weighted_t_statistic():
 
 def test_confidence_follows_the_signal_to_noise_ratio():
     unsure, sure = make(), make()
-    unsure.observe_alignment(None)
-    assert unsure.confidence == MIN_CONFIDENCE, "no evidence yet"
+    for k in range(TRUSTED):
+        assert unsure.confidence == 1.0, "no evidence yet"
+        unsure.observe_alignment(None)
+        unsure.observe_alignment((-1) ** k * 0.02)
+    assert unsure.confidence == MIN_CONFIDENCE
     for k in range(60):
         unsure.observe_alignment((-1) ** k * 0.02)
         sure.observe_alignment(0.02 + (-1) ** k * 0.02)
@@ -184,7 +195,24 @@ def test_confidence_is_1_where_no_alignment_can_be_known():
     assert TrustRegion(torch.optim.Adagrad([torch.nn.Parameter(torch.ones(1))])).confidence == 1.0
 
 
-@pytest.mark.parametrize("kind", ["sgd momentum", "rmsprop", "adamw"])
+def test_steps_without_a_difference_between_rewards_are_no_evidence():
+    """Their gradients, of a penalty alone, point back: they would count against all that moved."""
+    world, heard = World(kl=0.01), World(kl=0.01)
+    for k in range(2 * TRUSTED + 1):
+        gradient = 1.0 if k % 2 else -1e-3
+        world.step(gradient, informative=k % 2 == 1)
+        heard.step(gradient)
+    assert world.region.informative_steps == TRUSTED
+    assert world.region.alignments.mean > 0.5 > abs(heard.region.alignments.mean)
+
+
+@pytest.mark.parametrize(("steps", "kl"), [(None, 0.004), (15, 0.016), (60, 0.004), (600, 0.004)])
+def test_a_short_run_has_a_larger_target(steps, kl):
+    assert make(steps=steps).target == pytest.approx(kl)
+    assert make(steps=steps, kl=0.5).target == 0.5, "a number is taken as it is"
+
+
+@pytest.mark.parametrize("kind", ["sgd momentum", "rmsprop", "adamw", "adam_mini"])
 def test_alignment_is_the_cosine_between_gradient_and_last_update(kind):
     weights, optimizer = stepped(KINDS[kind])
     for group in optimizer.param_groups:
@@ -203,6 +231,7 @@ def test_alignment_is_the_cosine_between_gradient_and_last_update(kind):
     ("optimizer", "known"),
     [
         (partial(torch.optim.AdamW, lr=1e-3), True),
+        (partial(AdamMini, lr=1e-3), True),
         (partial(torch.optim.SGD, lr=1e-3, momentum=0.9), True),
         (partial(torch.optim.SGD, lr=1e-3), False),
         (partial(torch.optim.RMSprop, lr=1e-3), False),
@@ -255,14 +284,14 @@ def test_every_step_meets_the_target_and_the_group_keeps_its_rate(lr):
     for _ in range(8):
         info = world.step()
         assert info.kl == world.kl() <= 2 * info.target
-        assert info.target == pytest.approx(0.01 * MIN_CONFIDENCE)
+        assert info.target == 0.01
         assert world.optimizer.param_groups[0]["lr"] == lr
     assert info.kl >= info.target / 2
     assert info.lr == pytest.approx(abs(world.weight.item() - world.before), rel=1e-3)
 
 
 def test_the_first_step_is_searched_for_and_later_ones_are_only_scaled_down():
-    world = World(lr=1e-3, kl=0.01)
+    world = World(lr=1e-3, kl=0.001)
     first = world.step()
     assert first.scale == pytest.approx(30), "made larger, by one stride: within the tolerance"
     world.steepness = 1e-6

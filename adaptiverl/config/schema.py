@@ -97,8 +97,13 @@ class Config(BaseModel, Generic[RewardT]):
     )
 
     OPTIM: Literal[
-        "sgd", "rmsprop", "adamw", "adamw_8bit", "online_sgd", "online_rmsprop", "online_adamw"
-    ] = Field("adamw", description="Optimizer; in online_… a GRU scales the update of each tensor")
+        "adam_mini", "adamw", "adamw_8bit", "sgd", "rmsprop",
+        "online_sgd", "online_rmsprop", "online_adamw",
+    ] = Field(
+        "adam_mini",
+        description="Optimizer; adam_mini is AdamW with one second moment per tensor; in online_… "
+        "a GRU scales the update of each tensor",
+    )  # fmt: skip
     LRATE: Literal["auto"] | Annotated[float, Field(ge=0)] = Field(
         "auto", description='Learning rate at the start; "auto" leaves it to the trust region'
     )
@@ -110,8 +115,11 @@ class Config(BaseModel, Generic[RewardT]):
     BETAS_RULE: Rules = Field("none", description="Moves AdamW's betas: docs/rules.md")
     ALPHA_RULE: Rules = Field("none", description="Moves RMSprop's alpha: docs/rules.md")
     WD_RULE: Rules = Field("none", description="Moves the weight decay: docs/rules.md")
-    TRUST_REGION_KL: float = Field(
-        0.004, gt=0, description="Nats per token by which an update may move the policy"
+    TRUST_REGION_KL: float | None = Field(
+        None,
+        gt=0,
+        description="Nats per token by which an update may move the policy; null: 0.004, times "
+        "60 / STEPS in a run of fewer than 60 steps",
     )
     TRUST_REGION_SCHEDULE: Literal["linear", "constant"] = Field(
         "linear", description="linear: TRUST_REGION_KL falls to 0 over the run"
@@ -122,7 +130,7 @@ class Config(BaseModel, Generic[RewardT]):
     MAX_MOMENTUM: float = Field(0.999, ge=0, lt=1, description="Highest momentum of all rules")
     LOSS_BETA: float = Field(0.9, ge=0, lt=1, description="EMA factor of the loss that rules read")
     REWARD_BETA: float = Field(0.9, ge=0, lt=1, description="EMA factor of the reward they read")
-    MOMENTUM: float = Field(0.9, ge=0, lt=1, description="SGD, RMSprop: momentum; AdamW: beta1")
+    MOMENTUM: float = Field(0.9, ge=0, lt=1, description="SGD, RMSprop: momentum; Adam: beta1")
     WEIGHT_DECAY: float = Field(0.0, ge=0, description="Weight decay")
     GRAD_ACCUM: int = Field(1, ge=1, description="Micro-batches per step")
     MAX_GRAD_NORM: float = Field(1.0, ge=0, description="Gradients are clipped to it; 0: off")

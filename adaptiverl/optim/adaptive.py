@@ -17,7 +17,7 @@ from adaptiverl.optim.hyperparams import Scalar, clamp, get, gradient_norm, numb
 from adaptiverl.optim.online import Online
 from adaptiverl.optim.online.learned import LearnedRate
 from adaptiverl.optim.rules import Value, documented, parse_rules
-from adaptiverl.optim.trust_region import Record, TrustRegion, UpdateInfo, falling
+from adaptiverl.optim.trust_region import Record, TrustRegion, UpdateInfo, default_kl, falling
 from adaptiverl.optim.update import alignment, copyable
 
 
@@ -67,8 +67,9 @@ class AdaptiveOptimizer(Optimizer):
         constants = {"trust_region_kl": CONSTANTS["trust_region_kl"].default} | arguments
         for own in reversed(by_kl.values()):
             constants |= own
-        self.kl: float = constants["trust_region_kl"]
         self.steps, self._bounds = self.controller.steps, self.controller.bounds["lr"]
+        kl: float | None = constants["trust_region_kl"]
+        self.kl = default_kl(self.steps) if kl is None else kl
         self.falls_over = self.steps if trust_region_schedule == "linear" else None
         self.trust_region = self.learned = None
         # What adapts, by name: the objects whose state_dict belongs to a checkpoint
@@ -122,9 +123,11 @@ class AdaptiveOptimizer(Optimizer):
         *,
         measure_kl: Callable[[], float] | None = None,
         min_kl: float | None = None,
+        informative: bool = True,
     ) -> Any:
-        """One step of `base`; `measure_kl` and `min_kl` instead of the attributes. What `closure`
-        returns. Raises ValueError where trust_region is given no KL."""
+        """One step of `base`; `measure_kl` and `min_kl` instead of the attributes. `informative` is
+        TrustRegion.step's. What `closure` returns. Raises ValueError where trust_region is given no
+        KL."""
         if self.controller.inert and not (self.trust_region or self.learned or self.online):
             return self.base.step(closure)
         measure, floor = measure_kl or self.measure_kl, self.min_kl if min_kl is None else min_kl
@@ -150,7 +153,7 @@ class AdaptiveOptimizer(Optimizer):
             if self.learned:
                 rates.enter_context(scaled_rates(self.base, self.learned.ratio, self._bounds))
             if self.trust_region and measure:
-                self.info = self.trust_region.step(measure, min_kl=floor)
+                self.info = self.trust_region.step(measure, min_kl=floor, informative=informative)
             elif closure is not None:
                 loss = self.base.step(closure)
             else:

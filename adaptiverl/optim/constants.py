@@ -65,7 +65,9 @@ CONSTANTS = {
     "patience": Constant(20, "[1, inf)", "half of the values that must not fall", whole=True),
     "cooldown": Constant(50, "[1, inf)", "values after which a drop is judged", whole=True),
     "trust_region_kl": Constant(
-        0.004, POSITIVE, "nats per token that an update may move the policy at first"
+        None, POSITIVE,
+        "nats per token that an update may move the policy at first; None: 0.004, times 60 / steps "
+        "in a run of fewer than 60 steps",
     ),
     "loss_beta": Constant(0.9, "[0, 1)", "smoothing of the loss"),
     "reward_beta": Constant(0.9, "[0, 1)", "smoothing of the reward"),

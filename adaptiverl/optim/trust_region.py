@@ -20,8 +20,10 @@ KL_TOLERANCE = 2.0  # an update whose KL is this many times the target is scaled
 MAX_RESCALE = 30.0  # the largest change between two measurements: KL ≈ s² holds for small changes
 MAX_MEASUREMENTS = 12
 MEMORY = 0.96  # of alignments, per step: a mean over some 25 of them
-EVIDENCE_SCALE = 4.0  # the signal-to-noise ratio at which the whole target is used
-MIN_CONFIDENCE = 0.1
+EVIDENCE_SCALE = 2.0  # the signal-to-noise ratio at which the whole target is used
+MIN_CONFIDENCE = 0.25  # rare rewards are too few for evidence, and without movement none come
+TRUSTED = 10  # informative alignments before evidence counts: until then it is mostly chance
+DEFAULT_KL, SHORT_RUN = 0.004, 60  # nats per token; shorter runs have larger targets, in proportion
 
 Record = Callable[[dict[str, Any]], None]
 
@@ -68,34 +70,37 @@ class TrustRegion:
     optimizer   any torch optimizer. Around each step its rates are multiplied by `ratio`, the
                 factor that has been found; afterwards they are what they were, so that any
                 learning-rate scheduler can be used.
-    kl          nats per token that an update may move the policy; default 0.004
+    kl          nats per token that an update may move the policy; default None: 0.004, times
+                60 / steps in a run of fewer than 60 steps
     steps       length of the run in steps, over which the target falls linearly to kl / steps;
                 default None: the target stays
     min_lr, max_lr      bounds of the rate that a step takes; default 1e-9 and 10
     record      called with a dict for each change of the rate: step, hyperparameter ("lr"), rule
                 ("line_search" or "trust_region"), signal ("kl"), value (its KL), old and new rate
 
-    target = kl · (share of the run that is left) · confidence. Confidence is the signal-to-noise
-    ratio of `alignment` over 4, from 0.1 to 1: where rewards are mostly noise, gradients of fresh
-    samples do not agree with the last update, and a fixed target would be spent on noise. It is 1
-    for optimizers whose state does not determine the last update (see `supports_alignment`).
+    target = kl · (share of the run that is left) · confidence. Confidence begins at 1. After ten
+    informative steps it is the signal-to-noise ratio of `alignment` over 2, from 0.25 to 1: where
+    rewards are mostly noise, gradients of fresh samples do not agree with the last update, and the
+    whole target would be spent on noise. It stays at 1 for optimizers whose state does not
+    determine the last update (see `supports_alignment`).
     """
 
     def __init__(
         self,
         optimizer: Optimizer,
         *,
-        kl: float = 0.004,
+        kl: float | None = None,
         steps: int | None = None,
         min_lr: float | None = None,
         max_lr: float | None = None,
         record: Record | None = None,
     ):
         self.bounds = lr_bounds(min_lr, max_lr)
-        if not 0 < kl < math.inf:
-            raise ValueError(f"kl is {kl}; it must be in (0, inf): nats per token of an update")
         if steps is not None and steps < 1:
             raise ValueError(f"steps is {steps}; it must be at least 1, or None: a constant target")
+        kl = default_kl(steps) if kl is None else kl
+        if not 0 < kl < math.inf:
+            raise ValueError(f"kl is {kl}; it must be in (0, inf): nats per token of an update")
         if not 0 <= self.bounds[0] <= self.bounds[1]:
             raise ValueError(f"min_lr {self.bounds[0]:g} is above max_lr {self.bounds[1]:g}")
         for group in optimizer.param_groups:
@@ -104,12 +109,13 @@ class TrustRegion:
         self.ratio = 1.0  # the factor on the rate
         self.time = 0  # steps that have been made
         self.initialized = False  # whether the KL of an update has met the target before
+        self.informative_steps = 0  # whose alignment was taken in
         self.alignments = SignalToNoise()
 
     @property
     def confidence(self) -> float:
         """The share of the target that the signal-to-noise ratio allows."""
-        if not supports_alignment(self.optimizer):
+        if self.informative_steps < TRUSTED or not supports_alignment(self.optimizer):
             return 1.0
         return clamp(self.alignments.value / EVIDENCE_SCALE, (MIN_CONFIDENCE, 1.0))
 
@@ -121,15 +127,20 @@ class TrustRegion:
     def observe_alignment(self, cosine: float | None) -> None:
         """Takes in one `alignment`; None and NaN carry no information."""
         if cosine is not None and math.isfinite(cosine):
+            self.informative_steps += 1
             self.alignments.observe(cosine)
 
-    def step(self, measure_kl: Callable[[], float], *, min_kl: float = 0.0) -> UpdateInfo:
+    def step(
+        self, measure_kl: Callable[[], float], *, min_kl: float = 0.0, informative: bool = True
+    ) -> UpdateInfo:
         """Makes one step and scales its update until the KL is within twice the target.
 
         measure_kl  gives KL(policy before this step ‖ policy now) in nats per token, the same
                     number in every process. What it needs of the policy before is computed by the
                     caller beforehand. It is called once or a few times, up to 13. NaN is too far.
         min_kl      the target is never below this, for a KL that is measured with rounding errors
+        informative     whether any rewards that are compared differ. Where none do, the gradient is
+                    that of a penalty alone, and its alignment is no evidence about the rewards
 
         The first update is also scaled up where it falls short. While all gradients are 0 before
         that, the KL is not measured. An update that no scale brings within bounds is taken back.
@@ -142,7 +153,8 @@ class TrustRegion:
                 self.optimizer.step()
                 info = UpdateInfo(rate, None, max(self.target, min_kl))
             else:
-                self.observe_alignment(alignment(self.optimizer))
+                if informative:
+                    self.observe_alignment(alignment(self.optimizer))
                 target, update = max(self.target, min_kl), LastUpdate(self.optimizer)
                 self.optimizer.step()
                 scale, kl = self.line_search(
@@ -218,7 +230,10 @@ class TrustRegion:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers."""
-        own = {name: getattr(self, name) for name in ("ratio", "time", "initialized")}
+        own = {
+            name: getattr(self, name)
+            for name in ("ratio", "time", "initialized", "informative_steps")
+        }
         return own | asdict(self.alignments)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -228,6 +243,11 @@ class TrustRegion:
             raise ValueError(f"this is no state of a trust region: {min(wrong)} is {how}")
         for name, value in state.items():
             setattr(self if name in vars(self) else self.alignments, name, value)
+
+
+def default_kl(steps: int | None) -> float:
+    """Nats per token: a policy moves as far in a short run as in one of SHORT_RUN steps."""
+    return DEFAULT_KL * max(1.0, SHORT_RUN / steps if steps else 1.0)
 
 
 def falling(kl: float, time: int, steps: int | None) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from adaptiverl.optim.hyperparams import Group
+from adaptiverl.optim.mini import AdamMini, denominator
 
 
 class PerTensorOptimizer:
@@ -30,8 +31,8 @@ class LastUpdate:
     """The update that `optimizer`'s next step makes, so that it can be scaled afterwards.
 
     Create it before the step. It needs the gradients that the step used. Nothing is copied for
-    torch's SGD, RMSprop and AdamW, because their state determines the update; for any other
-    optimizer the trained weights are copied.
+    torch's SGD, RMSprop and AdamW nor for AdamMini, because their state determines the update; for
+    any other optimizer the trained weights are copied.
     """
 
     def __init__(self, optimizer: Optimizer):
@@ -128,7 +129,7 @@ def _is_known(optimizer: Optimizer, group: Group) -> bool:
     if group.get("maximize") or group.get("nesterov") or group.get("amsgrad"):
         return False
     kind = _torch_class(optimizer)
-    if kind is torch.optim.AdamW:
+    if kind in (torch.optim.AdamW, AdamMini):
         return float(group["lr"]) * decay < 0.5  # beyond, dividing by 1 − lr · decay is unsafe
     if kind is torch.optim.SGD:
         return not decay or group["momentum"] > 0
@@ -142,8 +143,12 @@ def _torch_class(optimizer: Optimizer) -> type:
 def _direction(optimizer: Optimizer, group: Group, p: Tensor) -> tuple[Any, float]:
     """d and the decoupled decay of the step p ← p − lr · (d + decay · p), by the state it left."""
     state = optimizer.state.get(p, {})  # [p] would make an entry
-    if _torch_class(optimizer) is not torch.optim.AdamW:
+    kind = _torch_class(optimizer)
+    if kind not in (torch.optim.AdamW, AdamMini):
         return (state["momentum_buffer"] if group["momentum"] else p.grad), 0.0
+    if kind is AdamMini:
+        size, correction = denominator(group, state)
+        return state["exp_avg"] / (size * correction), float(group["weight_decay"])
     beta1, beta2 = (float(beta) for beta in group["betas"])
     step = float(state["step"])
     size = state["exp_avg_sq"].sqrt().div_(math.sqrt(1 - beta2**step)).add_(group["eps"])

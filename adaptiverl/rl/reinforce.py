@@ -84,6 +84,11 @@ def zero_std_share(rewards: Tensor, group_size: int = 1) -> float:
     return _equal(_groups(rewards, group_size)).float().mean().item()
 
 
+def is_informative(rewards: Tensor, baseline: str, group_size: int = 1) -> bool:
+    """Whether any rewards [B] that `baseline` compares with each other differ."""
+    return zero_std_share(rewards, group_size if baseline in PER_PROMPT else 1) < 1
+
+
 def _groups(rewards: Tensor, group_size: int) -> Tensor:
     """The rewards that are compared with each other, one row per group."""
     return rewards.view(-1, group_size if group_size > 1 else len(rewards))

@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from adaptiverl.config.schema import ConfigError
 from adaptiverl.optim.adaptive import AdaptiveOptimizer
+from adaptiverl.optim.mini import AdamMini
 from adaptiverl.optim.online import Online, OnlineAdamW, OnlineRMSProp, OnlineSGD
 from adaptiverl.optim.online.dynamics import dynamics
 from adaptiverl.rl.check import allowed_gap
@@ -35,8 +36,10 @@ from adaptiverl.training.probe import Precision
 from adaptiverl.training.runtime import Runtime
 from adaptiverl.training.scoring import Scoring
 
-AUTO_LR = {"sgd": 0.1, "rmsprop": 1e-4, "adamw": 1e-4, "adamw_8bit": 1e-4}  # LRATE "auto"
+# LRATE "auto"
+AUTO_LR = {"adam_mini": 1e-3, "sgd": 0.1, "rmsprop": 1e-4, "adamw": 1e-4, "adamw_8bit": 1e-4}
 OPTIMIZERS: dict[str, Any] = {
+    "adam_mini": AdamMini,
     "sgd": torch.optim.SGD, "rmsprop": torch.optim.RMSprop, "adamw": torch.optim.AdamW,
     "online_sgd": OnlineSGD, "online_rmsprop": OnlineRMSProp, "online_adamw": OnlineAdamW,
 }  # fmt: skip
@@ -197,7 +200,7 @@ def make_sampler(
 def base_optimizer(
     c: RunConfig, parameters: list[tuple[str, nn.Parameter]], sharded: bool = False
 ) -> Optimizer:
-    """OPTIM, of named parameters; MOMENTUM is AdamW's beta1."""
+    """OPTIM, of named parameters; MOMENTUM is beta1 of AdamW and AdamMini."""
     kind, online = c.OPTIM.removeprefix("online_"), c.OPTIM.startswith("online_")
     if sharded and online:
         raise ConfigError(f"OPTIM {c.OPTIM} reads whole tensors, and FSDP has them in shards")
@@ -210,6 +213,8 @@ def base_optimizer(
     if kind in ("sgd", "rmsprop"):
         return OPTIMIZERS[c.OPTIM](named, momentum=c.MOMENTUM, **common)
     common["betas"] = (c.MOMENTUM, 0.999)
+    if kind == "adam_mini":
+        return AdamMini(named, **common)
     if kind == "adamw":  # fused: one pass over the weights, a quarter of the time, no temporaries
         return OPTIMIZERS[c.OPTIM](named, fused=True, **common)
     from bitsandbytes.optim import AdamW8bit  # seconds to import

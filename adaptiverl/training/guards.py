@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from adaptiverl.rl.reinforce import PER_PROMPT, zero_std_share
+from adaptiverl.rl.reinforce import is_informative
 from adaptiverl.training.keys import RunConfig
 from adaptiverl.training.metrics import Metrics
 
@@ -75,7 +75,7 @@ class Guards:
             if c.VLLM_SERVER:
                 cause = "the server has other weights, or less precision"
             yield "drift", DRIFT.format(gap=gap, allowed=self.allowed_gap, cause=cause)
-        flat = zero_std_share(reward, c.NUM_GENERATIONS if c.BASELINE in PER_PROMPT else 1) == 1
+        flat = not is_informative(reward, c.BASELINE, c.NUM_GENERATIONS)
         self.flat_steps = self.flat_steps + 1 if flat else 0
         if metrics["reward"] is None:
             yield "missing", MISSING.format(rewards=", ".join(each.name for each in c.REWARDS))

@@ -68,7 +68,7 @@ class RunConfig(Config[AnyReward]):
             evaluates=self.EVAL_FILE is not None,
         )
         self._check_rate(any(rule.moves == "lr" for rule in self.rules()))
-        adam = "adamw" in self.OPTIM
+        adam = "adam" in self.OPTIM
         for key, has, why in (
             ("MOMENTUM_RULE", not adam, f"OPTIM {self.OPTIM} has no momentum"),
             ("MOMENTUM_RULE", self.MOMENTUM > 0, "MOMENTUM is 0"),

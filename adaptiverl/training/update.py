@@ -9,8 +9,13 @@ from adaptiverl.training.metrics import Metrics
 from adaptiverl.training.probe import UpdateKL
 
 
-def update(c: RunConfig, parts: Parts, rollout: Rollout, seen: Metrics) -> Metrics:
-    """Lets loss, reward and gradient norm move hyperparameters, then steps; what the step did."""
+def update(
+    c: RunConfig, parts: Parts, rollout: Rollout, seen: Metrics, informative: bool
+) -> Metrics:
+    """Lets loss, reward and gradient norm move hyperparameters, then steps; what the step did.
+
+    `informative` says whether any rewards that are compared differ.
+    """
     runtime, optimizer, progress = parts.runtime, parts.optimizer, parts.progress
     optimizer.observe(loss=seen["loss"], reward=seen["reward"], grad_norm=seen["grad_norm"])
     momentum = optimizer.betas[0] if optimizer.betas else optimizer.momentum
@@ -29,7 +34,7 @@ def update(c: RunConfig, parts: Parts, rollout: Rollout, seen: Metrics) -> Metri
             batch_size=c.BATCH_SIZE,
             precision=parts.precision,
         )
-        runtime.step(optimizer, measure_kl=probe, min_kl=probe.min_kl)
+        runtime.step(optimizer, measure_kl=probe, min_kl=probe.min_kl, informative=informative)
         result |= _of_update(parts)
     else:
         runtime.step(optimizer)
