@@ -366,7 +366,7 @@ REGIMES = {
     "trust_region": (InTrustRegion, START),
     "constant": (Method, HALF_DECADES),
     "ours: AdamW in the trust region": (WithAdamW, [1e-3]),
-    "ours: AdamMini, constant": (Mini, HALF_DECADES),
+    "ours: AdamMini, constant": (Mini, HALF_DECADES[:3]),
     "rule trend": ruled(lr_rule="trend"),
     "rule variance": ruled(lr_rule="variance"),
     "rule patience": ruled(lr_rule="patience"),

@@ -29,7 +29,7 @@ def with_trust_region(parts, kind: type[TrustRegion]):
 
 
 @pytest.mark.parametrize("rate", [1e-7, 1e-3, 1.0, "auto"])
-@pytest.mark.parametrize("optim", ["adamw", "sgd", "rmsprop"])
+@pytest.mark.parametrize("optim", ["adam_mini", "adamw", "sgd", "rmsprop"])
 def test_no_update_goes_further_than_twice_the_target_whatever_the_rate(
     main, settings, rate, optim
 ):
@@ -38,7 +38,7 @@ def test_no_update_goes_further_than_twice_the_target_whatever_the_rate(
     for row in metrics:
         assert 0 < row["update_kl"] <= 2 * row["update_kl_target"]
         left = (5 - row["step"] + 1) / 5
-        assert row["update_kl_target"] == pytest.approx(0.004 * left * 0.1), "no evidence yet"
+        assert row["update_kl_target"] == pytest.approx(4 * 0.004 * left), "no evidence yet"
     assert metrics[0]["update_kl"] >= metrics[0]["update_kl_target"] / 2, (
         "the first is searched for"
     )
@@ -51,9 +51,10 @@ def test_no_update_goes_further_than_twice_the_target_whatever_the_rate(
 
 @pytest.mark.parametrize("optim", ["sgd", "rmsprop"])
 def test_where_there_can_be_no_evidence_the_target_is_the_one_given(main, settings, optim):
-    assert main(settings | {"OPTIM": optim, "MOMENTUM": 0, "LRATE": "auto"}) == 0
+    keys = {"OPTIM": optim, "MOMENTUM": 0, "LRATE": "auto", "TRUST_REGION_KL": 0.003}
+    assert main(settings | keys) == 0
     targets = [row["update_kl_target"] for row in run_of(settings)[0]]
-    assert targets == pytest.approx([0.004, 0.004 * 2 / 3, 0.004 / 3])
+    assert targets == pytest.approx([0.003, 0.002, 0.001])
 
 
 def test_no_gradient_moves_no_rate(main, settings):
@@ -213,14 +214,17 @@ def test_a_kl_of_the_update_is_that_of_the_two_policies(
         ({"REWARD_RULE": "loss_decay"}, "REWARD_RULE: there is no rule 'loss_decay'"),
         ({"LRATE": "auto", "LR_RULE": "trend"}, 'LRATE "auto" needs LR_RULE trust_region'),
         ({"LR_RULE": "none", "LRATE": 1, "TRUST_REGION_KL": 0.1}, "TRUST_REGION_KL needs LR_RULE"),
-        ({"MOMENTUM_RULE": "inverse"}, "MOMENTUM_RULE has no effect: OPTIM adamw has no momentum"),
+        (
+            {"MOMENTUM_RULE": "inverse"},
+            "MOMENTUM_RULE has no effect: OPTIM adam_mini has no momentum",
+        ),
         ({"BETAS_RULE": "variance", "OPTIM": "sgd"}, "BETAS_RULE has no effect: OPTIM sgd has"),
         (
             {"BETAS_RULE": "variance", "STEPS": 100, "TRUST_REGION_SCHEDULE": "constant"},
             "betas_rule variance moves nothing in the first 4,603 steps: Adam's bias correction "
             "takes beta2 as constant while beta2^t is above 0.01, and the run has 100",
         ),
-        ({"ALPHA_RULE": "stable"}, "ALPHA_RULE has no effect: OPTIM adamw has no alpha"),
+        ({"ALPHA_RULE": "stable"}, "ALPHA_RULE has no effect: OPTIM adam_mini has no alpha"),
         ({"WD_RULE": "trend"}, "WD_RULE has no effect: WEIGHT_DECAY is 0"),
         ({"LRATE": 1e-3, "MAX_LR": 1e-4}, "LRATE 0.001 is above MAX_LR, which is 0.0001"),
     ],

@@ -247,7 +247,7 @@ def test_rules_of_the_whole_rate_come_by_wrapping():
         torch.testing.assert_close(p.detach(), old - 0.5 * p.grad)
     assert base.param_groups[0]["lr"] == 1.0
     optimizer.observe(loss=3.0, reward=math.nan)
-    assert base.signals == pytest.approx([math.log(10) / 2, 0.0, 1.8 / 1.1, -0.25], rel=1e-6), (
+    assert base.signals == pytest.approx([math.log(2.5) / 2, 0.0, 1.8 / 1.1, -0.25], rel=1e-6), (
         "it sees the signals too: KL over its target, no reward, the loss, the share done"
     )
 

@@ -15,7 +15,13 @@ from torch.nn import functional as F
 from torch.optim import SGD, AdamW
 from torch.utils.data import DataLoader, TensorDataset
 
-from adaptiverl import AdaptiveOptimizer, AdaptiveScheduler, OnlineAdamW, RewardAdaptiveScheduler
+from adaptiverl import (
+    AdamMini,
+    AdaptiveOptimizer,
+    AdaptiveScheduler,
+    OnlineAdamW,
+    RewardAdaptiveScheduler,
+)
 from adaptiverl.integrations.hf import RewardObserveCallback
 from adaptiverl.integrations.trl import RewardTap, TrustRegionCallback
 
@@ -461,8 +467,14 @@ def test_the_trust_region_inside_trls_trainers(kind, tmp_path):
     import trl
 
     model, tokenizer, dataset = texts(tmp_path)
-    tap = RewardTap(lambda completions, **_: [float(len(text)) for text in completions])
-    optimizer = AdaptiveOptimizer(AdamW(model.parameters(), lr=1.0), "trust_region", steps=4)
+    batches = []
+
+    def every_other_batch_says_something(completions, **_):
+        batches.append(completions)
+        return [float(k * (len(batches) % 2)) for k in range(len(completions))]
+
+    tap = RewardTap(every_other_batch_says_something)
+    optimizer = AdaptiveOptimizer(AdamMini(model.parameters(), lr=1.0), "trust_region", steps=4)
     infos = []
     optimizer.register_step_post_hook(lambda *_: infos.append(optimizer.info))
     arguments = getattr(trl, f"{kind}Config")(
@@ -480,10 +492,13 @@ def test_the_trust_region_inside_trls_trainers(kind, tmp_path):
         optimizers=(optimizer, None),
         callbacks=[RewardObserveCallback(optimizer, tap.last)],
     )
-    trainer.add_callback(TrustRegionCallback(optimizer, tokenizer, tap.texts))
+    trainer.add_callback(
+        TrustRegionCallback(optimizer, tokenizer, tap.texts, informative=tap.informative)
+    )
     trainer.train()
-    assert len(infos) == 4 and infos[0].scale < 0.1
-    assert all(info.kl <= 2 * info.target for info in infos)
+    assert len(infos) == len(batches) == 4 and infos[0].scale < 0.1
+    assert all(info.kl <= 2 * info.target for info in infos if info.kl is not None)
+    assert optimizer.trust_region.informative_steps == 1, "the third; the first has no alignment"
     logged = [row["learning_rate"] for row in trainer.state.log_history if "learning_rate" in row]
     assert logged == pytest.approx([info.lr for info in infos])
 

@@ -206,7 +206,10 @@ def test_steps_without_a_difference_between_rewards_are_no_evidence():
     assert world.region.alignments.mean > 0.5 > abs(heard.region.alignments.mean)
 
 
-@pytest.mark.parametrize(("steps", "kl"), [(None, 0.004), (15, 0.016), (60, 0.004), (600, 0.004)])
+@pytest.mark.parametrize(
+    ("steps", "kl"),
+    [(None, 0.004), (1, 0.016), (15, 0.016), (40, 0.006), (60, 0.004), (600, 0.004)],
+)
 def test_a_short_run_has_a_larger_target(steps, kl):
     assert make(steps=steps).target == pytest.approx(kl)
     assert make(steps=steps, kl=0.5).target == 0.5, "a number is taken as it is"

@@ -119,7 +119,7 @@ class Config(BaseModel, Generic[RewardT]):
         None,
         gt=0,
         description="Nats per token by which an update may move the policy; null: 0.004, times "
-        "60 / STEPS in a run of fewer than 60 steps",
+        "60 / STEPS (at most 4) in a run of fewer than 60 steps",
     )
     TRUST_REGION_SCHEDULE: Literal["linear", "constant"] = Field(
         "linear", description="linear: TRUST_REGION_KL falls to 0 over the run"

@@ -71,12 +71,16 @@ class TrustRegionCallback(TrainerCallback):
 
         optimizer = AdaptiveOptimizer(AdamW(model.parameters()), lr_rule="trust_region", steps=100)
         trainer = RLOOTrainer(…, reward_funcs=tap, optimizers=(optimizer, None))
-        trainer.add_callback(TrustRegionCallback(optimizer, tokenizer, tap.texts))
+        trainer.add_callback(
+            TrustRegionCallback(optimizer, tokenizer, tap.texts, informative=tap.informative)
+        )
 
     optimizer   the AdaptiveOptimizer that the Trainer steps
     tokenizer   of the model
     texts       gives the texts on which to measure, the first `count` of them at each step:
                 `RewardTap.texts` are prompts with the completions of the last batch
+    informative     says whether any rewards of the step differ (TrustRegion.step); default: always.
+                    It is true if it is true in any process
     count, length       texts per process and tokens of each; default 4 and 64
 
     Log-probabilities of all words are computed at each token before the step, and once or a few
@@ -91,8 +95,10 @@ class TrustRegionCallback(TrainerCallback):
         texts: Callable[[], Sequence[str]],
         count: int = 4,
         length: int = 64,
+        informative: Callable[[], bool] | None = None,
     ):
         self.tokenizer, self.texts, self.count, self.length = tokenizer, texts, count, length
+        self.optimizer, self.informative = optimizer, informative
         self.model: Any = None
         self.inputs: Any = None
         self.old = torch.empty(0)  # [tokens, words], of the policy before the step
@@ -102,6 +108,9 @@ class TrustRegionCallback(TrainerCallback):
         self.model, texts = kwargs["model"], [*self.texts()][: self.count]
         if not texts:
             raise ValueError("TrustRegionCallback: texts() gave no text to measure the KL on")
+        if self.informative:
+            share = {"informative": float(self.informative())}
+            self.optimizer.informative = mean_over_processes(share, args.device)["informative"] > 0
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.inputs = self.tokenizer(

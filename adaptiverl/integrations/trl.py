@@ -20,7 +20,8 @@ __all__ = ["RewardObserveCallback", "RewardTap", "TrustRegionCallback"]
 class RewardTap:
     """A reward function that remembers its last batch; async if `reward` is.
 
-    `last()` is the mean of what it returned, `texts()` are the prompts with their completions.
+    `last()` is the mean of what it returned, `texts()` are the prompts with their completions, and
+    `informative()` says whether any completions of one prompt had different rewards.
     """
 
     def __new__(cls, reward: Callable[..., Any]) -> "RewardTap":
@@ -38,6 +39,7 @@ class RewardTap:
         self.reward = reward
         self.mean: float | None = None
         self.batch: list[tuple[Any, Any]] = []  # prompts with their completions
+        self.differs = True
         self.__name__ = getattr(reward, "__name__", type(reward).__name__)  # TRL logs by this name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -46,6 +48,11 @@ class RewardTap:
     def _remember(self, values: list[float | None], batch: dict[str, Any]) -> list[float | None]:
         prompts, completions = (batch.get(name) or [] for name in ("prompts", "completions"))
         self.batch = [*zip(prompts, completions, strict=False)]
+        of_prompt: dict[str, set[float]] = {}
+        for prompt, value in zip(prompts, values, strict=False):
+            if value is not None and math.isfinite(value):
+                of_prompt.setdefault(_text(prompt), set()).add(value)
+        self.differs = any(len(own) > 1 for own in of_prompt.values())
         known = [value for value in values if value is not None and math.isfinite(value)]
         self.mean = sum(known) / len(known) if known else None
         return values
@@ -53,6 +60,10 @@ class RewardTap:
     def last(self, step: int = 0) -> float | None:
         """The mean of this process's last batch; None before there was one, or if all missed."""
         return self.mean
+
+    def informative(self) -> bool:
+        """Whether rewards of this process's last batch differ within a prompt."""
+        return self.differs
 
     def texts(self) -> list[str]:
         """Prompts with completions of this process's last batch, for TrustRegionCallback."""

@@ -58,6 +58,7 @@ class AdaptiveOptimizer(Optimizer):
             )
         super().__init__(base.param_groups, base.defaults)
         self.base, self.measure_kl, self.min_kl, self.record = base, measure_kl, min_kl, record
+        self.informative = True  # whether any rewards of the step differ; see TrustRegion.step
         self._share()
         self.online = base if isinstance(base, Online) else None
         by_kl = {rule.name: own for rule, own in parse_rules("lr_rule", lr_rule) if not rule.update}
@@ -123,10 +124,10 @@ class AdaptiveOptimizer(Optimizer):
         *,
         measure_kl: Callable[[], float] | None = None,
         min_kl: float | None = None,
-        informative: bool = True,
+        informative: bool | None = None,
     ) -> Any:
-        """One step of `base`; `measure_kl` and `min_kl` instead of the attributes. `informative` is
-        TrustRegion.step's. What `closure` returns. Raises ValueError where trust_region is given no
+        """One step of `base`; what `closure` returns. Arguments replace the attributes of their
+        names; `informative` is TrustRegion.step's. Raises ValueError where trust_region is given no
         KL."""
         if self.controller.inert and not (self.trust_region or self.learned or self.online):
             return self.base.step(closure)
@@ -153,7 +154,8 @@ class AdaptiveOptimizer(Optimizer):
             if self.learned:
                 rates.enter_context(scaled_rates(self.base, self.learned.ratio, self._bounds))
             if self.trust_region and measure:
-                self.info = self.trust_region.step(measure, min_kl=floor, informative=informative)
+                known = self.informative if informative is None else informative
+                self.info = self.trust_region.step(measure, min_kl=floor, informative=known)
             elif closure is not None:
                 loss = self.base.step(closure)
             else:

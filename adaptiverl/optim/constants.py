@@ -67,7 +67,7 @@ CONSTANTS = {
     "trust_region_kl": Constant(
         None, POSITIVE,
         "nats per token that an update may move the policy at first; None: 0.004, times 60 / steps "
-        "in a run of fewer than 60 steps",
+        "(at most 4) in a run of fewer than 60 steps",
     ),
     "loss_beta": Constant(0.9, "[0, 1)", "smoothing of the loss"),
     "reward_beta": Constant(0.9, "[0, 1)", "smoothing of the reward"),

@@ -23,7 +23,8 @@ MEMORY = 0.96  # of alignments, per step: a mean over some 25 of them
 EVIDENCE_SCALE = 2.0  # the signal-to-noise ratio at which the whole target is used
 MIN_CONFIDENCE = 0.25  # rare rewards are too few for evidence, and without movement none come
 TRUSTED = 10  # informative alignments before evidence counts: until then it is mostly chance
-DEFAULT_KL, SHORT_RUN = 0.004, 60  # nats per token; shorter runs have larger targets, in proportion
+DEFAULT_KL = 0.004  # nats per token
+SHORT_RUN, MOST = 60, 4.0  # shorter runs have larger targets, in proportion, at most so many times
 
 Record = Callable[[dict[str, Any]], None]
 
@@ -71,7 +72,7 @@ class TrustRegion:
                 factor that has been found; afterwards they are what they were, so that any
                 learning-rate scheduler can be used.
     kl          nats per token that an update may move the policy; default None: 0.004, times
-                60 / steps in a run of fewer than 60 steps
+                60 / steps (at most 4) in a run of fewer than 60 steps
     steps       length of the run in steps, over which the target falls linearly to kl / steps;
                 default None: the target stays
     min_lr, max_lr      bounds of the rate that a step takes; default 1e-9 and 10
@@ -247,7 +248,7 @@ class TrustRegion:
 
 def default_kl(steps: int | None) -> float:
     """Nats per token: a policy moves as far in a short run as in one of SHORT_RUN steps."""
-    return DEFAULT_KL * max(1.0, SHORT_RUN / steps if steps else 1.0)
+    return DEFAULT_KL * (clamp(SHORT_RUN / steps, (1.0, MOST)) if steps else 1.0)
 
 
 def falling(kl: float, time: int, steps: int | None) -> float:
