@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from rewards.base import Reward
 from rewards.label_queue import FrontEnd, LabelQueue, Question
 from rewards.labels import Labels
-from rewards.messages import Text, texts_of, transcript
+from rewards.messages import Text, texts_of, transcripts_of
 
 if TYPE_CHECKING:  # numpy, which a config is validated without
     from rewards.head import RidgeHead
@@ -114,7 +114,7 @@ class HumanReward(Reward):
 
         self.start()
         answers = [not isinstance(prompt, str) for prompt in prompts]
-        prompts, completions = list(map(transcript, prompts)), texts_of(completions)
+        prompts, completions = transcripts_of(prompts), texts_of(completions)
         keys = [self._labels.key(p, c) for p, c in zip(prompts, completions, strict=True)]
         others = dict(scores or {})
         head = self._head()

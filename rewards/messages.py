@@ -28,6 +28,10 @@ def transcript(prompt: Text) -> str:
     return "\n".join(f"{message.get('role')}: {_content(message)}" for message in prompt)
 
 
+def transcripts_of(prompts: Sequence[Text]) -> list[str]:
+    return [transcript(prompt) for prompt in prompts]
+
+
 def joined(prompt: Text, completion: Text) -> str:
     """The completion after its prompt; messages begin on a new line."""
     between = "" if isinstance(completion, str) else "\n"
