@@ -36,6 +36,7 @@ from adaptiverl.rl.chat import PromptError, given_prompt, readable
 from adaptiverl.rl.data import load_prompts
 from adaptiverl.rl.loading import load_policy, load_tokenizer
 from adaptiverl.rl.rollout import Rollout, uniforms
+from adaptiverl.rl.sampling.generate import GenerateBackend
 from adaptiverl.rl.sampling.sampler import Sampler, eos_ids
 from adaptiverl.rl.sampling.static_cache import StaticCacheBackend
 from adaptiverl.rl.sampling.stop import StopStrings
@@ -206,16 +207,17 @@ def test_a_resumed_run_is_the_uninterrupted_one(main, keys, tmp_path):
     assert any("e" not in row["completion"] for row in samples)
 
 
-def test_two_processes_sample_what_one_does(run, keys, tmp_path):
-    keys |= {"SYSTEM": SYSTEM, "STOP": ["the"], "STEPS": 2, "LR_RULE": "none"}
-    samples = []
-    for name, options in (("one", {}), ("two", {"launcher": TORCHRUN})):
-        result = run(keys | {"OUTPUT_DIR": str(tmp_path / name)}, **options)
-        assert result.returncode == 0, result.stderr
-        samples.append(read_jsonl(tmp_path / name / "samples.jsonl"))
-    for one, two in zip(*samples, strict=True):
-        names = ("prompt", "completion", "completion_ids")
-        assert [one[name] for name in names] == [two[name] for name in names]
+def test_two_processes_sample_what_one_does(main, run, keys, tmp_path):
+    # AdamW's first steps turn rounding errors into whole steps
+    keys |= {"SYSTEM": SYSTEM, "STOP": ["the"], "STEPS": 2, "OPTIM": "sgd", "LRATE": 1e-2}
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    assert main(keys | {"OUTPUT_DIR": one}) == 0
+    result = run(keys | {"OUTPUT_DIR": two}, launcher=TORCHRUN)
+    assert result.returncode == 0, result.stderr
+    names = ("prompt", "completion", "completion_ids")
+    samples = [read_jsonl(Path(each) / "samples.jsonl") for each in (one, two)]
+    for left, right in zip(*samples, strict=True):
+        assert [left[name] for name in names] == [right[name] for name in names]
 
 
 def test_a_dry_run_shows_turns_without_markup(main, keys, capsys):
@@ -421,15 +423,47 @@ def test_stop_strings_end_masks_at_the_right_token(sampler, kind):
             assert rollout.logprobs[row, end:].tolist() == [0.0] * (rollout.logprobs.shape[1] - end)
 
 
-def test_a_stop_string_of_the_prompt_ends_nothing(sampler):
-    """Nor one that begins in the prompt, whose template ends with a new line."""
+def test_rows_that_move_take_their_last_tokens_along(sampler):
+    """Of 32 completions each ends at its own time, by a string of three tokens."""
     chat = sampler("gpt2")
-    prompts, numbers = [user("§ the end §")], uniforms(0, 3, 1, 12)
-    free = chat(prompts, numbers)
-    first = chat.tokenizer.decode(free.tokens()[0][:1])
-    rollout, texts = stopped("generate", chat, ["§", "assistant\n", "\n" + first], prompts, numbers)
-    assert rollout.tokens() == free.tokens()
-    assert texts == chat.decode(free)
+    prompts, numbers = [row["prompt"] for row in ROWS] * 8, uniforms(0, 5, 32, 24)
+    ids, decode = chat(prompts, numbers).tokens(), chat.tokenizer.decode
+    parts = [row[2 + n // 2 : 5 + n // 2] for n, row in enumerate(ids)]
+    strings = [text for part in parts if "�" not in (text := decode(part)) and len(part) == 3]
+    ends = [
+        next(
+            (n for n in range(1, len(row)) if any(x in decode(row[:n]) for x in strings)), len(row)
+        )
+        for row in ids
+    ]
+    assert len(set(ends)) > 8
+    for way in ("static_cache", "static"):
+        rollout, _ = stopped(way, chat, strings, prompts, numbers)
+        assert rollout.tokens() == [row[:end] for row, end in zip(ids, ends, strict=True)], way
+
+
+def test_a_stop_string_begins_in_its_own_completion(sampler):
+    """Not in the prompt, whose template ends with a new line, nor in an earlier rollout."""
+    chat = sampler("gpt2")
+    prompts = [user("§ the end §"), *(row["prompt"] for row in ROWS)]
+    before, numbers = uniforms(0, 3, 5, 6), uniforms(0, 4, 5, 6)
+    earlier, free = chat(prompts, before).tokens(), chat(prompts, numbers)
+    decode = chat.tokenizer.decode
+    firsts = [decode(row[:1]) for row in free.tokens()]
+    lasts = [decode(row[-1:]) for row in earlier]
+    whole = [n for n in range(5) if "�" not in lasts[n] + firsts[n]]
+    stop = ["§", "assistant\n", *("\n" + firsts[n] for n in whole)]
+    stop += [lasts[n] + firsts[n] for n in whole]
+    texts = [decode(row) for row in [*earlier, *free.tokens()]]
+    assert whole and not any(string in text for string in stop for text in texts)
+    ours = Sampler(chat.policy, chat.tokenizer, stop=stop)
+    how = ours.backend.token_sampler
+    static = StaticCacheBackend(chat.policy, how, static=True)
+    for backend in (static, GenerateBackend(chat.policy, how)):
+        ours.backend = backend
+        assert ours(prompts, before).tokens() == earlier
+        rollout = ours(prompts, numbers)
+        assert rollout.tokens() == free.tokens() and ours.decode(rollout) == chat.decode(free)
 
 
 def test_the_same_samples_by_both_backends(main, keys, models, tmp_path):
