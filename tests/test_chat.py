@@ -497,6 +497,8 @@ def test_the_space_before_the_first_word_belongs_to_a_stop_string():
         "a",
         "stop",
     ]
+    both = StopStrings(tokenizer, [" a stop"])  # whatever stands before a completion: here id 0
+    assert both.ends(torch.tensor([[1, 0, 1]])).tolist() == [[False, False, True]]
 
 
 def test_an_end_of_text_before_a_stop_string_ends_first(sampler):
