@@ -1,7 +1,6 @@
 """Chat models: templates, stop strings and ends of turns, what rewards get, what people read."""
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from itertools import pairwise
@@ -259,17 +258,10 @@ def test_a_base_model_is_given_a_template_and_stop_strings(main, settings, keys,
     assert not any("\n" in row["completion"] for row in samples)
 
 
-INSTRUCTIONS = next(
-    (
-        path
-        for root in (ROOT.parent, Path(os.environ.get("SHARED", "/work")))
-        if (path := root / "shared/data/instruction/instruction-data.json").exists()
-    ),
-    None,
-)
+INSTRUCTIONS = ROOT.parent / "shared/data/instruction/instruction-data.json"
 
 
-@pytest.mark.skipif(INSTRUCTIONS is None, reason="the data set is not part of the repository")
+@pytest.mark.skipif(not INSTRUCTIONS.exists(), reason="the data set is not part of the repository")
 def test_a_data_set_of_whole_conversations(main, keys, tmp_path):
     """TRL's column `messages`: the last answer is not given to the model, rewards may read it."""
     rows = []
