@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from rewards.base import Reward
 from rewards.label_queue import FrontEnd, LabelQueue, Question
 from rewards.labels import Labels
-from rewards.messages import Text, texts_of
+from rewards.messages import Text, texts_of, transcripts_of
 
 if TYPE_CHECKING:  # numpy, which a config is validated without
     from rewards.head import RidgeHead
@@ -113,7 +113,8 @@ class HumanReward(Reward):
         from rewards.opinions import asking_order
 
         self.start()
-        prompts, completions = texts_of(prompts), texts_of(completions)
+        answers = [not isinstance(prompt, str) for prompt in prompts]
+        prompts, completions = transcripts_of(prompts), texts_of(completions)
         keys = [self._labels.key(p, c) for p, c in zip(prompts, completions, strict=True)]
         others = dict(scores or {})
         head = self._head()
@@ -123,7 +124,7 @@ class HumanReward(Reward):
         for i in rows:
             if self.ask is None or len(questions) < self.ask:
                 given = {name: x for name, col in others.items() if (x := col[i]) is not None}
-                question = Question(keys[i], prompts[i], completions[i], given)
+                question = Question(keys[i], prompts[i], completions[i], given, answers[i])
                 questions.setdefault(keys[i], question)
         if questions:
             self._front_end.start()

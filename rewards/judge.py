@@ -25,7 +25,7 @@ from rewards.endpoint import KEY_ENV, Reply, ask, secret
 from rewards.judge_cache import JudgeCache
 from rewards.judge_limits import Budget, RateLimiter
 from rewards.judge_prompt import JudgePrompt, token_count
-from rewards.messages import Text, texts_of
+from rewards.messages import Text, texts_of, transcripts_of
 
 log = logging.getLogger(__name__)
 ANSWER_TOKENS = 10  # of one answer, about
@@ -160,7 +160,7 @@ class JudgeReward(Reward):
         Raises FatalJudgeError, and Interrupted once `interrupt` is called.
         """
         self.start()
-        prompts, completions = texts_of(prompts), texts_of(completions)
+        prompts, completions = transcripts_of(prompts), texts_of(completions)
         account = json.dumps([self.model, self.base_url, self.rubric])
         with self._interruptible(), closing(JudgeCache(Path(self.cache), account)) as cache:
             batch = Batch(cache)

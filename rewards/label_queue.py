@@ -32,6 +32,7 @@ class Question:
     prompt: str
     completion: str
     scores: dict[str, float] = field(default_factory=dict)  # not shown: they would sway people
+    is_answer: bool = False  # the completion answers its prompt instead of continuing it
 
 
 class LabelQueue:

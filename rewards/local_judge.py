@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator
 
 from rewards.base import Reward
-from rewards.messages import Text, joined, texts_of
+from rewards.messages import Text, joined, texts_of, transcript
 
 TEMPLATE = "{rubric}\n\nText:\n{text}\n\nAnswer (yes or no):"
 
@@ -70,7 +70,7 @@ class LocalJudgeReward(Reward):
         self.start()
         texts = texts_of(completions)
         if self.with_prompt:
-            texts = [joined(p, c) for p, c in zip(prompts, completions, strict=True)]
+            texts = [joined(transcript(p), c) for p, c in zip(prompts, completions, strict=True)]
         result: list[float | None] = []
         for start in range(0, len(texts), self.batch_size):
             some = texts[start : start + self.batch_size]

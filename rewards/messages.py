@@ -21,6 +21,17 @@ def texts_of(items: Sequence[Text]) -> list[str]:
     return [text_of(item) for item in items]
 
 
+def transcript(prompt: Text) -> str:
+    """For people and judges: `text_of` a single message, several as lines `role: content`."""
+    if isinstance(prompt, str) or len(prompt) == 1:
+        return text_of(prompt)
+    return "\n".join(f"{message.get('role')}: {_content(message)}" for message in prompt)
+
+
+def transcripts_of(prompts: Sequence[Text]) -> list[str]:
+    return [transcript(prompt) for prompt in prompts]
+
+
 def joined(prompt: Text, completion: Text) -> str:
     """The completion after its prompt; messages begin on a new line."""
     between = "" if isinstance(completion, str) else "\n"

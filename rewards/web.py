@@ -144,7 +144,7 @@ class Page:
         question = self.queue.next(who, acted)
         shown = question and {
             "key": question.key,
-            "prompt": question.prompt,
+            "prompt": question.prompt + ("\n\n" if question.is_answer else ""),
             "completion": question.completion,
         }
         return {

@@ -201,17 +201,13 @@ def test_prompts_of_several_kinds(tmp_path):
         load_prompts(str(path), "prompt")
 
 
-@pytest.mark.parametrize("suffix", [".json", ".parquet"])
-def test_chat_messages_are_not_supported_yet(tmp_path, suffix):
-    chat = [{"role": "user", "content": "Hello"}]
-    path = write(tmp_path / f"a{suffix}", [{"prompt": chat}])
-    with pytest.raises(ValueError) as caught:
-        load_prompts(str(path), "prompt")
-    assert str(caught.value) == (
-        f"{path}: column 'prompt' holds chat messages, which are not supported yet: write each "
-        "prompt as text, for example that of tokenizer.apply_chat_template(messages, "
-        "tokenize=False, add_generation_prompt=True)"
-    )
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
+def test_conversations_are_read(tmp_path, suffix):
+    chats = [{"prompt": [{"role": "user", "content": text}]} for text in ("Hello", "ünï ☃", "")]
+    rows = load_prompts(str(write(tmp_path / f"a{suffix}", chats)), "prompt")
+    assert rows.to_list() == chats and data.holds_chats(rows, "prompt")
+    texts = load_prompts(str(write(tmp_path / f"b{suffix}", ROWS)), "prompt")
+    assert not data.holds_chats(texts, "prompt")
 
 
 @pytest.mark.parametrize(

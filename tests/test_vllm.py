@@ -34,6 +34,7 @@ class StandIn:
         assert (temperature, top_k, top_p) == (0.9, 0, 1.0)
         assert not self.stale, "its cache holds keys and values of the weights before"
         ends = generation_kwargs["stop_token_ids"]
+        type(self).asked = generation_kwargs
         completions, logprobs = [], []
         for prompt in prompts:
             ids, measured = list(prompt), []
@@ -71,6 +72,26 @@ def test_a_run_samples_from_the_server_with_its_newest_weights(main, keys, tmp_p
         logits = policy.lm(torch.tensor([prompt + first["completion_ids"]])).logits[0]
     table = (logits[len(prompt) - 1 : -1] / 0.9).log_softmax(-1)
     assert [row.argmax().item() for row in table] == first["completion_ids"]
+
+
+def test_the_server_is_told_the_stop_strings(main, keys, tmp_path):
+    """It looks for them in text with special tokens, as is done here. This one goes on behind."""
+    keys |= {"BASELINE": "none", "STEPS": 1, "MAX_NEW_TOKENS": 6}
+    assert main(keys) == 0
+    assert StandIn.asked.keys() == {"stop_token_ids"}
+    free = read_jsonl(tmp_path / "run/samples.jsonl")
+    tokenizer = load_tokenizer(keys["MODEL"])
+    stop = tokenizer.decode(free[0]["completion_ids"][2:4])
+    assert main(keys | {"STOP": [stop]}) == 0
+    assert StandIn.asked["stop"] == [stop] and StandIn.asked["skip_special_tokens"] is False
+    cut = read_jsonl(tmp_path / "run/samples.jsonl")
+    assert [len(row["completion_ids"]) for row in free] == [6] * 8
+    assert cut[0]["completion"] == free[0]["completion"].split(stop)[0] != free[0]["completion"]
+    for row, whole in zip(cut, free, strict=True):
+        ids = whole["completion_ids"]
+        ends = (n for n in range(1, 6) if stop in tokenizer.decode(ids[:n]))
+        assert row["completion_ids"] == ids[: next(ends, 6)]
+        assert len(row["logprobs"]) == len(row["completion_ids"])
 
 
 def test_a_server_that_reports_other_logprobs_is_found_out(main, keys, capsys, monkeypatch):

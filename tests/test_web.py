@@ -104,6 +104,23 @@ def test_without_the_token_nothing_is_told_or_taken(reward):
     assert sorted(run.result) == [-1.0, 1.0]
 
 
+def test_an_answer_stands_below_its_conversation_and_a_continuation_behind_its_text(reward):
+    talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "So?"}]
+    turns = "system: Be brief.\nuser: So?"
+    answer = [{"role": "assistant", "content": "Well."}]
+    for prompt, completion, shown in ((talk, answer, turns + "\n\n"), ("Say ", "Well.", "Say ")):
+        run = threading.Thread(target=asyncio.run, args=(reward([prompt], [completion]),))
+        run.start()
+        assert reward.queue.wait_next("nobody")
+        reward.queue.shown.clear()
+        client = Client(reward)
+        client.enter()
+        item = json.loads(client.request("GET", "/next")[1])["item"]
+        assert (item["prompt"], item["completion"]) == (shown, "Well.")
+        assert client.post("/label", {"key": item["key"], "value": "+"}) == 200
+        run.join()
+
+
 def test_other_sites_and_names_get_nowhere(reward):
     run, client = Waiting(reward, "a"), Client(reward)
     cookie = client.enter()

@@ -56,7 +56,17 @@ class Config(BaseModel, Generic[RewardT]):
     EVAL_FILE: str | None = Field(
         None, description="Prompts to evaluate on every EVAL_EVERY steps, never trained on"
     )
-    PROMPT_COLUMN: str = Field("prompt", description="Column that holds the prompts")
+    PROMPT_COLUMN: str = Field(
+        "prompt",
+        description="Column that holds the prompts: texts, or lists of messages, which the "
+        "tokenizer's chat template makes text; a last answer in a column messages is left out",
+    )
+    SYSTEM: str | None = Field(
+        None, description="System message put before lists of messages that have none"
+    )
+    CHAT_TEMPLATE: str | None = Field(
+        None, description="File with a Jinja chat template; null: the tokenizer's own"
+    )
     REWARDS: list[RewardT] = Field(description="What is rewarded: the sum of these by WEIGHT")
     HELD_OUT: list[RewardT] = Field(
         [], description="Rewards that are logged and never trained on: they show reward hacking"
@@ -71,6 +81,12 @@ class Config(BaseModel, Generic[RewardT]):
     TEMPERATURE: float = Field(1.0, gt=0, description="Of sampling and of all log-probabilities")
     TOP_K: int = Field(0, ge=0, description="Sample among the k most likely tokens; 0: off")
     TOP_P: float = Field(1.0, gt=0, le=1, description="Sample in the nucleus of mass p; 1: off")
+    STOP: list[Annotated[str, Field(min_length=1)]] = Field(
+        [],
+        description="Strings that end a completion, beside its end-of-text and end-of-turn tokens; "
+        "rewards see the text before them, and tokens are trained on up to the one that completes "
+        "the string, included",
+    )
     SAMPLER: Literal["auto", "static_cache", "generate"] = Field(
         "auto", description="What samples here; auto: static_cache for GPT-2, else generate"
     )

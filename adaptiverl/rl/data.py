@@ -16,14 +16,16 @@ from datasets import Dataset, Value
 from datasets.exceptions import DatasetGenerationError
 from datasets.utils.logging import disable_progress_bar, get_verbosity, set_verbosity
 
+from adaptiverl.rl.chat import mistake
+
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 def load_prompts(source: str, column: str, split: str = "train") -> Dataset:
     """The rows of a JSON, JSONL, CSV or Parquet file, or of a hub data set's `split`.
 
-    Raises FileNotFoundError or ValueError that says what is missing: the file, rows, `column`, or
-    text in it.
+    `column` holds texts, or conversations (chat.py). Raises FileNotFoundError or ValueError that
+    says what is missing: the file, rows, `column`, or prompts in it.
     """
     disable_progress_bar()
     path = Path(source)
@@ -53,19 +55,23 @@ def load_prompts(source: str, column: str, split: str = "train") -> Dataset:
         raise ValueError(f"{source} has no rows")
     if column not in rows.column_names:
         raise ValueError(f"{source} has no column {column!r}, only {', '.join(rows.column_names)}")
-    if (row := _not_text(rows, column)) is not None:
-        prompt = rows[row][column]
-        if isinstance(prompt, list) and prompt and isinstance(prompt[0], dict):
-            raise ValueError(
-                f"{source}: column {column!r} holds chat messages, which are not supported yet: "
-                "write each prompt as text, for example that of tokenizer.apply_chat_template("
-                "messages, tokenize=False, add_generation_prompt=True)"
-            )
-        raise ValueError(
-            f"{source}: row {row} of column {column!r} is {prompt!r}, not text "
-            "(to start from nothing, write the model's beginning-of-text token)"
-        )
+    if holds_chats(rows, column):
+        found = ((row, mistake(prompt, column)) for row, prompt in enumerate(rows[column]))
+        wrong = next(((row, why) for row, why in found if why), None)
+    elif (row := _not_text(rows, column)) is not None:
+        beginning = "(to start from nothing, write the model's beginning-of-text token)"
+        wrong = row, f"is {rows[row][column]!r}, not text {beginning}"
+    else:
+        wrong = None
+    if wrong:
+        raise ValueError(f"{source}: row {wrong[0]} of column {column!r} {wrong[1]}")
     return rows
+
+
+def holds_chats(rows: Dataset, column: str) -> bool:
+    """Whether `column` holds conversations, not texts; the first row decides."""
+    first = rows[0][column]
+    return isinstance(first, list) and bool(first) and isinstance(first[0], dict)
 
 
 @contextmanager

@@ -3,8 +3,9 @@
 Layout of every tensor here: prompts padded on the left, completions on the right,
     [pad pad p p p | c c eos pad]      prompt [Q, P], completion [B, T].
 Masks come from positions, never from `!= pad`, because GPT-2's pad is its EOS. A completion's mask
-ends with its first EOS, included. Log-probabilities are those of softmax(logits / temperature),
-the distribution that is sampled; top-k and top-p change it further, which they do not include.
+ends with its first EOS, or with the token that completes its first stop string, included.
+Log-probabilities are those of softmax(logits / temperature), the distribution that is sampled;
+top-k and top-p change it further, which they do not include.
 """
 
 import copy

@@ -3,6 +3,7 @@
 from datasets import Dataset
 from torch import Tensor
 
+from adaptiverl.rl.chat import given_prompt
 from adaptiverl.rl.data import indices_at
 from adaptiverl.rl.rollout import uniforms
 from adaptiverl.training.keys import RunConfig
@@ -34,6 +35,6 @@ class Batches:
 
 
 def columns(c: RunConfig, prompts: Dataset, numbers: list[int]) -> Batch:
-    """The rows `numbers` of `prompts`; `prompt` is PROMPT_COLUMN."""
+    """The rows `numbers` of `prompts`; `prompt` is what the model is given of PROMPT_COLUMN."""
     found = prompts[numbers]
-    return found | {"prompt": found[c.PROMPT_COLUMN]}
+    return found | {"prompt": [given_prompt(each, c.SYSTEM) for each in found[c.PROMPT_COLUMN]]}

@@ -4,7 +4,7 @@ What the config names outside of the model is made by inputs.py. Each function r
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from adaptiverl.rl.loading import LoraTargetsError, fit_tokenizer, load_policy, 
 from adaptiverl.rl.sampling.sampler import Sampler
 from adaptiverl.training import inputs, state
 from adaptiverl.training.batches import Batches
+from adaptiverl.training.chats import check_chats, use_chat_template
 from adaptiverl.training.checked import CheckedPolicy
 from adaptiverl.training.guards import Guards
 from adaptiverl.training.inputs import as_config_error
@@ -97,7 +98,7 @@ def build(c: RunConfig, accelerator: Accelerator | None = None) -> Parts:
     if resumed:
         state.refuse_changes(resumed, c)
 
-    sampler = make_sampler(c, runtime, resumed, max_prompt)
+    sampler = make_sampler(c, runtime, resumed, max_prompt, files)
     named = [(name, p) for name, p in sampler.policy.named_parameters() if p.requires_grad]
     changes: list[dict[str, Any]] = []
     base = base_optimizer(c, named, runtime.sharded)
@@ -162,14 +163,23 @@ def make_accelerator(c: RunConfig, kind: Callable[..., Accelerator] = Accelerato
 
 
 def make_sampler(
-    c: RunConfig, runtime: Runtime, checkpoint: Path | None, max_prompt: int | None
+    c: RunConfig,
+    runtime: Runtime,
+    checkpoint: Path | None,
+    max_prompt: int | None,
+    files: Mapping[str, Dataset] | None = None,
 ) -> Sampler:
-    """The policy, with the weights of `checkpoint` if there is one, and what samples from it."""
+    """The policy, with the weights of `checkpoint` if there is one, and what samples from it.
+
+    `files` are prompts by the name of their source, which are first checked against the tokenizer.
+    """
     if c.VLLM_SERVER and runtime.processes > 1:
         raise ConfigError("VLLM_SERVER works with one training process")
     with as_config_error(f"MODEL {c.MODEL}"):
         model = inputs.located(c.MODEL)
         tokenizer = load_tokenizer(model)
+        use_chat_template(c, tokenizer)
+        check_chats(c, tokenizer, files or {}, max_prompt)
         try:
             policy = load_policy(
                 model,
@@ -186,7 +196,7 @@ def make_sampler(
         except LoraTargetsError as error:
             raise ConfigError(f"LORA_TARGETS: {error}") from error
         fit_tokenizer(tokenizer, policy.base)
-    with as_config_error("VLLM_SERVER" if c.VLLM_SERVER else "SAMPLER"):
+    with as_config_error("VLLM_SERVER" if c.VLLM_SERVER else "SAMPLER, STOP"):
         return Sampler(
             policy,
             tokenizer,
@@ -194,6 +204,7 @@ def make_sampler(
             top_k=c.TOP_K,
             top_p=c.TOP_P,
             backend=c.VLLM_SERVER or c.SAMPLER,
+            stop=c.STOP,
         )
 
 

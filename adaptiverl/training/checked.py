@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from adaptiverl.config.schema import ConfigError
 from adaptiverl.files import checkpoint
+from adaptiverl.rl.chat import Prompt, PromptError, render, tokenize
 from adaptiverl.rl.check import check_policy
-from adaptiverl.rl.data import wordless
+from adaptiverl.rl.data import holds_chats, wordless
 from adaptiverl.rl.rollout import Rollout, uniforms
-from adaptiverl.rl.sampling.sampler import PromptError, Sampler, no_tokens
+from adaptiverl.rl.sampling.sampler import Sampler, no_tokens
+from adaptiverl.training.batches import columns
 from adaptiverl.training.inputs import as_config_error
 from adaptiverl.training.keys import RunConfig
 from adaptiverl.training.runtime import Runtime
@@ -27,10 +29,10 @@ class CheckedPolicy:
         self.config, self.runtime, self.progress = c, runtime, progress
         self.sampler = sampler
 
-    def sample(self, texts: list[str], numbers: Tensor) -> Rollout:
-        """A completion of each of `texts` from the random numbers [B, T], without gradient."""
+    def sample(self, prompts: list[Prompt], numbers: Tensor) -> Rollout:
+        """A completion of each of `prompts` from the random numbers [B, T], without gradient."""
         try:
-            rollout = self.runtime.no_grad(self.sampler, texts, numbers)
+            rollout = self.runtime.no_grad(self.sampler, prompts, numbers)
         except PromptError as error:
             raise ConfigError(f"{self.config.PROMPT_COLUMN}: {error}") from error
         self._refuse(rollout.logprobs.isnan().any(), "log-probabilities are")
@@ -71,12 +73,16 @@ class CheckedPolicy:
         """
         c, most, tokenizer = self.config, self.sampler.max_prompt, self.sampler.tokenizer
         for source, rows in files.items():
-            for text in wordless(rows, c.PROMPT_COLUMN):
+            for text in (
+                [] if holds_chats(rows, c.PROMPT_COLUMN) else wordless(rows, c.PROMPT_COLUMN)
+            ):
                 if not tokenizer(text).input_ids:
                     raise ConfigError(f"{source}: {no_tokens(text)}")
         prompts = next(iter(files.values()))
-        texts = prompts[: min(256, len(prompts))][c.PROMPT_COLUMN]
-        sizes = {text: len(tokenizer(text).input_ids) for text in texts}
+        first = columns(c, prompts, list(range(min(256, len(prompts)))))["prompt"]
+        distinct = {render(tokenizer, prompt): prompt for prompt in first}
+        counts = map(len, tokenize(tokenizer, list(distinct.values())).input_ids)
+        sizes = dict(zip(distinct, counts, strict=True))
         if self.runtime.is_main and most and (cut := sum(n > most for n in sizes.values())):
             logging.warning(
                 "%d of %d prompts are longer than the %d tokens that MAX_NEW_TOKENS leaves: they "
@@ -85,9 +91,9 @@ class CheckedPolicy:
                 len(sizes),
                 most,
             )
-        texts = sorted(texts, key=lambda text: sizes[text])
-        texts = texts[:2] + texts[-2:]
-        numbers = uniforms(c.SEED, 0, len(texts), min(8, c.MAX_NEW_TOKENS))
-        rollout = self.sample(texts, numbers)
+        texts = sorted(sizes, key=lambda text: sizes[text])
+        ends = [distinct[text] for text in texts[:2] + texts[-2:]]
+        numbers = uniforms(c.SEED, 0, len(ends), min(8, c.MAX_NEW_TOKENS))
+        rollout = self.sample(ends, numbers)
         with as_config_error(f"MODEL {c.MODEL}"):
             self.runtime.no_grad(check_policy, self.sampler.policy, rollout, exact)

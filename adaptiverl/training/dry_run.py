@@ -6,7 +6,7 @@ from tabulate import tabulate
 from adaptiverl.files.process import Stopwatch, peak_memory
 from adaptiverl.training.build import Parts
 from adaptiverl.training.keys import RunConfig
-from adaptiverl.training.metrics import cell
+from adaptiverl.training.metrics import cell, prompt_cell
 from adaptiverl.training.scoring import columns_of
 
 
@@ -35,8 +35,9 @@ def dry_run(c: RunConfig, parts: Parts) -> int:
         return 0
     columns = columns_of(scores[rows], scoring.rewards.names)
     total = scoring.rewards.combine(scores, groups=c.NUM_GENERATIONS)[rows].tolist()
-    shown = {"prompt": batch["prompt"], "completion": completions} | columns | {"reward": total}
-    cells = {name: [cell(value) for value in column] for name, column in shown.items()}
+    shown = {"completion": completions} | columns | {"reward": total}
+    cells = {"prompt": [prompt_cell(each) for each in batch["prompt"]]}
+    cells |= {name: [cell(value) for value in column] for name, column in shown.items()}
     print(tabulate(cells, headers="keys", tablefmt="plain", disable_numparse=True))
     counts = [(p.numel(), p.requires_grad) for p in parts.policy.parameters()]
     every, trained = sum(n for n, _ in counts), sum(n for n, grad in counts if grad)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from adaptiverl.files.console import printable
 from adaptiverl.files.process import Stopwatch
+from adaptiverl.rl.chat import Prompt, readable
 from adaptiverl.rl.diversity import distinct, repetition
 from adaptiverl.rl.policy import Measured
 from adaptiverl.rl.reinforce import zero_std_share
@@ -137,6 +138,17 @@ def cell(value: Any, width: int = 60) -> str:
     """A value on one line of a table."""
     if value is None:
         return "missing"
-    text = f"{value:.3f}" if isinstance(value, float) else " ".join(str(value).split())
-    text = printable(text)
+    text = _line(f"{value:.3f}" if isinstance(value, float) else str(value))
     return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def prompt_cell(prompt: Prompt, width: int = 60) -> str:
+    """As `cell`; of a conversation the end, because all may begin with the same SYSTEM."""
+    text = _line(readable(prompt))
+    if isinstance(prompt, str) or len(text) <= width:
+        return cell(text, width)
+    return "…" + text[1 - width :]
+
+
+def _line(text: str) -> str:
+    return printable(" ".join(text.split()))

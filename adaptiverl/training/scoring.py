@@ -19,6 +19,7 @@ from torch import Tensor
 
 import rewards as package
 from adaptiverl.files.process import Paused
+from adaptiverl.rl.chat import completion_of
 from adaptiverl.rl.rollout import Rollout
 from adaptiverl.training.batches import Batch
 from adaptiverl.training.keys import RunConfig
@@ -70,16 +71,21 @@ class Scoring:
     def begin(
         self, batch: Batch, rollout: Rollout, completions: list[str], step: int
     ) -> PendingScores:
-        """Starts to score this process's completions; `wait` gives the scores."""
+        """Starts to score this process's completions; `wait` gives the scores.
+
+        Completions of conversations are handed to rewards as TRL does, as lists of one message.
+        """
         columns: dict[str, Any] = {k: v for k, v in batch.items() if k not in RESERVED}
         columns |= {
             "completion_ids": rollout.tokens(),
             # as TRL's trainers pass it, without importing transformers' trainer and peft for it
             "trainer_state": SimpleNamespace(global_step=step, max_steps=self.last_step),
         }
+        prompts = batch["prompt"]
+        handed = [completion_of(*pair) for pair in zip(prompts, completions, strict=True)]
         try:
             trained, held_out = (
-                rewards.begin(batch["prompt"], completions, **columns)
+                rewards.begin(prompts, handed, **columns)
                 for rewards in (self.rewards, self.held_out)
             )
         except Exception as error:

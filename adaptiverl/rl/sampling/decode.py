@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from adaptiverl.rl.gpt2 import Cache, hidden_states, read_prompts
 from adaptiverl.rl.projection import Projection, computed_in
 from adaptiverl.rl.rollout import Rollout
+from adaptiverl.rl.sampling.stop import NO_TOKEN
 from adaptiverl.rl.sampling.tokens import TokenSampler
 
 COMPACT_EVERY = 16  # tokens
@@ -100,6 +101,10 @@ class Decoder:
             for _ in transformer.h
         ]
         self.by_slot = [self.row, self.live, self.token, self.position, self.uniform, self.attend]
+        if token_sampler.stop:  # the last tokens, in which a stop string would end
+            width = token_sampler.stop.width
+            self.recent = torch.full((rows, width), NO_TOKEN, device=device)
+            self.by_slot.append(self.recent)
         # Numbers of slots that graphs have. The first token needs no step, and may be the only one.
         self.sizes = [max(1, rows >> k) for k in range(4)] if length > 1 else []
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
@@ -145,6 +150,8 @@ class Decoder:
         self.live.copy_(self.row < rows)
         self.position.copy_(prompt_mask.sum(-1)[prompt_of])
         self.uniform[:rows, :length] = uniform
+        if self.token_sampler.stop:
+            self.recent.fill_(NO_TOKEN)
         self.tokens.fill_(self.token_sampler.pad_id)
         self.mask.zero_()
         self.logprobs.zero_()
@@ -163,6 +170,10 @@ class Decoder:
         self.mask[at] = live.long()
         self.logprobs[at] = logprob.where(live, 0.0)
         live &= ~torch.isin(token, self.token_sampler.eos_ids)
+        if stop := self.token_sampler.stop:
+            recent = self.recent[:n]
+            recent.copy_(torch.cat([recent[:, 1:], token[:, None]], 1))
+            live &= ~stop(recent)
 
     def _step(self, n: int, width: int | None = None) -> None:
         """Reads the last tokens of the first `n` slots, in `width` columns; draws the next."""

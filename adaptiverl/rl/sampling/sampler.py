@@ -1,16 +1,18 @@
 """From texts to rollouts and back, and the choice of the backend that samples."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from adaptiverl.rl.chat import Prompt, PromptError, end_of_turn, render, tokenize
 from adaptiverl.rl.policy import Policy
 from adaptiverl.rl.rollout import Rollout
 from adaptiverl.rl.sampling.generate import GenerateBackend
 from adaptiverl.rl.sampling.static_cache import StaticCacheBackend
+from adaptiverl.rl.sampling.stop import StopStrings
 from adaptiverl.rl.sampling.tokens import TokenSampler
 from adaptiverl.rl.sampling.vllm import VLLMBackend
 
@@ -52,10 +54,6 @@ def choose_backend(name: str, policy: Policy, token_sampler: TokenSampler) -> Ba
     return BACKENDS[name](policy, token_sampler)
 
 
-class PromptError(Exception):
-    """A prompt that the model cannot be given: which one, and why."""
-
-
 def no_tokens(text: str) -> str:
     """The message for a prompt of which the tokenizer makes no token."""
     return (
@@ -64,11 +62,21 @@ def no_tokens(text: str) -> str:
     )
 
 
-class Sampler:
-    """Samples completions of texts from `policy`. The caller decides on autocast and no_grad.
+def too_long(tokens: int, most: int) -> str:
+    """The message for a conversation of so many `tokens`, of which `most` fit."""
+    return (
+        f"a conversation of {tokens} tokens is longer than the {most} that MAX_NEW_TOKENS leaves "
+        "for a prompt, and cutting it would break the chat template: raise MAXSEQ if it is set, "
+        "lower MAX_NEW_TOKENS, or leave such rows out"
+    )
 
-    `max_prompt` is in tokens: longer prompts lose their beginning. `backend` is as in
-    `choose_backend`.
+
+class Sampler:
+    """Samples completions of prompts from `policy`. The caller decides on autocast and no_grad.
+
+    `max_prompt` is in tokens: longer texts lose their beginning, longer conversations, whose
+    template that would break, are refused. A completion ends with an EOS token, or with the token
+    that completes one of the strings `stop`. `backend` is as in `choose_backend`.
     """
 
     def __init__(
@@ -80,29 +88,37 @@ class Sampler:
         top_k: int = 0,
         top_p: float = 1.0,
         backend: str = "auto",
+        stop: Sequence[str] = (),
     ):
         self.policy, self.tokenizer, self.max_prompt = policy, tokenizer, max_prompt
         eos, pad = eos_ids(policy, tokenizer), tokenizer.pad_token_id
-        token_sampler = TokenSampler(eos, pad, policy.temperature, top_k, top_p)
-        self.backend = choose_backend(backend, policy, token_sampler)
+        self.stop = StopStrings(tokenizer, stop, policy.device) if stop else None
+        how = TokenSampler(eos, pad, policy.temperature, top_k, top_p, self.stop)
+        self.backend = choose_backend(backend, policy, how)
 
-    def __call__(self, prompts: list[str], uniform: Tensor) -> Rollout:
+    def __call__(self, prompts: Sequence[Prompt], uniform: Tensor) -> Rollout:
         """A completion of each prompt, from the random numbers `uniform` [B, T] in [0, 1).
 
-        Raises PromptError.
+        Prompts are all texts or all conversations. Raises PromptError.
         """
-        number = {text: i for i, text in enumerate(dict.fromkeys(prompts))}
+        texts = [render(self.tokenizer, each) for each in prompts]
+        distinct = dict(zip(texts, prompts, strict=True))
+        number = {text: i for i, text in enumerate(distinct)}
         device = self.policy.device
-        batch = self.tokenizer(
-            list(number),
-            padding=True,
-            truncation=self.max_prompt is not None,
-            max_length=self.max_prompt,
-            return_tensors="pt",
+        chat = not isinstance(prompts[0], str)
+        cut = (
+            {}
+            if chat
+            else {"truncation": self.max_prompt is not None, "max_length": self.max_prompt}
+        )
+        batch = tokenize(
+            self.tokenizer, list(distinct.values()), padding=True, return_tensors="pt", **cut
         )
         self._check_tokens(list(number), batch.input_ids, batch.attention_mask)
+        if chat and self.max_prompt and batch.input_ids.shape[1] > self.max_prompt:
+            raise PromptError(too_long(batch.input_ids.shape[1], self.max_prompt))
         batch = batch.to(device)
-        prompt_of = torch.tensor([number[text] for text in prompts], device=device)
+        prompt_of = torch.tensor([number[text] for text in texts], device=device)
         return self.backend(batch.input_ids, batch.attention_mask, prompt_of, uniform.to(device))
 
     def _check_tokens(self, texts: list[str], ids: Tensor, mask: Tensor) -> None:
@@ -119,12 +135,25 @@ class Sampler:
             )
 
     def decode(self, rollout: Rollout) -> list[str]:
-        """The completions as text, without special tokens."""
-        return self.tokenizer.batch_decode(rollout.tokens(), skip_special_tokens=True)
+        """The completions as text, without special tokens and the stop strings that ended them."""
+        texts = self.tokenizer.batch_decode(rollout.tokens(), skip_special_tokens=True)
+        if not self.stop:
+            return texts
+        ends = self.stop.ends(rollout.completion_ids) & rollout.completion_mask.bool()
+        ended = ends.any(-1).tolist()
+        return [
+            self.stop.cut(text) if end else text for text, end in zip(texts, ended, strict=True)
+        ]
 
 
 def eos_ids(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Every token id that ends a completion; chat models have several."""
+    """Every token id that ends a completion; chat models have several.
+
+    Those of the generation config, that of the tokenizer, and that of its chat template, which
+    neither may name where a base model is given a template.
+    """
     ids = policy.lm.generation_config.eos_token_id
     ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-    return torch.tensor([*ids, tokenizer.eos_token_id], device=policy.device)
+    turn = end_of_turn(tokenizer)
+    own = [tokenizer.eos_token_id] if turn is None else [tokenizer.eos_token_id, turn]
+    return torch.tensor([*ids, *own], device=policy.device)

@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
 from adaptiverl.rl.projection import exponentials_
+from adaptiverl.rl.sampling.stop import StopStrings
 
 BLOCK = 256  # tokens of the vocabulary
 
@@ -20,6 +21,17 @@ class TokenSampler:
     temperature: float = 1.0
     top_k: int = 0  # 0: off
     top_p: float = 1.0  # 1: off
+    stop: StopStrings | None = None
+
+    def ends(self, tokens: Tensor) -> Tensor:
+        """[B, T], whether each of the drawn `tokens` [B, T] ends its completion."""
+        ends = torch.isin(tokens, self.eos_ids)
+        return ends | self.stop.ends(tokens) if self.stop else ends
+
+    def live(self, tokens: Tensor) -> Tensor:
+        """[B, T], true up to the first token of each completion that ends it, included."""
+        ends = self.ends(tokens).long()
+        return ends.cumsum(-1) == ends
 
     def __call__(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens and log-probabilities [n] from logits [V, n] / temperature; overwrites `logits`.

@@ -31,7 +31,10 @@ class VLLMBackend:
         self, prompt_ids: Tensor, prompt_mask: Tensor, prompt_of: Tensor, uniform: Tensor
     ) -> Rollout:
         """See `Backend`; only the shape of `uniform` [B, T] is used."""
-        tokens = self.token_sampler
+        tokens, device = self.token_sampler, prompt_ids.device
+        ends: dict[str, Any] = {"stop_token_ids": tokens.eos_ids.tolist()}
+        if tokens.stop:  # it looks for them in text, here with special tokens, as is done here
+            ends |= {"stop": tokens.stop.strings, "skip_special_tokens": False}
         self.client.update_model_params(self.policy.base)
         self.client.reset_prefix_cache()  # keys and values of the old weights
         answer = self.client.generate(
@@ -40,11 +43,21 @@ class VLLMBackend:
             top_k=tokens.top_k,
             top_p=tokens.top_p,
             max_tokens=uniform.shape[1],
-            generation_kwargs={"stop_token_ids": tokens.eos_ids.tolist()},
+            generation_kwargs=ends,
         )
         ids = [torch.tensor(row) for row in answer["completion_ids"]]
         mask = [torch.ones_like(row) for row in ids]
         logprobs = [torch.tensor([each[0] for each in row]) for row in answer["logprobs"]]
         columns = (ids, tokens.pad_id), (mask, 0), (logprobs, 0.0)
-        padded = [pad_sequence(rows, True, fill).to(prompt_ids.device) for rows, fill in columns]
-        return Rollout(prompt_ids, prompt_mask, prompt_of, *padded)
+        drawn, sent, measured = (
+            pad_sequence(rows, True, fill).to(device) for rows, fill in columns
+        )
+        live = tokens.live(drawn) & sent.bool()  # a server may go on behind a stop string
+        return Rollout(
+            prompt_ids,
+            prompt_mask,
+            prompt_of,
+            drawn.where(live, tokens.pad_id),
+            live.to(sent.dtype),
+            measured.where(live, 0.0),
+        )
