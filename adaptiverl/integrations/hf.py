@@ -109,8 +109,8 @@ class TrustRegionCallback(TrainerCallback):
         if not texts:
             raise ValueError("TrustRegionCallback: texts() gave no text to measure the KL on")
         if self.informative:
-            share = {"informative": float(self.informative())}
-            self.optimizer.informative = mean_over_processes(share, args.device)["informative"] > 0
+            own: dict[str, float | None] = {"share": float(self.informative())}
+            self.optimizer.informative = mean_over_processes(own, args.device)["share"] > 0
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.inputs = self.tokenizer(
