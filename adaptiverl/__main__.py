@@ -13,6 +13,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from adaptiverl.commands.run_folder import RunReader
 from adaptiverl.config.schema import ConfigError
 from adaptiverl.files.console import Console, printable
 
@@ -27,21 +28,24 @@ def _explain(given: Namespace) -> int:
 
 
 def _generate(given: Namespace) -> int:
+    run = RunReader(given.run)
     from adaptiverl.commands.generate import main
 
-    return main(given)
+    return main(given, run)
 
 
 def _evaluate(given: Namespace) -> int:
+    run = RunReader(given.run)
     from adaptiverl.commands.evaluate import main
 
-    return main(given)
+    return main(given, run)
 
 
 def _export(given: Namespace) -> int:
+    run = RunReader(given.run)
     from adaptiverl.commands.export import main
 
-    return main(given)
+    return main(given, run)
 
 
 def _keys(given: Namespace) -> int:

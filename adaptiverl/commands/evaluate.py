@@ -28,9 +28,8 @@ Figures = dict[str, dict[str, Any]]  # by name in metrics.jsonl: trained, start,
 MODELS = ("trained", "start")
 
 
-def main(given: Namespace) -> int:
+def main(given: Namespace, run: RunReader) -> int:
     """Prints a table and writes it as JSON, into the run's folder unless told otherwise."""
-    run = RunReader(given.run)
     checkpoint = run.choose(given.checkpoint)
     c = run.config
     source = str(given.prompts.resolve()) if given.prompts else c.EVAL_FILE or c.TRAIN_FILE
@@ -93,12 +92,14 @@ def measure(
     scores = rewards.wait(pending["trained"] + pending["start"])
     both = {"reward": _total(rewards, scores, count)} if rewards.trained.names else {}
     both |= rewards.columns(scores)
-    both["completions/length"] = torch.tensor([len(each) for who in MODELS for each in ids[who]])
+    both["completions/mean_length"] = torch.tensor(
+        [len(each) for who in MODELS for each in ids[who]]
+    )
     figures: Figures = {}
     for name, column in both.items():
         trained, start = column.double().split(count)
         figures[name] = {k: v._asdict() for k, v in compare(trained, start, rows).items()}
-    del figures["completions/length"]["win_rate"]
+    del figures["completions/mean_length"]["win_rate"]
     figures["kl_per_completion"] = {"trained": estimate(torch.cat(kl), rows)._asdict()}
     for n in (1, 2):
         values = {who: Estimate(distinct(ids[who], n), None) for who in MODELS}

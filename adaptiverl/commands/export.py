@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, constants
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HTTPError
 from transformers import GenerationConfig
 from transformers.utils import PushToHubMixin
 
@@ -26,10 +26,9 @@ from adaptiverl.training.hub import go_offline_without_it
 from adaptiverl.training.inputs import as_config_error, located
 
 
-def main(given: Namespace) -> int:
+def main(given: Namespace, run: RunReader) -> int:
     """Writes the folder, and uploads it if asked to; the exit status."""
-    folder, run = given.dir.absolute(), RunReader(given.run)
-    c = run.config
+    folder, c = given.dir.absolute(), run.config
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{given.dir} exists and is not empty: name another folder")
     if given.merge and c.FULLTUNE:
@@ -147,7 +146,7 @@ def _push(folder: Path, name: str) -> str:
         _ExportedModel(folder).push_to_hub(name)
         card = folder / "README.md"
         HfApi().upload_file(path_or_fileobj=card, path_in_repo=card.name, repo_id=name)
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except (HTTPError, OSError, ValueError) as error:
         raise ConfigError(
             f"--push {name}: {error}. {folder} is whole; `hf upload {name} {folder}` tries again"
         ) from error

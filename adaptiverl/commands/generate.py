@@ -24,11 +24,10 @@ from adaptiverl.training.metrics import cell
 WHO = ("trained", "start")
 
 
-def main(given: Namespace) -> int:
+def main(given: Namespace, run: RunReader) -> int:
     """Answers the prompts of the command line, of --file or of stdin; the exit status."""
     if given.prompts and given.file:
         raise ConfigError("give prompts or --file, not both")
-    run = RunReader(given.run)
     checkpoint = run.choose(given.checkpoint)
     file = given.file and given.file.resolve()
     chat = not given.prompts and not file and sys.stdin.isatty()

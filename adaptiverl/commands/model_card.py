@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ ALWAYS = (
 )  # fmt: skip
 
 
-def model_card(run: RunReader, checkpoint: Checkpoint, *, name: str, base: str, adapter: bool) -> str:
+def model_card(
+    run: RunReader, checkpoint: Checkpoint, *, name: str, base: str, adapter: bool
+) -> str:
     """The card of the model of `checkpoint`, which is loaded as `name`.
 
     `base` is the model under its adapter, or MODEL; `adapter` says that it is an adapter of that.
@@ -80,7 +83,9 @@ def _cell(value: Any) -> str:
 def _reward(reward: Reward) -> dict[str, Any]:
     own = reward.model_dump(mode="json", by_alias=True)
     changed = reward.changed() - {"NAME", "WEIGHT", "TYPE"}
-    given = {key: _public(own[key]) if key == "MODEL" else own[key] for key in own if key in changed}
+    given = {
+        key: _public(own[key]) if key == "MODEL" else own[key] for key in own if key in changed
+    }
     keys = ", ".join(f"`{key}` {_cell(value)}" for key, value in given.items())
     meaning = " ".join((type(reward).__doc__ or "").split("\n\n")[0].split())
     return {"name": reward.name, "meaning": meaning, "weight": own["WEIGHT"], "given": keys}
@@ -99,7 +104,7 @@ def _curve(rows: Sequence[dict[str, Any]]) -> list[tuple[str, list[str]]]:
     count = min(ROWS, len(rows))
     bounds = [len(rows) * i // count for i in range(count + 1)] if count else []
     result = []
-    for first, last in zip(bounds, bounds[1:], strict=False):
+    for first, last in pairwise(bounds):
         part = rows[first:last]
         steps = f"{part[0]['step']}–{part[-1]['step']}" if len(part) > 1 else f"{part[0]['step']}"
         cells = []

@@ -7,6 +7,7 @@ import copy
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ class TrainedModel:
         if c.FP16 and not torch.cuda.is_available():
             logging.warning("FP16 needs a GPU, and there is none: computing in fp32")
             update["FP16"] = False
-        resumed = checkpoint.path
+        resumed: Path | None = checkpoint.path
         if c.FULLTUNE and not start:  # a checkpoint is a model by itself: MODEL need not exist
             update["MODEL"], resumed = str(checkpoint.path), None
         self.config = c.model_copy(update=update)
@@ -159,7 +160,7 @@ class RunRewards:
 
     def columns(self, scores: Scores) -> dict[str, Tensor]:
         """Each reward's scores [B], by its name in metrics.jsonl without /mean."""
-        result = {}
+        result: dict[str, Tensor] = {}
         for prefix, names, values in (
             ("rewards/", self.trained.names, scores.trained),
             ("held_out/rewards/", self.held_out.names, scores.held_out),
