@@ -1,4 +1,4 @@
-"""The command `adaptiverl`, also `python -m adaptiverl`: train, explain, keys, schema."""
+"""The command `adaptiverl`, also `python -m adaptiverl`: train, and what reads a run's folder."""
 
 import sys
 from pathlib import Path
@@ -8,8 +8,139 @@ if Path(sys.path[0]).resolve() != Path(__file__).resolve().parents[1]:
     sys.path.append(sys.path.pop(0))
 
 import argparse
+import logging
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+from adaptiverl.commands.run_folder import RunReader
 from adaptiverl.config.schema import ConfigError
+from adaptiverl.files.console import Console, printable
+
+# What a command does is imported by it: most need seconds, and a mistake is told before
+
+
+def _explain(given: Namespace) -> int:
+    from adaptiverl.commands.explain import explain
+
+    print(explain(given.run))
+    return 0
+
+
+def _generate(given: Namespace) -> int:
+    run = RunReader(given.run)
+    from adaptiverl.commands.generate import main
+
+    return main(given, run)
+
+
+def _evaluate(given: Namespace) -> int:
+    run = RunReader(given.run)
+    from adaptiverl.commands.evaluate import main
+
+    return main(given, run)
+
+
+def _export(given: Namespace) -> int:
+    run = RunReader(given.run)
+    from adaptiverl.commands.export import main
+
+    return main(given, run)
+
+
+def _keys(given: Namespace) -> int:
+    from adaptiverl.commands.keys import table
+
+    print(table())
+    return 0
+
+
+def _schema(given: Namespace) -> int:
+    from adaptiverl.commands.keys import schema
+
+    print(schema())
+    return 0
+
+
+def _count(text: str) -> int:
+    """A whole number above 0."""
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
+
+def _seed(text: str) -> int:
+    if not 0 <= (number := int(text)) < 2**32:
+        raise ValueError
+    return number
+
+
+class Argument:
+    """What argparse's add_argument takes."""
+
+    def __init__(self, *names: str, **options: Any):
+        self.names, self.options = names, options
+
+
+class Command(NamedTuple):
+    help: str
+    run: Callable[[Namespace], int]
+    arguments: list[Argument]
+
+
+RUN = Argument("run", metavar="RUN", type=Path, help="the OUTPUT_DIR of a run")
+CHECKPOINT = Argument(
+    "--checkpoint",
+    metavar="best|final|N",
+    help="which checkpoint; N is a step. Without it: best if there is one, else the newest",
+)
+SEED = Argument("--seed", type=_seed, help="of the random numbers; the run's SEED if absent")
+ALL_REWARDS = Argument(
+    "--all-rewards", action="store_true", help="also those that cost money or ask people"
+)
+COMMANDS = {
+    "generate": Command(
+        "completions by the trained model, with their rewards; without prompts, a chat",
+        _generate,
+        [
+            RUN,
+            Argument("prompts", metavar="PROMPT", nargs="*", help="else --file, or lines of stdin"),
+            Argument("--file", type=Path, help="prompts: .json, .jsonl, .csv or .parquet"),
+            Argument("-n", "--n", type=_count, help="completions per prompt; 4, in a chat 1"),
+            Argument("--base", action="store_true", help="also those of the model before training"),
+            CHECKPOINT,
+            SEED,
+            ALL_REWARDS,
+        ],
+    ),
+    "evaluate": Command(
+        "the trained model against the model before training: rewards, KL, diversity",
+        _evaluate,
+        [
+            RUN,
+            Argument("--prompts", type=Path, help="file of prompts; else EVAL_FILE or TRAIN_FILE"),
+            Argument("-n", "--n", type=_count, default=256, help="completions by each model; 256"),
+            Argument("--json", type=Path, help="where to write; RUN/evaluation.json if absent"),
+            CHECKPOINT,
+            SEED,
+            ALL_REWARDS,
+        ],
+    ),
+    "export": Command(
+        "the trained model as a folder, with a model card, that transformers or peft load",
+        _export,
+        [
+            RUN,
+            Argument("dir", metavar="DIR", type=Path, help="a new folder"),
+            Argument("--merge", action="store_true", help="merge the adapter into its base"),
+            Argument("--push", metavar="HUB_ID", help="also upload it to the Hugging Face hub"),
+            CHECKPOINT,
+        ],
+    ),
+    "explain": Command("what moved the learning rate of a run, and when", _explain, [RUN]),
+    "keys": Command("all keys of config.json, with defaults and meanings", _keys, []),
+    "schema": Command("the JSON schema of config.json, for editors", _schema, []),
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,24 +155,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="adaptiverl")
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
     commands.add_parser("train", help="config.json [KEY=VALUE ...] [--dry-run]: trains a model")
-    explain = commands.add_parser("explain", help="what moved the learning rate of a run, and when")
-    explain.add_argument("run", type=Path, help="the OUTPUT_DIR of a run")
-    commands.add_parser("keys", help="all keys of config.json, with defaults and meanings")
-    commands.add_parser("schema", help="the JSON schema of config.json, for editors")
+    for name, entry in COMMANDS.items():
+        own = commands.add_parser(name, help=entry.help, description=entry.help)
+        for argument in entry.arguments:
+            own.add_argument(*argument.names, **argument.options)
     given = parser.parse_args(words)
+    logging.basicConfig(
+        level=logging.WARNING, format="%(levelname)s: %(message)s", handlers=[Console()]
+    )
     try:
-        if given.command == "explain":
-            from adaptiverl.commands.explain import explain as text
-
-            print(text(given.run))
-        else:
-            from adaptiverl.commands import keys
-
-            print(keys.schema() if given.command == "schema" else keys.table())
+        return COMMANDS[given.command].run(given)
     except ConfigError as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
+        print(f"error: {printable(str(mistake))}", file=sys.stderr)
         return 2
-    return 0
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

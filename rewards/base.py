@@ -54,6 +54,8 @@ class Reward(BaseModel):
     loads_model: ClassVar[bool] = False
     # Works in a run of one process only
     one_process: ClassVar[bool] = False
+    # Asks people, or a service that may cost money
+    external: ClassVar[bool] = False
     # Keys that are of use only where a policy is trained on the reward
     training_keys: ClassVar[frozenset[str]] = frozenset({"WEIGHT", "NORMALIZE", "CLIP"})
     # Keys that a run may change when it is resumed, because they do not change what is rewarded

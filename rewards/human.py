@@ -32,6 +32,7 @@ class HumanReward(Reward):
     20th label on. Starting it raises ValueError where people could not be asked.
     """
 
+    external: ClassVar[bool] = True
     one_process: ClassVar[bool] = True
     free_keys: ClassVar[frozenset[str]] = frozenset({
         "TIMEOUT", "WHERE", "HOST", "PORT", "TOKEN_ENV", "LABELS"

@@ -57,6 +57,7 @@ class JudgeReward(Reward):
     reported as the metrics NAME/calls, /retries, /cached and, with PRICES, /cost.
     """
 
+    external: ClassVar[bool] = True
     training_keys: ClassVar[frozenset[str]] = Reward.training_keys | {"MAX_MISSING"}
     free_keys: ClassVar[frozenset[str]] = frozenset({
         "BASE_URL", "KEY_ENV", "CONCURRENCY", "REQUESTS_PER_MINUTE", "TOKENS_PER_MINUTE", "TIMEOUT",

@@ -26,6 +26,7 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # errors of file systems
 FILES = ("metrics.jsonl", "samples.jsonl", "controller.jsonl", "dynamics.jsonl")
 WRITTEN = (  # all that a run leaves in its folder
     *FILES, "config.json", "lr_vs_reward.png", "tensorboard", "step-*", "final", ".old-*", ".new-*",
+    "evaluation.json",
 )  # fmt: skip
 
 
@@ -60,10 +61,10 @@ def newest(output_dir: Path) -> tuple[Path, int] | None:
             except (ValueError, KeyError) as error:
                 log.warning("%s is damaged (%s: %s): not used", folder, MANIFEST, error)
     for step, _, folder, manifest in sorted(found, key=lambda each: each[:3], reverse=True):
-        damage = _damage(folder, manifest["files"])
-        if damage is None:
+        wrong = _damage(folder, manifest["files"])
+        if wrong is None:
             return folder, step
-        log.warning("%s is damaged (%s): using the one before it", folder, damage)
+        log.warning("%s is damaged (%s): using the one before it", folder, wrong)
     return None
 
 
@@ -117,17 +118,19 @@ def prune(output_dir: Path, keep: int, written: Path | None = None) -> None:
         shutil.rmtree(leftover)
     steps = sorted(output_dir.glob("step-*"), key=lambda path: (len(path.name), path.name))
     steps = steps[::-1]  # the newest first
-    whole = next((path for path in steps if path == written or _is_whole(path)), None)
+    whole = next((path for path in steps if path == written or damage(path) is None), None)
     for folder in steps[keep:] if keep else []:
         if folder != whole:
             shutil.rmtree(folder)
 
 
-def _is_whole(folder: Path) -> bool:
+def damage(folder: Path) -> str | None:
+    """What is wrong with the checkpoint in `folder`; None if it is whole."""
     try:
-        return _damage(folder, json.loads((folder / MANIFEST).read_text())["files"]) is None
-    except (OSError, ValueError, KeyError):
-        return False
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError) as error:
+        return f"{MANIFEST}: {error}"
+    return _damage(folder, files)
 
 
 def _damage(folder: Path, files: dict[str, str]) -> str | None:

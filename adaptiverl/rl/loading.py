@@ -5,6 +5,7 @@ Weights that are trained are fp32. fp16 and bf16 are the autocast of whoever run
 
 import copy
 import json
+import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,8 @@ def load_policy(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype
         )
     elif quantize == "8bit":
+        # Or bitsandbytes would say at each product that it rounds what it multiplies
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         kwargs["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
 
     def first_model() -> Any:

@@ -95,7 +95,14 @@ class Policy(nn.Module):
     @torch.no_grad()
     def logprobs(self, rollout: Rollout) -> Tensor:
         """log π of the completions' tokens, [B, T], 0 where masked."""
-        return self._logprobs(self.base, rollout)
+        mask = rollout.completion_mask.bool()
+        tokens = rollout.completion_ids[mask]
+        if self.plain_head:
+            states, head = self._states(self.base, rollout), self.base.get_output_embeddings()
+            result = plain_logprobs(states, head, tokens, self.temperature)
+        else:
+            result = self._log_softmax(self.base, rollout).gather(-1, tokens[:, None])[:, 0]
+        return result.new_zeros(mask.shape).masked_scatter(mask, result)
 
     @torch.no_grad()
     def distributions(self, rollout: Rollout) -> Tensor:
@@ -108,23 +115,30 @@ class Policy(nn.Module):
     @torch.no_grad()
     def reference_logprobs(self, rollout: Rollout, micro_batches: int = 1) -> Tensor:
         """As `logprobs`, by the reference, in `micro_batches` passes."""
-        (reference,) = self._reference
-        if reference is None and not self.has_adapter:
-            raise RuntimeError("this policy was loaded without a reference")
         result = torch.zeros_like(rollout.logprobs)
         for rows in rollout.split_rows(micro_batches):
-            batch = rollout.select(rows)
-            if reference is not None:
-                measured = self._logprobs(reference, batch)
-            else:
-                with self._at_reference():
-                    measured = self._logprobs(self.base, batch)
+            with self.as_reference():
+                measured = self.logprobs(rollout.select(rows))
             result[rows, : measured.shape[1]] = measured
         return result
 
     @contextmanager
-    def _at_reference(self) -> Iterator[None]:
-        """Within this, the model has its reference adapter, or none."""
+    def as_reference(self) -> Iterator[None]:
+        """Within this, the policy is its reference.
+
+        A backend that keeps CUDA graphs must not be used both within and without: a graph keeps
+        the weights and the adapter that it was captured with.
+        """
+        (reference,) = self._reference
+        if reference is not None:
+            trained, self.lm = self.lm, reference
+            try:
+                yield
+            finally:
+                self.lm = trained
+            return
+        if not self.has_adapter:
+            raise RuntimeError("this policy was loaded without a reference")
         if REFERENCE not in self.lm.peft_config:
             with self.lm.disable_adapter():
                 yield
@@ -134,16 +148,6 @@ class Policy(nn.Module):
             yield
         finally:
             self.lm.set_adapter(TRAINED)
-
-    def _logprobs(self, base: Any, rollout: Rollout) -> Tensor:
-        mask = rollout.completion_mask.bool()
-        tokens = rollout.completion_ids[mask]
-        if self.plain_head:
-            states = self._states(base, rollout)
-            result = plain_logprobs(states, base.get_output_embeddings(), tokens, self.temperature)
-        else:
-            result = self._log_softmax(base, rollout).gather(-1, tokens[:, None])[:, 0]
-        return result.new_zeros(mask.shape).masked_scatter(mask, result)
 
     def _states(self, base: Any, rollout: Rollout) -> Tensor:
         """The hidden states [N, D] that predict the completions' N unmasked tokens."""

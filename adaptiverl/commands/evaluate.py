@@ -1,0 +1,154 @@
+"""`adaptiverl evaluate RUN`: the trained model against the model before the training.
+
+Both complete the same prompts from the same random numbers, so that their differences are paired.
+"""
+
+import json
+import math
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from tabulate import tabulate
+from tqdm import tqdm
+
+from adaptiverl.commands.paired import Estimate, compare, estimate
+from adaptiverl.commands.run_folder import RunReader
+from adaptiverl.commands.trained import RunRewards, TrainedModel
+from adaptiverl.rl.data import indices_at, load_prompts
+from adaptiverl.rl.diversity import distinct
+from adaptiverl.rl.rollout import Rollout, uniforms
+from adaptiverl.training.batches import columns
+from adaptiverl.training.inputs import as_config_error
+from adaptiverl.training.scoring import Scores
+
+Figures = dict[str, dict[str, Any]]  # by name in metrics.jsonl: trained, start, difference, …
+MODELS = ("trained", "start")
+
+
+def main(given: Namespace, run: RunReader) -> int:
+    """Prints a table and writes it as JSON, into the run's folder unless told otherwise."""
+    checkpoint = run.choose(given.checkpoint)
+    c = run.config
+    source = str(given.prompts.resolve()) if given.prompts else c.EVAL_FILE or c.TRAIN_FILE
+    key = "--prompts" if given.prompts else "EVAL_FILE" if c.EVAL_FILE else "TRAIN_FILE"
+    to = given.json.resolve() if given.json else run.path / "evaluation.json"
+    seed = c.SEED if given.seed is None else given.seed
+    with run.as_started():
+        with as_config_error(key):
+            split = "test" if key == "EVAL_FILE" else "train"
+            prompts = load_prompts(source, c.PROMPT_COLUMN, split)
+        model = TrainedModel(c, checkpoint, start=True)
+        rewards = RunRewards(model, prompts, source, given.all_rewards, several=False)
+        try:
+            figures = measure(model, rewards, prompts, given.n, seed)
+        finally:
+            rewards.close()
+    about = {
+        "checkpoint": checkpoint.path.name,
+        "step": checkpoint.step,
+        "prompts": Path(source).name if Path(source).is_absolute() else source,
+        "trained_on": key == "TRAIN_FILE",
+        "completions": given.n,
+        "different_prompts": min(given.n, len(prompts)),
+        "seed": seed,
+        "left_out": rewards.left_out,
+        "figures": {name: dict(row) for name, row in figures.items()},
+    }
+    said = f"{given.n} completions of {about['different_prompts']} prompts of {about['prompts']}"
+    print(f"{run.path.name}/{checkpoint.path.name}, after {checkpoint.step} steps: {said}")
+    print(table(figures))
+    for name, why in rewards.left_out.items():
+        print(f"left out  {name}: {why}")
+    with as_config_error("--json" if given.json else "RUN"):
+        _write(to, about)
+    print(f"written to {to}")
+    return 0
+
+
+def measure(
+    model: TrainedModel, rewards: RunRewards, prompts: Dataset, count: int, seed: int
+) -> Figures:
+    """All figures of `count` completions by each model; of all prompts before one comes twice."""
+    c = model.config
+    rows = indices_at(0, count, len(prompts), seed)
+    numbers = uniforms(seed, 0, count, c.MAX_NEW_TOKENS)
+    pending: dict[str, list] = {who: [] for who in MODELS}
+    ids: dict[str, list[list[int]]] = {who: [] for who in MODELS}
+    nats = dict.fromkeys(MODELS, 0.0)  # −log π₀ of all completions, at temperature 1
+    kl = []
+    for first in tqdm(range(0, count, c.BATCH_SIZE), disable=None, unit="batch"):
+        part = slice(first, first + c.BATCH_SIZE)
+        batch = columns(c, prompts, rows[part])
+        for who in MODELS:
+            rollout = model.sample(batch["prompt"], numbers[part], start=who == "start")
+            pending[who].append(rewards.begin(batch, rollout, model.decode(rollout)))
+            ids[who] += rollout.tokens()
+            nats[who] -= model.logprobs(rollout, start=True, temperature=1.0).double().sum().item()
+            if who == "trained":
+                kl.append(_kl(model, rollout))
+    scores = rewards.wait(pending["trained"] + pending["start"])
+    both = {"reward": _total(rewards, scores, count)} if rewards.trained.names else {}
+    both |= rewards.columns(scores)
+    both["completions/mean_length"] = torch.tensor(
+        [len(each) for who in MODELS for each in ids[who]]
+    )
+    figures: Figures = {}
+    for name, column in both.items():
+        trained, start = column.double().split(count)
+        figures[name] = {k: v._asdict() for k, v in compare(trained, start, rows).items()}
+    del figures["completions/mean_length"]["win_rate"]
+    figures["kl_per_completion"] = {"trained": estimate(torch.cat(kl), rows)._asdict()}
+    for n in (1, 2):
+        values = {who: Estimate(distinct(ids[who], n), None) for who in MODELS}
+        figures[f"completions/distinct_{n}"] = {who: v._asdict() for who, v in values.items()}
+    tokens = {who: sum(map(len, ids[who])) for who in MODELS}
+    figures["perplexity_under_start"] = {
+        who: Estimate(math.exp(nats[who] / tokens[who]), None)._asdict() for who in MODELS
+    }
+    return figures
+
+
+def _total(rewards: RunRewards, scores: Scores, count: int) -> torch.Tensor:
+    """[2 · count], in the order of `scores`; what one of a pair misses says nothing against it."""
+    pairs = torch.arange(2 * count).view(2, count).T.flatten()
+    ordered = rewards.total(Scores(scores.trained[pairs], scores.held_out[pairs]), groups=2)
+    return torch.empty_like(ordered).index_copy_(0, pairs, ordered)
+
+
+def _kl(model: TrainedModel, rollout: Rollout) -> torch.Tensor:
+    """log π − log π₀ of each completion [B], which estimates the KL without bias."""
+    gap = model.logprobs(rollout) - model.logprobs(rollout, start=True)
+    return gap.sum(-1).double().cpu()
+
+
+def table(figures: Figures, style: str = "simple") -> str:
+    """One row per figure: mean ± standard error of both, of their difference, and wins.
+
+    `style` is tabulate's.
+    """
+    heads = ("trained", "start", "difference", "win_rate")
+    rows = [
+        [name, *(_shown(row.get(head), sign=head == "difference") for head in heads)]
+        for name, row in figures.items()
+    ]
+    return tabulate(rows, ("", *heads[:3], "win rate"), tablefmt=style, disable_numparse=True)
+
+
+def _shown(value: dict[str, float | None] | None, sign: bool) -> str:
+    """`+0.292 ± 0.020`"""
+    if value is None:
+        return ""
+    if value["mean"] is None:
+        return "missing"
+    mean = f"{value['mean']:+.3f}" if sign else f"{value['mean']:.3f}"
+    return mean if value["se"] is None else f"{mean} ± {value['se']:.3f}"
+
+
+def _write(path: Path, values: dict[str, Any]) -> None:
+    """All of the file or nothing: `export` reads it."""
+    new = path.with_name(f".new-{path.name}")
+    new.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    new.replace(path)

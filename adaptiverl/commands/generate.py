@@ -1,0 +1,139 @@
+"""`adaptiverl generate RUN`: completions by a run's model, with what each reward says of them.
+
+With --base, beside those of the model before the training, from the same random numbers.
+"""
+
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from datasets import Dataset
+from torch import Tensor
+
+from adaptiverl.commands.run_folder import RunReader
+from adaptiverl.commands.trained import RunRewards, TrainedModel, readable
+from adaptiverl.config.schema import ConfigError
+from adaptiverl.files.console import printable
+from adaptiverl.rl.data import load_prompts
+from adaptiverl.rl.rollout import uniforms
+from adaptiverl.training.batches import Batch, columns
+from adaptiverl.training.inputs import as_config_error
+from adaptiverl.training.metrics import cell
+
+WHO = ("trained", "start")
+
+
+def main(given: Namespace, run: RunReader) -> int:
+    """Answers the prompts of the command line, of --file or of stdin; the exit status."""
+    if given.prompts and given.file:
+        raise ConfigError("give prompts or --file, not both")
+    checkpoint = run.choose(given.checkpoint)
+    file = given.file and given.file.resolve()
+    chat = not given.prompts and not file and sys.stdin.isatty()
+    with run.as_started():
+        prompts = None if chat else _prompts(run, given.prompts, file)
+        model = TrainedModel(run.config, checkpoint, start=given.base)
+        count = given.n or (1 if chat else 4)
+        known = prompts or Dataset.from_dict({run.config.PROMPT_COLUMN: ["a line"]})
+        source = str(file) if file else "a prompt that is typed"
+        rewards = RunRewards(model, known, source, given.all_rewards, several=count > 1)
+        try:
+            print(f"model  {checkpoint.path}, after {checkpoint.step} steps", file=sys.stderr)
+            for name, why in rewards.left_out.items():
+                print(f"left out  {name}: {why}", file=sys.stderr)
+            seed = run.config.SEED if given.seed is None else given.seed
+            answer = Answers(model, rewards, count, seed, given.base)
+            if prompts is None:
+                _chat(lambda line: answer({"prompt": [line]}))
+                return 0
+            size = max(1, run.config.BATCH_SIZE // count)
+            for first in range(0, len(prompts), size):
+                rows = list(range(first, min(first + size, len(prompts))))
+                print(answer(columns(model.config, prompts, rows)), flush=True)
+        finally:
+            rewards.close()
+    return 0
+
+
+def _prompts(run: RunReader, typed: list[str], file: Path | None) -> Dataset:
+    column = run.config.PROMPT_COLUMN
+    if file:
+        with as_config_error("--file"):
+            return load_prompts(str(file), column)
+    lines = typed or [line for line in sys.stdin.read().splitlines() if line]
+    if not all(lines) or not lines:
+        raise ConfigError("there is no prompt, or an empty one: give text to complete")
+    return Dataset.from_dict({column: lines})
+
+
+def _chat(answer: Callable[[str], str]) -> None:
+    """Answers each line that is typed, until the end of input."""
+    print("Type a prompt and Enter; Ctrl-D ends.", file=sys.stderr)
+    while True:
+        try:
+            line = input("> ")
+        except EOFError:
+            print()
+            return
+        if line:
+            print(answer(line), flush=True)
+
+
+class Answers:
+    """Completes batches of prompts, `count` times each, and shows the completions as text.
+
+    Each call takes other random numbers, which follow from `seed` and the number of the call.
+    """
+
+    def __init__(
+        self, model: TrainedModel, rewards: RunRewards, count: int, seed: int, start: bool
+    ):
+        self.model, self.rewards, self.count, self.seed = model, rewards, count, seed
+        self.who = WHO[: 1 + start]
+        self.calls = 0
+
+    def __call__(self, prompts: Batch) -> str:
+        """`prompts` has a row per prompt."""
+        batch = {
+            name: [value for value in column for _ in range(self.count)]
+            for name, column in prompts.items()
+        }
+        rows, length = len(batch["prompt"]), self.model.config.MAX_NEW_TOKENS
+        numbers = uniforms(self.seed, self.calls, rows, length)
+        self.calls += 1
+        texts, pending = [], []
+        for who in self.who:
+            rollout = self.model.sample(batch["prompt"], numbers, start=who == "start")
+            texts.append(self.model.decode(rollout))
+            pending.append(self.rewards.begin(batch, rollout, texts[-1]))
+        scores = self.rewards.wait(pending)
+        total = self.rewards.total(scores, self.count)
+        by_reward = self.rewards.columns(scores)
+
+        def lines() -> Iterator[str]:
+            for row in range(rows):
+                if row % self.count == 0:
+                    yield f"\n> {readable(batch['prompt'][row])}"
+                for i, who in enumerate(self.who):
+                    number = f"{row % self.count + 1}" + f" {who}" * (len(self.who) > 1)
+                    yield f"[{number}] {texts[i][row].strip()}"
+                    at = i * rows + row
+                    if by_reward:
+                        yield f"    {_scores(total, by_reward, at)}"
+
+        return printable("\n".join(lines()))
+
+
+def _scores(total: Tensor, by_reward: dict[str, Tensor], row: int) -> str:
+    """`reward 0.93 (sentiment 0.93, length 0.41)`, of one completion."""
+
+    def shown(value: Tensor) -> str:
+        return cell(None if value.isnan() else value.item())
+
+    parts = ", ".join(
+        f"{name.removeprefix('rewards/').replace('held_out/rewards/', 'held out: ')} "
+        f"{shown(column[row])}"
+        for name, column in by_reward.items()
+    )
+    return f"reward {shown(total[row])} ({parts})"

@@ -1,0 +1,120 @@
+"""The folder of a run, read: its config, its metrics, and which checkpoint to use.
+
+Loads torch only to verify a checkpoint or to read metrics. Leaves out models and rewards, which are
+trained.py's.
+"""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import chdir, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from adaptiverl.config.loading import load_config
+from adaptiverl.config.schema import ConfigError
+from adaptiverl.training.keys import RunConfig
+
+MANIFEST = "manifest.json"  # of files/checkpoint.py, which imports torch
+
+
+class Checkpoint(NamedTuple):
+    """A folder with the run's weights after `step` steps."""
+
+    path: Path
+    step: int
+
+
+class RunReader:
+    """What the run in `path` left. Raises ConfigError where `path` holds no run."""
+
+    def __init__(self, path: Path):
+        self.path = path.resolve()
+        if not self.path.is_dir():
+            raise ConfigError(f"there is no folder {path}: name the OUTPUT_DIR of a run")
+        if (self.path / "run_config.json").exists():
+            raise ConfigError(
+                f"{path} is a checkpoint: name the folder of its run, {self.path.parent}, and "
+                f"choose the checkpoint by --checkpoint {self.path.name.removeprefix('step-')}"
+            )
+        logged = (self.path / "metrics.jsonl").exists()
+        if not (self.path / "config.json").exists() or not (logged or self.checkpoints()):
+            raise ConfigError(f"{path} holds no run: name the OUTPUT_DIR of a run")
+        # A tracker of the run need not be installed where its model is used
+        self.config = load_config(self.path / "config.json", ["TRACKERS=[]"], schema=RunConfig)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl, in the order of the steps; none if there is no such file."""
+        from adaptiverl.files.logs import read_rows  # imports torch
+
+        file = self.path / "metrics.jsonl"
+        return read_rows(file) if file.exists() else []
+
+    def checkpoints(self) -> dict[str, int]:
+        """The steps of all checkpoints by name, undamaged or not, in the order of the steps."""
+        found = {}
+        for name in ("step-*", "best", "final"):
+            for manifest in self.path.glob(f"{name}/{MANIFEST}"):
+                try:
+                    found[manifest.parent.name] = int(json.loads(manifest.read_text())["step"])
+                except (OSError, ValueError, KeyError) as error:
+                    logging.warning("%s is damaged: %s", manifest.parent, error)
+        return dict(sorted(found.items(), key=lambda item: item[1]))
+
+    def choose(self, which: str | None = None) -> Checkpoint:
+        """The checkpoint `which`: best, final or a step's number.
+
+        None is best if there is one, else the newest that is undamaged; a run that has not
+        finished, or whose newest checkpoint is damaged, is warned of. Raises ConfigError if
+        `which` does not exist or is damaged, or if there is none.
+        """
+        steps = self.checkpoints()
+        if not steps:
+            raise ConfigError(
+                f"{self.path} has no checkpoint yet: wait for SAVE_EVERY "
+                f"{self.config.SAVE_EVERY}, or stop the run by Ctrl-C, which saves"
+            )
+        names = [name for name, step in steps.items() if which in (name, str(step))]
+        if which and not names:
+            known = ", ".join(dict.fromkeys(name.removeprefix("step-") for name in steps))
+            raise ConfigError(f"--checkpoint {which}: {self.path} has none such, only {known}")
+        from adaptiverl.files import checkpoint  # imports torch
+
+        if which:
+            name = names[0]
+            if wrong := checkpoint.damage(self.path / name):
+                raise ConfigError(
+                    f"{self.path / name} is damaged ({wrong}): choose another by --checkpoint"
+                )
+            return Checkpoint(self.path / name, steps[name])
+        if "best" in steps:
+            if (wrong := checkpoint.damage(self.path / "best")) is None:
+                return Checkpoint(self.path / "best", steps["best"])
+            logging.warning("%s is damaged (%s): not used", self.path / "best", wrong)
+        found = checkpoint.newest(self.path)
+        if found is None:
+            raise ConfigError(f"all checkpoints in {self.path} are damaged")
+        if "final" not in steps:
+            logging.warning(
+                "%s has not finished: using its newest checkpoint, %s", self.path, found[0].name
+            )
+        return Checkpoint(*found)
+
+    @contextmanager
+    def as_started(self) -> Iterator[None]:
+        """Within this, the working directory is the one where the run was started, if known.
+
+        Relative paths in the config and modules of python rewards are found from there. It follows
+        from a relative OUTPUT_DIR. An absolute one, or a run that was moved, leaves the working
+        directory as it is.
+        """
+        output = Path(os.path.normpath(self.config.OUTPUT_DIR))
+        place, here = self.path, Path.cwd()
+        if not output.is_absolute() and place.parts[-len(output.parts) :] == output.parts:
+            here = Path(*place.parts[: -len(output.parts)])
+        with chdir(here):
+            if str(here) not in sys.path:
+                sys.path.append(str(here))
+            yield
