@@ -1,5 +1,6 @@
 """Chat models: templates, stop strings and ends of turns, what rewards get, what people read."""
 
+import io
 import json
 import sys
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, read_jsonl, without_clock
+from conftest import ROOT, in_this_process, read_jsonl, without_clock
 from datasets import Dataset
 from jinja2 import Environment
 from safetensors.torch import load_file
@@ -30,6 +31,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from adaptiverl.__main__ import main as adaptiverl
 from adaptiverl.config.loading import load_config
 from adaptiverl.rl.chat import PromptError, given_prompt, readable
 from adaptiverl.rl.data import load_prompts
@@ -182,6 +184,32 @@ def test_a_chat_model_trains_from_end_to_end(main, keys, models, tmp_path, kind)
     assert any(not torch.equal(before[name], after[name]) for name in after)
     again = AutoTokenizer.from_pretrained(tmp_path / "run/final")
     assert again.chat_template == TEMPLATES[kind]
+
+
+def test_after_a_run_lines_are_messages_and_a_chat_remembers(
+    main, keys, tmp_path, monkeypatch, capsys
+):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    assert main(keys | {"STEPS": 1, "SYSTEM": SYSTEM, "STOP": ["zzz"]}) == 0
+    run = str(tmp_path / "run")
+    capsys.readouterr()
+    with in_this_process():
+        assert adaptiverl(["generate", run, "Hello", "-n", "1"]) == 0
+        one = capsys.readouterr().out
+        assert f"> system: {SYSTEM}\nuser: Hello\n" in one
+        monkeypatch.setattr("sys.stdin", Terminal("Hello\nAnd then?\n"))
+        assert adaptiverl(["generate", run]) == 0
+        first, second = capsys.readouterr().out.split("\n> system: ")[1:]
+        answer = first.split("\n[1] ")[1].split("\n    reward")[0]
+        turns = second.replace("assistant:  ", "assistant: ")  # a first space is not shown
+        assert f"user: Hello\nassistant: {answer}\nuser: And then?\n" in turns
+        assert adaptiverl(["export", run, str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out/generation_config.json").read_text())["stop_strings"] == [
+        "zzz"
+    ]
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(main, keys, tmp_path):

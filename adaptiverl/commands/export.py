@@ -85,6 +85,7 @@ def generation_config(model: TrainedModel) -> GenerationConfig:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=ends if len(ends) > 1 else ends[0],
         pad_token_id=tokenizer.pad_token_id,
+        stop_strings=c.STOP or None,
     )
 
 

@@ -5,16 +5,17 @@ With --base, beside those of the model before the training, from the same random
 
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from datasets import Dataset
 from torch import Tensor
 
 from adaptiverl.commands.run_folder import RunReader
-from adaptiverl.commands.trained import RunRewards, TrainedModel, readable
+from adaptiverl.commands.trained import RunRewards, TrainedModel
 from adaptiverl.config.schema import ConfigError
 from adaptiverl.files.console import printable
+from adaptiverl.rl.chat import Prompt, given_prompt, readable
 from adaptiverl.rl.data import load_prompts
 from adaptiverl.rl.rollout import uniforms
 from adaptiverl.training.batches import Batch, columns
@@ -35,7 +36,9 @@ def main(given: Namespace, run: RunReader) -> int:
         prompts = None if chat else _prompts(run, given.prompts, file)
         model = TrainedModel(run.config, checkpoint, start=given.base)
         count = given.n or (1 if chat else 4)
-        known = prompts or Dataset.from_dict({run.config.PROMPT_COLUMN: ["a line"]})
+        known = prompts or Dataset.from_dict(
+            {run.config.PROMPT_COLUMN: [_as_prompt(run, "a line")]}
+        )
         source = str(file) if file else "a prompt that is typed"
         rewards = RunRewards(model, known, source, given.all_rewards, several=count > 1)
         try:
@@ -45,7 +48,7 @@ def main(given: Namespace, run: RunReader) -> int:
             seed = run.config.SEED if given.seed is None else given.seed
             answer = Answers(model, rewards, count, seed, given.base)
             if prompts is None:
-                _chat(lambda line: answer({"prompt": [line]}))
+                _chat(run, answer)
                 return 0
             size = max(1, run.config.BATCH_SIZE // count)
             for first in range(0, len(prompts), size):
@@ -64,20 +67,32 @@ def _prompts(run: RunReader, typed: list[str], file: Path | None) -> Dataset:
     lines = typed or [line for line in sys.stdin.read().splitlines() if line]
     if not all(lines) or not lines:
         raise ConfigError("there is no prompt, or an empty one: give text to complete")
-    return Dataset.from_dict({column: lines})
+    return Dataset.from_dict({column: [_as_prompt(run, line) for line in lines]})
 
 
-def _chat(answer: Callable[[str], str]) -> None:
-    """Answers each line that is typed, until the end of input."""
+def _as_prompt(run: RunReader, line: str) -> Prompt:
+    """A line as the run's prompts are: text, or a conversation that the line begins."""
+    return [{"role": "user", "content": line}] if run.is_chat else line
+
+
+def _chat(run: RunReader, answer: "Answers") -> None:
+    """Answers each line that is typed, until the end of input; a conversation goes on."""
     print("Type a prompt and Enter; Ctrl-D ends.", file=sys.stderr)
+    said: list[dict[str, str]] = []
     while True:
         try:
             line = input("> ")
         except EOFError:
             print()
             return
-        if line:
-            print(answer(line), flush=True)
+        if not line:
+            continue
+        if not run.is_chat:
+            print(answer({"prompt": [line]}), flush=True)
+            continue
+        said.append({"role": "user", "content": line})
+        print(answer({"prompt": [given_prompt(said, run.config.SYSTEM)]}), flush=True)
+        said.append({"role": "assistant", "content": answer.last})
 
 
 class Answers:
@@ -92,6 +107,7 @@ class Answers:
         self.model, self.rewards, self.count, self.seed = model, rewards, count, seed
         self.who = WHO[: 1 + start]
         self.calls = 0
+        self.last = ""  # the trained model's first completion of the last call
 
     def __call__(self, prompts: Batch) -> str:
         """`prompts` has a row per prompt."""
@@ -107,6 +123,7 @@ class Answers:
             rollout = self.model.sample(batch["prompt"], numbers, start=who == "start")
             texts.append(self.model.decode(rollout))
             pending.append(self.rewards.begin(batch, rollout, texts[-1]))
+        self.last = texts[0][0]
         scores = self.rewards.wait(pending)
         total = self.rewards.total(scores, self.count)
         by_reward = self.rewards.columns(scores)

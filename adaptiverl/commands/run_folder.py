@@ -45,6 +45,16 @@ class RunReader:
         # A tracker of the run need not be installed where its model is used
         self.config = load_config(self.path / "config.json", ["TRACKERS=[]"], schema=RunConfig)
 
+    @property
+    def is_chat(self) -> bool:
+        """Whether the run's prompts are conversations, by the first of its samples."""
+        file = self.path / "samples.jsonl"
+        if not file.exists():
+            return False
+        with file.open(encoding="utf-8") as lines:
+            first = lines.readline()
+        return bool(first) and isinstance(json.loads(first)["prompt"], list)
+
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl, in the order of the steps; none if there is no such file."""
         from adaptiverl.files.logs import read_rows  # imports torch

@@ -177,10 +177,3 @@ def _with_own_backend(sampler: Sampler) -> Sampler:
     result = copy.copy(sampler)
     result.backend = copy.copy(sampler.backend)
     return result
-
-
-def readable(prompt: Any) -> str:
-    """A prompt as text: the turns of a conversation as `role: content` lines."""
-    if isinstance(prompt, str):
-        return prompt
-    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
