@@ -26,6 +26,7 @@ class CheckedPolicy:
     def __init__(self, c: RunConfig, runtime: Runtime, sampler: Sampler, progress: Progress):
         self.config, self.runtime, self.progress = c, runtime, progress
         self.sampler = sampler
+        self.notes: list[tuple[str, str]] = []  # kind and words of what was warned of at the start
 
     def sample(self, texts: list[str], numbers: Tensor) -> Rollout:
         """A completion of each of `texts` from the random numbers [B, T], without gradient."""
@@ -78,13 +79,12 @@ class CheckedPolicy:
         texts = prompts[: min(256, len(prompts))][c.PROMPT_COLUMN]
         sizes = {text: len(tokenizer(text).input_ids) for text in texts}
         if self.runtime.is_main and most and (cut := sum(n > most for n in sizes.values())):
-            logging.warning(
-                "%d of %d prompts are longer than the %d tokens that MAX_NEW_TOKENS leaves: they "
-                "lose their beginnings",
-                cut,
-                len(sizes),
-                most,
+            said = (
+                f"{cut} of {len(sizes)} prompts are longer than the {most} tokens that "
+                "MAX_NEW_TOKENS leaves: they lose their beginnings"
             )
+            logging.warning(said)
+            self.notes.append(("prompts cut", said))
         texts = sorted(texts, key=lambda text: sizes[text])
         texts = texts[:2] + texts[-2:]
         numbers = uniforms(c.SEED, 0, len(texts), min(8, c.MAX_NEW_TOKENS))

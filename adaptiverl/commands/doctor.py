@@ -1,0 +1,68 @@
+"""`adaptiverl doctor RUN`: what is or went wrong in a run, with the evidence and the key to change.
+
+Reads the run's folder alone. What comes first is likely to have caused what follows.
+"""
+
+import json
+from pathlib import Path
+
+from adaptiverl.commands.checks_policy import policy_findings
+from adaptiverl.commands.checks_rewards import reward_findings
+from adaptiverl.commands.checks_run import run_findings
+from adaptiverl.commands.curves import Run, read_run
+from adaptiverl.commands.finding import Finding
+from adaptiverl.commands.sample_facts import SampleFacts, facts_of
+
+# Each is listed with the kinds that follow from it, which are left out where it is found
+FOLLOWS = {
+    "rate too large": {"dead reward", "empty completions", "truncated", "batch too small"},
+    "KL explodes": {"dead reward", "empty completions", "truncated"},
+    "entropy collapse": {"dead reward", "empty completions", "truncated"},
+    "temperature": {"dead reward", "entropy collapse", "truncated"},
+    "torn line": {"killed"},
+    "empty completions": {"dead reward", "temperature"},
+    "gradient not finite": {"rate too small", "KL_COEF too large"},
+    "gradient zero": {"rate too small", "KL_COEF too large", "batch too small"},
+    "rate zero": {"rate too small", "KL_COEF too large", "batch too small"},
+    "dead reward": {"rate too small", "KL_COEF too large", "batch too small"},
+}
+
+
+def findings(run: Run, facts: SampleFacts | None = None) -> list[Finding]:
+    """All that is wrong, causes first; what follows from a cause is left out."""
+    facts = facts or facts_of(run, end_ids(run))
+    found = [
+        *run_findings(run, facts),
+        *policy_findings(run, facts),
+        *reward_findings(run, facts),
+    ]
+    kinds = [each.kind for each in found]
+    implied = set().union(*(FOLLOWS.get(kind, set()) for kind in kinds))
+    return [each for each in found if each.kind not in implied]
+
+
+def end_ids(run: Run) -> list[int]:
+    """What the model's own config says ends a text, from a checkpoint or from MODEL."""
+    folders = [run.path / name for name in run.checkpoints]
+    for folder in [*folders, Path(run.config.get("MODEL", ""))]:
+        if (folder / "config.json").is_file():
+            ids = json.loads((folder / "config.json").read_text("utf-8")).get("eos_token_id")
+            return ids if isinstance(ids, list) else [] if ids is None else [ids]
+    return []
+
+
+def doctor(folder: Path) -> tuple[str, int]:
+    """What is wrong in words, and the exit status: 1 if anything is, else 0."""
+    run = read_run(folder)
+    found = findings(run)
+    lines = [f"{folder}: {run.step} steps of {run.config.get('STEPS', '?')}, {run.state}"]
+    for number, each in enumerate(found, 1):
+        lines += [
+            "",
+            f"{number}. {each.says}",
+            f"   evidence: {each.evidence}",
+            f"   change:   {each.advice}",
+        ]
+    if not found:
+        lines += ["", "nothing is wrong, as far as its files show"]
+    return "\n".join(lines), int(bool(found))
