@@ -99,7 +99,7 @@ FAULTS: dict[str, Fault] = {
     ),
     "cut at 3 tokens": Fault("truncated", {"MAX_NEW_TOKENS": 3, "REWARDS": [SENTIMENT]}),
     "wrong end of text": Fault("wrong EOS", {"REWARDS": [SENTIMENT]}, model=wrong_eos),
-    "prompts that are at their end": Fault(
+    "the shortest text pays most": Fault(
         "empty completions",
         {"REWARDS": [python("short")], "KL_COEF": 0, "TRUST_REGION_KL": 0.2},
     ),

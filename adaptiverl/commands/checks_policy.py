@@ -7,7 +7,8 @@ from adaptiverl.commands.curves import Run
 from adaptiverl.commands.finding import Finding
 from adaptiverl.commands.sample_facts import SampleFacts
 
-FAR = 0.5  # nats per token to the first policy
+FAR = 1.0  # nats per token to the first policy; sound runs come to 0.75 where texts get short,
+VERY_FAR = 20.0  # and nats per completion, of which they have 7
 REPEATS = 0.1  # nats of entropy per token; so does the guard of a run say
 SHARE_LEFT = 0.2  # of the first entropy
 STILL = 0.01  # nats per completion, at most, in the whole run
@@ -15,7 +16,7 @@ TIGHT = 0.1  # nats that one standard deviation of the reward may cost, at most
 NARROW = 0.3  # nats of entropy per token in the first step, at a TEMPERATURE below 0.5
 SKIPPED = 0.05  # share of the steps
 NO_END = 0.01  # share of completions that end before MAX_NEW_TOKENS
-AT_ONCE = 0.5  # share of completions without a token
+AT_ONCE = 1.5  # tokens of a completion on average, its end included
 
 
 def policy_findings(run: Run, facts: SampleFacts) -> Iterator[Finding]:
@@ -77,10 +78,11 @@ def _movement(run: Run) -> Iterator[Finding]:
     narrowed = run.late("entropy") or 0.0
     lost = narrowed < min(REPEATS, entropy[0]) or narrowed < SHARE_LEFT * entropy[0]
     far = run.late("kl") or 0.0
+    exploded = far > FAR and (run.late("kl_per_completion") or 0.0) > VERY_FAR
     where = f"entropy {entropy[0]:.2f} → {narrowed:.2f} nats per token"
     if kl:
         where += f", KL {far:.2f} nats per token at last"
-    if lost or far > FAR:
+    if lost or exploded:
         began = _first_step(run, entropy[0])
         if not run.trust_region:
             yield Finding(
@@ -89,7 +91,7 @@ def _movement(run: Run) -> Iterator[Finding]:
                 f"{where}; it shows from step {began} on, at a rate of {run.metrics[0]['lr']:.3g}",
                 "use LR_RULE trust_region, or a much smaller LRATE",
             )
-        elif far > FAR:
+        elif exploded:
             yield Finding(
                 "KL explodes",
                 "the policy has gone far from the model that it started as",
@@ -143,11 +145,13 @@ def _stillness(run: Run) -> Iterator[Finding]:
 def _ends(run: Run, facts: SampleFacts) -> Iterator[Finding]:
     if facts.count < 40:
         return
-    if facts.empty > AT_ONCE * facts.count:
+    length = run.late("completions/mean_length")
+    if length is not None and length <= AT_ONCE:
         yield Finding(
             "empty completions",
             "completions end at once: there is nothing to reward",
-            f"{facts.empty} of {facts.count} have no token but the end",
+            f"{length:.2f} tokens on average at last, the end included; in all, {facts.empty} of "
+            f"{facts.count} have no other token",
             "see that the prompts of TRAIN_FILE do not end with the end-of-text token, and that "
             "no entry of REWARDS pays for nothing",
         )

@@ -10,6 +10,7 @@ from adaptiverl.commands.sample_facts import SampleFacts
 FLAT = 0.95  # share of the steps, or of the prompts, without a difference
 MISSING = 0.2  # share of the scores
 DOMINATES, CONFLICTS = 0.95, -0.5  # as rewards/balance.py warns
+CANCELS = 1.5  # a share beyond it: the others nearly cancel it, which is a conflict
 PARTED = 3.0  # standard errors
 
 
@@ -88,7 +89,7 @@ def _unbalanced(run: Run, facts: SampleFacts) -> Iterator[Finding]:
         others = [other["NAME"] for other in run.rewards if other is not reward]
         if all(facts.constant[name] >= FLAT * facts.steps for name in others):
             continue  # said of them
-        if len(shares) >= 5 and (share := statistics.mean(shares)) > DOMINATES:
+        if len(shares) >= 5 and DOMINATES < (share := statistics.mean(shares)) < CANCELS:
             yield Finding(
                 "one reward drowns",
                 f"the reward {reward['NAME']!r} drowns the others: they hardly count",

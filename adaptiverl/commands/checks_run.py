@@ -16,6 +16,7 @@ ASKED = ("stopped", "patience", "stop_patience", "stop_kl", "stop_reward")
 
 def run_findings(run: Run, facts: SampleFacts) -> Iterator[Finding]:
     yield from _ended(run)
+    yield from _taken_back(run)
     yield from _torn(run)
     yield from _prompts(run, facts)
     yield from _batch(run)
@@ -46,17 +47,33 @@ def _ended(run: Run) -> Iterator[Finding]:
                 )
         elif event["kind"] not in ASKED:
             yield Finding(
-                event["kind"], "the run ended by itself", f"step {step}: {message}", "see there"
+                event["kind"],
+                "the run could not go on",
+                f"step {step}: {message}",
+                f"what that says; {goes_on} from the last checkpoint",
             )
     elif run.state == "killed":
         saved = max(run.checkpoints.values(), default=None)
-        kept = "no checkpoint was written" if saved is None else f"the last checkpoint is of {saved}"
+        kept = (
+            "no checkpoint was written" if saved is None else f"the last checkpoint is of {saved}"
+        )
         advice = goes_on if saved is not None else "start it again, with a smaller SAVE_EVERY"
         yield Finding(
             "killed",
             "the run ended without saying so: it was killed, or its machine went off",
             f"metrics.jsonl ends at step {run.step} of {steps}, and {kept}",
             advice + "; if memory was short, a smaller BATCH_SIZE or a larger GRAD_ACCUM helps",
+        )
+
+
+def _taken_back(run: Run) -> Iterator[Finding]:
+    back = [event for event in run.events if event["action"] == "rollback"]
+    if back:
+        yield Finding(
+            "rolled back",
+            f"the run collapsed and was taken back to a sound checkpoint, {len(back)} times",
+            f"first in step {back[0]['step']}: {back[0]['message']}",
+            "lower LRATE or TRUST_REGION_KL, so that it does not come to this",
         )
 
 

@@ -13,14 +13,24 @@ from adaptiverl.commands.curves import Run, read_run
 from adaptiverl.commands.finding import Finding
 from adaptiverl.commands.sample_facts import SampleFacts, facts_of
 
+# What is likely to have caused what follows it here; a kind that is not here comes first
+ORDER = (
+    "torn line", "killed", "judge", "reward raises", "rate zero", "gradient not finite",
+    "gradient zero", "rate too large", "reward missing", "hacked", "conflict", "one reward drowns",
+    "dead reward", "temperature", "wrong EOS", "empty completions", "KL_COEF too large",
+    "rate too small", "KL explodes", "entropy collapse", "truncated", "prompts cut", "one prompt",
+    "batch too small",
+)  # fmt: skip
 # Each is listed with the kinds that follow from it, which are left out where it is found
 FOLLOWS = {
     "rate too large": {"dead reward", "empty completions", "truncated", "batch too small"},
-    "KL explodes": {"dead reward", "empty completions", "truncated"},
-    "entropy collapse": {"dead reward", "empty completions", "truncated"},
+    "KL explodes": {"dead reward", "truncated"},
+    "entropy collapse": {"dead reward", "truncated"},
+    "hacked": {"entropy collapse", "KL explodes"},
+    "reward missing": {"dead reward"},
     "temperature": {"dead reward", "entropy collapse", "truncated"},
     "torn line": {"killed"},
-    "empty completions": {"dead reward", "temperature"},
+    "empty completions": {"dead reward", "temperature", "entropy collapse", "KL explodes"},
     "gradient not finite": {"rate too small", "KL_COEF too large"},
     "gradient zero": {"rate too small", "KL_COEF too large", "batch too small"},
     "rate zero": {"rate too small", "KL_COEF too large", "batch too small"},
@@ -38,7 +48,8 @@ def findings(run: Run, facts: SampleFacts | None = None) -> list[Finding]:
     ]
     kinds = [each.kind for each in found]
     implied = set().union(*(FOLLOWS.get(kind, set()) for kind in kinds))
-    return [each for each in found if each.kind not in implied]
+    own = [each for each in found if each.kind not in implied]
+    return sorted(own, key=lambda each: ORDER.index(each.kind) if each.kind in ORDER else -1)
 
 
 def end_ids(run: Run) -> list[int]:

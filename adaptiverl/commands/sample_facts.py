@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 
@@ -31,7 +31,7 @@ def facts_of(run: Run, end_ids: Sequence[int]) -> SampleFacts:
     facts, names = SampleFacts(), [reward["NAME"] for reward in run.rewards]
     most, size = run.config.get("MAX_NEW_TOKENS", 0), run.config.get("NUM_GENERATIONS", 1)
     pairs = {pair: _Correlation() for pair in combinations(names, 2)}
-    for rows in _steps(run.samples()):
+    for rows in steps_of(run):
         facts.steps += 1
         for row in rows:
             ids = row.get("completion_ids", [])
@@ -53,10 +53,10 @@ def facts_of(run: Run, end_ids: Sequence[int]) -> SampleFacts:
     return facts
 
 
-def _steps(rows: Iterable[Row]) -> Iterable[list[Row]]:
-    """The rows of each step."""
+def steps_of(run: Run) -> Iterator[list[Row]]:
+    """The rows of samples.jsonl, step by step."""
     group: list[Row] = []
-    for row in rows:
+    for row in run.samples():
         if group and row["step"] != group[0]["step"]:
             yield group
             group = []
