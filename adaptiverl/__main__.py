@@ -103,8 +103,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="adaptiverl")
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
     commands.add_parser("train", help="config.json [KEY=VALUE ...] [--dry-run]: trains a model")
-    for name, command in COMMANDS.items():
-        command.arguments(commands.add_parser(name, help=command.help))
+    for name, each in COMMANDS.items():
+        each.arguments(commands.add_parser(name, help=each.help))
     given = parser.parse_args(words)
     try:
         return COMMANDS[given.command].call(given)

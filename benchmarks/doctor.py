@@ -9,6 +9,7 @@ import argparse
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -164,10 +165,8 @@ SOUND = {
 }
 
 
-def run(fault: Fault, seed: int, folder: Path) -> Path:
-    """Makes the run in `folder`; where it was written."""
-    import shutil
-
+def run(fault: Fault, seed: int, folder: Path) -> None:
+    """Makes the run in folder/run."""
     prompts, out = folder / "prompts.json", folder / "run"
     prompts.write_text(json.dumps([{"prompt": text} for text in fault.prompts]))
     keys = BASE | {"TRAIN_FILE": str(prompts), "OUTPUT_DIR": str(out), "SEED": seed} | fault.keys
@@ -184,7 +183,6 @@ def run(fault: Fault, seed: int, folder: Path) -> Path:
         trained(folder / "config.json", fault.gradient)
     if fault.folder:
         fault.folder(out)
-    return out
 
 
 def trained(config: Path, gradient: Callable[[Any, int], Any] | None) -> None:
@@ -237,7 +235,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--keep", type=Path, help="where the runs' folders stay")
+    parser.add_argument(
+        "--keep", type=Path, help="where the runs' folders stay, and are read again"
+    )
     given = parser.parse_args()
     os.chdir(ROOT)
     logging.disable(logging.WARNING)
@@ -248,7 +248,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as temporary:
             folder = given.keep / str(number) if given.keep else Path(temporary)
             folder.mkdir(parents=True, exist_ok=True)
-            out = run(fault, given.seed + number, folder)
+            out = folder / "run"
+            if not (out / "metrics.jsonl").exists():  # or it was kept
+                run(fault, given.seed + number, folder)
             named = [each.kind for each in findings(read_run(out))]
         right = named[:1] == [fault.expected] if fault.expected else not named
         rows.append({"run": name, "expected": fault.expected, "named": named, "right": right})

@@ -82,7 +82,7 @@ class Run:
         path = self.path / "samples.jsonl"
         if path.exists():
             with path.open(encoding="utf-8", errors="replace") as lines:
-                yield from (row for line in lines if (row := _row(line)) is not None)
+                yield from (row for line in lines if (row := json_object(line)) is not None)
 
     @property
     def rewards(self) -> list[Row]:
@@ -98,7 +98,7 @@ class Run:
         """The step of each checkpoint, by the name of its folder."""
         found = {}
         for path in sorted(self.path.glob("*/manifest.json")):
-            row = _row(path.read_text(encoding="utf-8"))
+            row = json_object(path.read_text(encoding="utf-8"))
             if row and not path.parent.name.startswith("."):
                 found[path.parent.name] = int(row["step"])
         return found
@@ -108,9 +108,9 @@ class Run:
         """finished, stopped (it says why in its events), running or killed."""
         if self.metrics and self.checkpoints.get("final") == self.step:
             return "finished"
-        if self.events and self.events[-1]["action"] == "stop":
-            if self.events[-1]["step"] >= self.step:
-                return "stopped"
+        last = self.events[-1] if self.events else None
+        if last and last["action"] == "stop" and last["step"] >= self.step:
+            return "stopped"
         return "running" if _is_locked(self.path / ".lock") else "killed"
 
 
@@ -120,11 +120,12 @@ def read_run(path: Path) -> Run:
     if not metrics.exists():
         raise ConfigError(f"{metrics} does not exist: name the folder that a run was written to")
     config = path / "config.json"
-    keys = _row(config.read_text(encoding="utf-8")) if config.exists() else {}
+    keys = json_object(config.read_text(encoding="utf-8")) if config.exists() else {}
     names = ("metrics", "controller", "events", "progress")
     read = {name: _rows(path / f"{name}.jsonl") for name in names}
     torn = [f"{name}.jsonl" for name, (_, broken) in read.items() if broken]
-    return Run(path, keys or {}, *(rows for rows, _ in read.values()), torn)
+    metric_rows, changes, events, progress = (rows for rows, _ in read.values())
+    return Run(path, keys or {}, metric_rows, changes, events, progress, torn)
 
 
 def change(first: Sequence[float], last: Sequence[float]) -> Change:
@@ -155,11 +156,11 @@ def _rows(path: Path) -> tuple[list[Row], bool]:
     if not path.exists():
         return [], False
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    rows = [_row(line) for line in lines if line]
+    rows = [json_object(line) for line in lines if line]
     return [row for row in rows if row is not None], bool(lines[-1]) or None in rows
 
 
-def _row(line: str) -> Row | None:
+def json_object(line: str) -> Row | None:
     """None of a line that is not whole: a disk was full, or the power failed."""
     try:
         row = json.loads(line)

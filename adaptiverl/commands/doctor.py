@@ -3,13 +3,12 @@
 Reads the run's folder alone. What comes first is likely to have caused what follows.
 """
 
-import json
 from pathlib import Path
 
 from adaptiverl.commands.checks_policy import policy_findings
 from adaptiverl.commands.checks_rewards import reward_findings
 from adaptiverl.commands.checks_run import run_findings
-from adaptiverl.commands.curves import Run, read_run
+from adaptiverl.commands.curves import Run, json_object, read_run
 from adaptiverl.commands.finding import Finding
 from adaptiverl.commands.sample_facts import SampleFacts, facts_of
 
@@ -55,9 +54,11 @@ def findings(run: Run, facts: SampleFacts | None = None) -> list[Finding]:
 def end_ids(run: Run) -> list[int]:
     """What the model's own config says ends a text, from a checkpoint or from MODEL."""
     folders = [run.path / name for name in run.checkpoints]
-    for folder in [*folders, Path(run.config.get("MODEL", ""))]:
-        if (folder / "config.json").is_file():
-            ids = json.loads((folder / "config.json").read_text("utf-8")).get("eos_token_id")
+    if "MODEL" in run.config:
+        folders.append(Path(run.config["MODEL"]))
+    for path in (folder / "config.json" for folder in folders):
+        if path.is_file() and (model := json_object(path.read_text("utf-8"))):
+            ids = model.get("eos_token_id")
             return ids if isinstance(ids, list) else [] if ids is None else [ids]
     return []
 

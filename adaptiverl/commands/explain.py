@@ -1,4 +1,4 @@
-"""What moved in a run, when, and by how much, in words; the report shows the same text as a page."""
+"""What moved in a run, when, and by how much, in words; report.py shows it as a page."""
 
 import math
 from collections import defaultdict

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from adaptiverl.commands.charts import number
-from adaptiverl.commands.curves import Row, Run, read_run, readable
+from adaptiverl.commands.curves import Row, Run, json_object, read_run, readable
 from adaptiverl.commands.doctor import end_ids, findings
 from adaptiverl.commands.explain import factor, movers
 from adaptiverl.commands.kept_samples import kept_samples
@@ -162,7 +162,8 @@ def _changes(run: Run) -> dict[str, Any]:
 
 def _keys(run: Run) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """The keys of the config that were changed, and those at their defaults."""
-    changed, defaults = [], []
+    changed: list[tuple[str, str]] = []
+    defaults: list[tuple[str, str]] = []
     for key, value in run.config.items():
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         field = RunConfig.model_fields.get(key)
@@ -212,7 +213,7 @@ def _model(run: Run) -> Row:
     for name in run.checkpoints:
         path = run.path / name / "config.json"
         if path.is_file():
-            return json.loads(path.read_text("utf-8"))
+            return json_object(path.read_text("utf-8")) or {}
     return {}
 
 

@@ -33,6 +33,9 @@ def write_page(template: str, out: Path, values: dict[str, Any]) -> Path:
     text = environment.get_template(template).render(values | own)
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     # a lone surrogate, which a model may write, is no UTF-8
-    temporary.write_text(text, encoding="utf-8", errors="replace")
-    temporary.replace(out)
+    try:
+        temporary.write_text(text, encoding="utf-8", errors="replace")
+        temporary.replace(out)
+    finally:
+        temporary.unlink(missing_ok=True)
     return out
