@@ -9,9 +9,10 @@ from adaptiverl.commands.sample_facts import SampleFacts
 
 FLAT = 0.95  # share of the steps, or of the prompts, without a difference
 MISSING = 0.2  # share of the scores
-DOMINATES, CONFLICTS = 0.95, -0.5  # as rewards/balance.py warns
+DOMINATES, CONFLICTS = 0.98, -0.5  # a share of the variance, a correlation
 CANCELS = 1.5  # a share beyond it: the others nearly cancel it, which is a conflict
-PARTED = 3.0  # standard errors
+PARTED = 3.0  # standard errors,
+FELL = 0.1  # and the share of its first value that a held-out reward lost: less is no harm yet
 
 
 def reward_findings(run: Run, facts: SampleFacts) -> Iterator[Finding]:
@@ -72,7 +73,7 @@ def _gamed(run: Run) -> Iterator[Finding]:
         return
     for name in run.names("held_out/rewards/", "/mean"):
         fell = run.change(name)
-        if fell and fell.z < -PARTED:
+        if fell and fell.z < -PARTED and fell.first - fell.last > FELL * abs(fell.first):
             yield Finding(
                 "hacked",
                 f"the reward rises while {name} falls: the reward is probably gamed",
