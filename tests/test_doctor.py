@@ -10,13 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from benchmarks.doctor import FAULTS, MINE, SOUND
 from conftest import ROOT, read_jsonl, written_run
 
 from adaptiverl.__main__ import main as adaptiverl
 from adaptiverl.commands.curves import Run, change, read_run
 from adaptiverl.commands.doctor import ORDER, findings
 from adaptiverl.commands.verdict import verdict
+from benchmarks.doctor import FAULTS, MINE, SOUND
 
 SHORT = {"STEPS": 8, "MAX_NEW_TOKENS": 8}
 
