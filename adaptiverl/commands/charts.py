@@ -180,12 +180,12 @@ class _Axis:
         return self.size * (value - low) / (high - low)
 
     def ticks(self) -> list[float]:
-        """Round numbers, four or so."""
+        """Round numbers, five or so."""
         if self.log and self.high / self.low > 8:
             decades = range(math.ceil(math.log10(self.low)), math.floor(math.log10(self.high)) + 1)
             every = max(1, math.ceil(len(decades) / 4))
             return [10.0**power for power in decades][::every]
-        rough = (self.high - self.low) / 4
+        rough = (self.high - self.low) / 5
         power = 10 ** math.floor(math.log10(rough))
         step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= rough * 0.999)
         if self.size == WIDTH:  # steps are whole
