@@ -176,7 +176,9 @@ def _is_locked(path: Path) -> bool:
     lock = filelock.FileLock(path, fallback_to_soft=False)
     try:
         lock.acquire(timeout=0)
-    except (filelock.Timeout, OSError):
+    except filelock.Timeout:
         return True
+    except (OSError, NotImplementedError):  # no locks there, or no right to write: unknown
+        return False
     lock.release()
     return False
