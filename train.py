@@ -134,6 +134,9 @@ def run(c: RunConfig, parts: Parts) -> int:
             train(c, parts, folder, stop)
         except Paused as reason:
             return folder.pause(reason, stop)
+        except ConfigError as mistake:
+            folder.fail(mistake)
+            raise
         return folder.finish(stop)
 
 

@@ -20,6 +20,33 @@ from adaptiverl.files.console import Console, printable
 # What a command does is imported by it: most need seconds, and a mistake is told before
 
 
+def _report(given: Namespace) -> int:
+    from adaptiverl.commands.report import write_report
+
+    out = write_report(given.run, given.out)
+    print(out)
+    if given.open:
+        import webbrowser
+
+        webbrowser.open(out.resolve().as_uri())
+    return 0
+
+
+def _doctor(given: Namespace) -> int:
+    from adaptiverl.commands.doctor import doctor
+
+    text, status = doctor(given.run)
+    print(text)
+    return status
+
+
+def _compare(given: Namespace) -> int:
+    from adaptiverl.commands.compare import compare
+
+    print(compare(given.runs, given.out))
+    return 0
+
+
 def _explain(given: Namespace) -> int:
     from adaptiverl.commands.explain import explain
 
@@ -137,7 +164,25 @@ COMMANDS = {
             CHECKPOINT,
         ],
     ),
-    "explain": Command("what moved the learning rate of a run, and when", _explain, [RUN]),
+    "report": Command(
+        "one HTML page on a run: RUN/report.html",
+        _report,
+        [
+            RUN,
+            Argument("--out", type=Path, help="where to; RUN/report.html if absent"),
+            Argument("--open", action="store_true", help="open it in the browser"),
+        ],
+    ),
+    "doctor": Command("what is wrong with a run, and what to change", _doctor, [RUN]),
+    "compare": Command(
+        "what differs between runs: compare.html",
+        _compare,
+        [
+            Argument("runs", metavar="RUN", type=Path, nargs="+", help="the OUTPUT_DIRs of runs"),
+            Argument("--out", type=Path, default=Path("compare.html"), help="the page"),
+        ],
+    ),
+    "explain": Command("what moved in a run, and when, as text", _explain, [RUN]),
     "keys": Command("all keys of config.json, with defaults and meanings", _keys, []),
     "schema": Command("the JSON schema of config.json, for editors", _schema, []),
 }
@@ -165,7 +210,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     try:
         return COMMANDS[given.command].run(given)
-    except ConfigError as mistake:
+    except (ConfigError, OSError) as mistake:
         print(f"error: {printable(str(mistake))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

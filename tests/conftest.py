@@ -251,3 +251,15 @@ def products_of_cuda(monkeypatch) -> Callable[[], None]:
         monkeypatch.setattr(torch, "mm", with_fp32_result)
 
     return begin
+
+
+def written_run(folder: Path, metrics: list[dict], config: dict, **files: list[dict]) -> Path:
+    """A folder as a finished run leaves it, or one that its events say was stopped."""
+    (folder / "final").mkdir(parents=True)
+    step = metrics[-1]["step"] if metrics else 0
+    (folder / "final/manifest.json").write_text(json.dumps({"step": step, "files": {}}))
+    (folder / "config.json").write_text(json.dumps(config))
+    for name, rows in ({"metrics": metrics, "controller": []} | files).items():
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    return folder

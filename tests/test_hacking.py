@@ -50,5 +50,5 @@ UP = [k / 30 + (-1) ** k * 0.01 for k in range(30)]
 )
 def test_the_report_says_when_trained_and_held_out_part(tmp_path, held_out, warned):
     text = report(tmp_path, UP, held_out)
-    assert ("WARNING" in text and "may be gamed" in text) == warned
+    assert ("WARNING" in text and "probably gamed" in text) == warned
     assert "held_out/rewards/judge/mean" in text

@@ -167,6 +167,9 @@ class Config(BaseModel, Generic[RewardT]):
     DYNAMICS_EVERY: int = Field(100, ge=0, description="online_: steps between reports; 0: none")
     EVAL_EVERY: int = Field(50, ge=0, description="Steps between evaluations; 0: none")
     SAMPLES_EVERY: int = Field(1, ge=0, description="Steps between rows of samples.jsonl; 0: none")
+    REPORT: bool = Field(
+        True, description="Write report.html at the end, and progress.jsonl, which it shows"
+    )
     TRACKERS: list[Literal["tensorboard", "wandb"]] = Field(
         [], description="Trackers that also log"
     )

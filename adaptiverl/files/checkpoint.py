@@ -23,10 +23,13 @@ log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 LOCK = ".lock"  # in a run's folder; the operating system frees it when the process ends
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # errors of file systems without locks
-FILES = ("metrics.jsonl", "samples.jsonl", "controller.jsonl", "dynamics.jsonl")
+FILES = (
+    "metrics.jsonl", "samples.jsonl", "controller.jsonl", "events.jsonl", "progress.jsonl",
+    "dynamics.jsonl",
+)  # fmt: skip
 WRITTEN = (  # all that a run leaves in its folder
-    *FILES, "config.json", "lr_vs_reward.png", "tensorboard", "step-*", "final", ".old-*", ".new-*",
-    "evaluation.json",
+    *FILES, "config.json", "evaluation.json", "lr_vs_reward.png", "report.html", "tensorboard",
+    "step-*", "final", ".old-*", ".new-*",
 )  # fmt: skip
 
 

@@ -28,6 +28,7 @@ class CheckedPolicy:
     def __init__(self, c: RunConfig, runtime: Runtime, sampler: Sampler, progress: Progress):
         self.config, self.runtime, self.progress = c, runtime, progress
         self.sampler = sampler
+        self.notes: list[tuple[str, str]] = []  # kind and words of what was warned of at the start
 
     def sample(self, prompts: list[Prompt], numbers: Tensor) -> Rollout:
         """A completion of each of `prompts` from the random numbers [B, T], without gradient."""
@@ -84,13 +85,12 @@ class CheckedPolicy:
         counts = map(len, tokenize(tokenizer, list(distinct.values())).input_ids)
         sizes = dict(zip(distinct, counts, strict=True))
         if self.runtime.is_main and most and (cut := sum(n > most for n in sizes.values())):
-            logging.warning(
-                "%d of %d prompts are longer than the %d tokens that MAX_NEW_TOKENS leaves: they "
-                "lose their beginnings",
-                cut,
-                len(sizes),
-                most,
+            said = (
+                f"{cut} of {len(sizes)} prompts are longer than the {most} tokens that "
+                "MAX_NEW_TOKENS leaves: they lose their beginnings"
             )
+            logging.warning(said)
+            self.notes.append(("prompts cut", said))
         texts = sorted(sizes, key=lambda text: sizes[text])
         ends = [distinct[text] for text in texts[:2] + texts[-2:]]
         numbers = uniforms(c.SEED, 0, len(ends), min(8, c.MAX_NEW_TOKENS))

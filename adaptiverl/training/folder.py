@@ -4,6 +4,7 @@ Single files are files/'s.
 """
 
 import json
+import logging
 import signal
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 import filelock
 import torch
 
+from adaptiverl.commands.report import write_report
+from adaptiverl.config.schema import ConfigError
 from adaptiverl.files import checkpoint
 from adaptiverl.files.console import printable
 from adaptiverl.files.logs import Row, RunLog
@@ -20,6 +23,7 @@ from adaptiverl.training.build import Parts
 from adaptiverl.training.inputs import as_config_error
 from adaptiverl.training.keys import RunConfig
 from adaptiverl.training.metrics import Metrics, dynamics_lines, step_line
+from adaptiverl.training.progress import progress_rows
 
 
 class RunFolder:
@@ -49,6 +53,10 @@ class RunFolder:
         parts.runtime.accelerator.wait_for_everyone()
         if c.TRACKERS:
             parts.runtime.accelerator.init_trackers("adaptiverl", config=_flat(c))
+        if not parts.resumed:  # a checkpoint comes with what was written before it
+            for kind, said in parts.checked.notes:
+                self._event(kind, said, "warn")
+            self._show_progress()
 
     def record(self, metrics: Metrics, samples: list[Row]) -> None:
         """Writes the step to the run's files and the trackers, and a line to the console."""
@@ -70,6 +78,18 @@ class RunFolder:
         if c.TRACKERS:
             numbers = {name: value for name, value in metrics.items() if value is not None}
             self.parts.runtime.accelerator.log(numbers, step=step)
+        self._show_progress()
+
+    def _show_progress(self) -> None:
+        rows = progress_rows(self.config, self.parts)
+        if self.log:
+            self.log.write("progress.jsonl", rows)
+
+    def _event(self, kind: str, message: str, action: str) -> None:
+        """A line of events.jsonl: what happened to the run, in words."""
+        if self.log:
+            row = {"step": self.parts.progress.step, "kind": kind}
+            self.log.write("events.jsonl", [row | {"message": message, "action": action}])
 
     def save(self, name: str | None = None) -> Path:
         """Writes the checkpoint `name` (`step-000012`), and returns where."""
@@ -97,10 +117,12 @@ class RunFolder:
         """Saves what was reached and says so; the exit status, 128 + signal if one came."""
         stopped_by = self.parts.runtime.largest(stop.number)
         step, done = self.parts.progress.step, self.parts.progress.step >= self.parts.last_step
+        name = "" if done else signal.Signals(stopped_by).name
+        if not done:
+            self._event("stopped", f"stopped by {name} after step {step}", "stop")
         folder = self.save("final" if done else None)
         said = f"finished: {step} steps, the model is in {folder}"
         if not done:
-            name = signal.Signals(stopped_by).name
             said = f"stopped by {name} after step {step}, saved in {folder}; RESUME=auto continues"
         self._end(said)
         return 0 if done else 128 + stopped_by
@@ -108,6 +130,7 @@ class RunFolder:
     def pause(self, reason: Paused, stop: StopSignal) -> int:
         """Saves the run as it was before the step that could not be finished; the exit status."""
         self.parts.progress.step -= 1
+        self._event("paused", str(reason), "stop")
         folder = self.save()
         step = self.parts.progress.step + 1
         why = printable(str(reason))
@@ -115,11 +138,33 @@ class RunFolder:
         self._end(said, sys.stderr)
         return 128 + stop.number if stop.number else 3
 
+    def fail(self, mistake: ConfigError) -> None:
+        """Writes down why the run ends without a checkpoint."""
+        self._event("failed", str(mistake), "stop")
+        if self.log:
+            self.log.close()
+            self._report()
+
     def _end(self, said: str, where: Any = None) -> None:
         if self.log:
             self.log.close()
+            self._report()
             print(said, file=where)
         self.parts.runtime.accelerator.end_training()
+
+    def _report(self) -> None:
+        """Writes report.html; a report that cannot be written must not end a run that is saved."""
+        if self.config.REPORT:
+            try:
+                write_report(self.path)
+            except Exception as error:
+                logging.warning(
+                    "%s was not written (%s: %s): `adaptiverl report %s` tries again",
+                    self.path / "report.html",
+                    type(error).__name__,
+                    error,
+                    self.path,
+                )
 
     def close(self) -> None:
         """Gives back OUTPUT_DIR."""

@@ -20,7 +20,7 @@ from rewards import REWARD_TYPES
 # Keys that may differ between a run and its continuation, and those of a reward
 FREE_KEYS = {
     "$schema", "STEPS", "EPOCHS", "OUTPUT_DIR", "RESUME", "SAVE_EVERY", "KEEP_CHECKPOINTS",
-    "LOG_EVERY", "DYNAMICS_EVERY", "EVAL_EVERY", "EVAL_FILE", "SAMPLES_EVERY", "TRACKERS",
+    "LOG_EVERY", "REPORT", "DYNAMICS_EVERY", "EVAL_EVERY", "EVAL_FILE", "SAMPLES_EVERY", "TRACKERS",
     "SAMPLER", "VLLM_SERVER", "HELD_OUT",
 }  # fmt: skip
 FREE_OF_REWARD = frozenset().union(*(kind.free_keys for kind in REWARD_TYPES))

@@ -1,0 +1,117 @@
+"""The doctor's checks of the rewards: those that say nothing, are missing, or are gamed."""
+
+import statistics
+from collections.abc import Iterator
+
+from adaptiverl.commands.curves import Run
+from adaptiverl.commands.finding import Finding
+from adaptiverl.commands.sample_facts import SampleFacts
+
+FLAT = 0.95  # share of the steps, or of the prompts, without a difference
+MISSING = 0.2  # share of the scores
+DOMINATES, CONFLICTS = 0.98, -0.5  # a share of the variance, a correlation
+CANCELS = 1.5  # a share beyond it: the others nearly cancel it, which is a conflict
+PARTED = 3.0  # standard errors,
+FELL = 0.1  # and the share of its first value that a held-out reward lost: less is no harm yet
+
+
+def reward_findings(run: Run, facts: SampleFacts) -> Iterator[Finding]:
+    yield from _missing(run)
+    yield from _flat(run, facts)
+    yield from _gamed(run)
+    yield from _unbalanced(run, facts)
+    yield from _conflicts(run, facts)
+
+
+def _missing(run: Run) -> Iterator[Finding]:
+    for reward in run.rewards:
+        name = reward["NAME"]
+        rows = [row.get(f"rewards/{name}/missing", 0.0) for row in run.metrics]
+        share = statistics.mean(rows) if rows else 0.0
+        if share < MISSING:
+            continue
+        odd = next((row for row in run.metrics if row.get(f"rewards/{name}/quarantined")), None)
+        why = "it gives None"
+        if odd:
+            why = f"it gives NaN or infinity, first in step {odd['step']}"
+        yield Finding(
+            "reward missing",
+            f"the reward {name!r} is missing for many completions: {why}",
+            f"{share:.0%} of its scores in {len(rows)} steps",
+            f"correct {name!r} in REWARDS (TYPE {reward['TYPE']})",
+        )
+
+
+def _flat(run: Run, facts: SampleFacts) -> Iterator[Finding]:
+    shares = run.values("frac_reward_zero_std")
+    known = run.values("reward")
+    if len(shares) >= 5 and known and statistics.mean(shares) >= FLAT:
+        last = run.series("reward")[-1]
+        yield Finding(
+            "dead reward",
+            "the rewards that are compared are equal, so there is nothing to learn from",
+            f"equal in {statistics.mean(shares):.0%} of the prompts over {len(shares)} steps; the "
+            f"reward is {last[1]:.4g} in step {last[0]}",
+            "change REWARDS so that they tell completions apart; if a reward is rare, raise "
+            "NUM_GENERATIONS and BATCH_SIZE",
+        )
+        return
+    if len(run.rewards) > 1 and facts.steps >= 5:
+        for name, count in facts.constant.items():
+            if count >= FLAT * facts.steps:
+                yield Finding(
+                    "dead reward",
+                    f"the reward {name!r} gives all completions of a step the same score",
+                    f"in {count} of {facts.steps} steps",
+                    f"change {name!r} in REWARDS, or leave it out",
+                )
+
+
+def _gamed(run: Run) -> Iterator[Finding]:
+    rose = run.change("reward")
+    if rose is None or rose.z < PARTED:
+        return
+    for name in run.names("held_out/rewards/", "/mean"):
+        fell = run.change(name)
+        if fell and fell.z < -PARTED and fell.first - fell.last > FELL * abs(fell.first):
+            yield Finding(
+                "hacked",
+                f"the reward rises while {name} falls: the reward is probably gamed",
+                f"from the first to the last steps, reward {rose.first:.3g} → {rose.last:.3g} "
+                f"({rose.z:.1f} standard errors), {name} {fell.first:.3g} → {fell.last:.3g} "
+                f"({-fell.z:.1f})",
+                "read the best samples; raise KL_COEF, or add to REWARDS what is missing there",
+            )
+
+
+def _unbalanced(run: Run, facts: SampleFacts) -> Iterator[Finding]:
+    for reward in run.rewards if len(run.rewards) > 1 else []:
+        shares = run.values(f"rewards/{reward['NAME']}/share")
+        others = [other["NAME"] for other in run.rewards if other is not reward]
+        if all(facts.constant[name] >= FLAT * facts.steps for name in others):
+            continue  # said of them
+        if len(shares) >= 5 and DOMINATES < (share := statistics.mean(shares)) < CANCELS:
+            yield Finding(
+                "one reward drowns",
+                f"the reward {reward['NAME']!r} drowns the others: they hardly count",
+                f"it makes {share:.1%} of the advantages' variance over {len(shares)} steps",
+                f"give {reward['NAME']!r} a smaller WEIGHT, or all of them NORMALIZE zscore",
+            )
+
+
+def _conflicts(run: Run, facts: SampleFacts) -> Iterator[Finding]:
+    signs = {reward["NAME"]: _sign(reward.get("WEIGHT", 1.0)) for reward in run.rewards}
+    for (a, b), correlation in facts.correlations.items():
+        if facts.count >= 40 and (pulling := correlation * signs[a] * signs[b]) < CONFLICTS:
+            yield Finding(
+                "conflict",
+                f"the rewards {a!r} and {b!r} pull against each other",
+                f"their correlation within prompts is {pulling:.2f} over {facts.count} completions",
+                "leave one of them out of REWARDS, or decide by WEIGHT which one counts",
+            )
+
+
+def _sign(weight: float | list) -> int:
+    """Of a number, or of the last point of a schedule."""
+    value = weight[-1][1] if isinstance(weight, list) else weight
+    return (value > 0) - (value < 0)

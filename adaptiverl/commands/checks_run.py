@@ -1,0 +1,123 @@
+"""The doctor's checks of the run itself: how it ended, its files, its prompts, its batch."""
+
+import re
+from collections.abc import Iterator
+
+from adaptiverl.commands.curves import Run
+from adaptiverl.commands.finding import Finding
+from adaptiverl.commands.sample_facts import SampleFacts
+
+FEW = 4  # completions per step, at most, that one prompt each cannot be learned from
+MANY_PROMPTS = 4  # times that a prompt is drawn, at least, before its being the only one shows
+JUDGES = ("judge", "local_judge")
+# Kinds of a stop that somebody asked for
+ASKED = ("stopped", "patience", "stop_patience", "stop_kl", "stop_reward")
+
+
+def run_findings(run: Run, facts: SampleFacts) -> Iterator[Finding]:
+    yield from _ended(run)
+    yield from _taken_back(run)
+    yield from _torn(run)
+    yield from _prompts(run, facts)
+    yield from _batch(run)
+
+
+def _ended(run: Run) -> Iterator[Finding]:
+    steps, goes_on = run.config.get("STEPS"), "the same command with RESUME=auto goes on"
+    if run.state == "stopped":
+        event = run.events[-1]
+        message, step = event["message"], event["step"]
+        if event["kind"] == "paused":
+            named = re.search(r"'([^']*)'", message)
+            kinds = {reward["NAME"]: reward["TYPE"] for reward in run.rewards}
+            if named and kinds.get(named[1]) in JUDGES:
+                yield Finding(
+                    "judge",
+                    f"the judge {named[1]!r} failed, so the run paused",
+                    f"before step {step + 1}: {message}",
+                    f"see that its endpoint answers (BASE_URL, MODEL, KEY_ENV of {named[1]!r}, "
+                    f"MAX_MISSING); {goes_on}",
+                )
+            else:
+                yield Finding(
+                    "reward raises",
+                    "a reward failed, so the run paused",
+                    f"before step {step + 1}: {message}",
+                    f"correct that entry of REWARDS; {goes_on}",
+                )
+        elif event["kind"] not in ASKED:
+            yield Finding(
+                event["kind"],
+                "the run could not go on",
+                f"step {step}: {message}",
+                f"what that says; {goes_on} from the last checkpoint",
+            )
+    elif run.state == "killed":
+        saved = max(run.checkpoints.values(), default=None)
+        kept = (
+            "no checkpoint was written" if saved is None else f"the last checkpoint is of {saved}"
+        )
+        advice = goes_on if saved is not None else "start it again, with a smaller SAVE_EVERY"
+        yield Finding(
+            "killed",
+            "the run ended without saying so: it was killed, or its machine went off",
+            f"metrics.jsonl ends at step {run.step} of {steps}, and {kept}",
+            advice + "; if memory was short, a smaller BATCH_SIZE or a larger GRAD_ACCUM helps",
+        )
+
+
+def _taken_back(run: Run) -> Iterator[Finding]:
+    back = [event for event in run.events if event["action"] == "rollback"]
+    if back:
+        yield Finding(
+            "rolled back",
+            f"the run collapsed and was taken back to a sound checkpoint, {len(back)} times",
+            f"first in step {back[0]['step']}: {back[0]['message']}",
+            "lower LRATE or TRUST_REGION_KL, so that it does not come to this",
+        )
+
+
+def _torn(run: Run) -> Iterator[Finding]:
+    if run.torn and run.state != "running":
+        yield Finding(
+            "torn line",
+            "a line was written in part: the disk was full, or the power failed",
+            f"{', '.join(run.torn)}: a line is no JSON; the last whole step is {run.step}",
+            "make room on the disk of OUTPUT_DIR; RESUME=auto cuts the line off and goes on",
+        )
+
+
+def _prompts(run: Run, facts: SampleFacts) -> Iterator[Finding]:
+    for event in run.events:
+        if event["kind"] == "prompts cut":
+            yield Finding(
+                "prompts cut",
+                "prompts are cut: the model does not see their beginnings",
+                event["message"],
+                "raise MAXSEQ, lower MAX_NEW_TOKENS, or shorten the prompts of TRAIN_FILE",
+            )
+            break
+    drawn = facts.count // max(1, run.config.get("NUM_GENERATIONS", 1))
+    if len(facts.prompts) == 1 and drawn >= MANY_PROMPTS:
+        (prompt,) = facts.prompts
+        shown = prompt if len(prompt) < 60 else prompt[:59] + "…"
+        yield Finding(
+            "one prompt",
+            "there is only one prompt: what is learned holds for it alone",
+            f"all {facts.count} completions of {facts.steps} steps continue {shown!r}",
+            "give TRAIN_FILE different prompts",
+        )
+
+
+def _batch(run: Run) -> Iterator[Finding]:
+    c = run.config
+    alone, size = c.get("NUM_GENERATIONS") == 1, c.get("BATCH_SIZE", 0)
+    if not alone or size > FEW or (rose := run.change("reward")) is None or rose.z > 3:
+        return
+    yield Finding(
+        "batch too small",
+        "too few completions are compared in each step, so the updates are mostly noise",
+        f"{size} completions per step of as many prompts; the reward went from {rose.first:.3g} to "
+        f"{rose.last:.3g} (± {rose.error:.2g})",
+        "raise BATCH_SIZE, and NUM_GENERATIONS to 2 or more",
+    )

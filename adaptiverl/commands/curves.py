@@ -1,0 +1,177 @@
+"""A run read from its folder alone, also while it is written: no torch, no model.
+
+What the numbers mean is said by the checks (checks_*.py), the verdict and the pages.
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import filelock
+
+from adaptiverl.config.schema import ConfigError
+from adaptiverl.optim.rules import parse_rules
+
+Row = dict[str, Any]
+SHORT = 30  # steps; fewer say little
+
+
+class Change(NamedTuple):
+    """From the first steps to the last: both means, and the standard error of their difference."""
+
+    first: float
+    last: float
+    error: float
+
+    @property
+    def z(self) -> float:
+        """In standard errors; infinite where nothing scatters."""
+        difference = self.last - self.first
+        if self.error:
+            return difference / self.error
+        return math.copysign(math.inf, difference) if difference else 0.0
+
+
+@dataclass
+class Run:
+    """The files of a run; `torn` names those with a line that is not whole."""
+
+    path: Path
+    config: Row
+    metrics: list[Row]
+    changes: list[Row]
+    events: list[Row]
+    progress: list[Row]
+    torn: list[str]
+
+    @property
+    def step(self) -> int:
+        """The last step that is written down; 0 before the first."""
+        return self.metrics[-1]["step"] if self.metrics else 0
+
+    def series(self, name: str) -> list[tuple[int, float]]:
+        """(step, value) wherever the metric is known."""
+        return [(row["step"], row[name]) for row in self.metrics if row.get(name) is not None]
+
+    def values(self, name: str) -> list[float]:
+        return [value for _, value in self.series(name)]
+
+    def names(self, prefix: str, suffix: str = "") -> list[str]:
+        """The metrics so named, in their order."""
+        every = dict.fromkeys(name for row in self.metrics for name in row)
+        return [name for name in every if name.startswith(prefix) and name.endswith(suffix)]
+
+    def change(self, name: str) -> Change | None:
+        """Over the first and last third, of ten steps at most; None of fewer than three each."""
+        known = self.values(name)
+        size = min(10, len(known) // 3)
+        return change(known[:size], known[-size:]) if size >= 3 else None
+
+    def late(self, name: str) -> float | None:
+        """The mean over the last tenth, of three steps at least."""
+        known = self.values(name)
+        return statistics.mean(known[-max(3, len(known) // 10) :]) if known else None
+
+    def samples(self) -> Iterator[Row]:
+        """The rows of samples.jsonl, one after the other; lines that are not whole are left out."""
+        path = self.path / "samples.jsonl"
+        if path.exists():
+            with path.open(encoding="utf-8", errors="replace") as lines:
+                yield from (row for line in lines if (row := json_object(line)) is not None)
+
+    @property
+    def rewards(self) -> list[Row]:
+        return self.config.get("REWARDS", [])
+
+    @property
+    def trust_region(self) -> bool:
+        rules = parse_rules("lr_rule", self.config.get("LR_RULE", "none"))
+        return any(rule.name == "trust_region" for rule, _ in rules)
+
+    @cached_property
+    def checkpoints(self) -> dict[str, int]:
+        """The step of each checkpoint, by the name of its folder."""
+        found = {}
+        for path in sorted(self.path.glob("*/manifest.json")):
+            row = json_object(path.read_text(encoding="utf-8"))
+            if row and not path.parent.name.startswith("."):
+                found[path.parent.name] = int(row["step"])
+        return found
+
+    @cached_property
+    def state(self) -> str:
+        """finished, stopped (it says why in its events), running or killed."""
+        if self.metrics and self.checkpoints.get("final") == self.step:
+            return "finished"
+        last = self.events[-1] if self.events else None
+        if last and last["action"] == "stop" and last["step"] >= self.step:
+            return "stopped"
+        return "running" if _is_locked(self.path / ".lock") else "killed"
+
+
+def read_run(path: Path) -> Run:
+    """Raises ConfigError where no run was written."""
+    metrics = path / "metrics.jsonl"
+    if not metrics.exists():
+        raise ConfigError(f"{metrics} does not exist: name the folder that a run was written to")
+    config = path / "config.json"
+    keys = json_object(config.read_text(encoding="utf-8")) if config.exists() else {}
+    names = ("metrics", "controller", "events", "progress")
+    read = {name: _rows(path / f"{name}.jsonl") for name in names}
+    torn = [f"{name}.jsonl" for name, (_, broken) in read.items() if broken]
+    metric_rows, changes, events, progress = (rows for rows, _ in read.values())
+    return Run(path, keys or {}, metric_rows, changes, events, progress, torn)
+
+
+def change(first: Sequence[float], last: Sequence[float]) -> Change:
+    """Of values that scatter independently."""
+    error = math.sqrt(sum(statistics.variance(part) / len(part) for part in (first, last)))
+    return Change(statistics.mean(first), statistics.mean(last), error)
+
+
+def smoothed(values: Sequence[float], width: int | None = None) -> list[float]:
+    """The mean over `width` values around each (a tenth of them, 3 to 51), fewer at the ends."""
+    half = (width or max(3, min(51, len(values) // 10))) // 2
+    sums = [0.0]
+    for value in values:
+        sums.append(sums[-1] + value)
+    bounds = [(max(0, i - half), min(len(values), i + half + 1)) for i in range(len(values))]
+    return [(sums[end] - sums[begin]) / (end - begin) for begin, end in bounds]
+
+
+def _rows(path: Path) -> tuple[list[Row], bool]:
+    """The whole lines, and whether there are others."""
+    if not path.exists():
+        return [], False
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    rows = [json_object(line) for line in lines if line]
+    return [row for row in rows if row is not None], bool(lines[-1]) or None in rows
+
+
+def json_object(line: str) -> Row | None:
+    """None of a line that is not whole: a disk was full, or the power failed."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether a run holds its folder now."""
+    if not path.exists():
+        return False
+    lock = filelock.FileLock(path, fallback_to_soft=False)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        return True
+    except (OSError, NotImplementedError):  # no locks there, or no right to write: unknown
+        return False
+    lock.release()
+    return False

@@ -1,0 +1,80 @@
+"""`adaptiverl doctor RUN`: what is or went wrong in a run, with the evidence and the key to change.
+
+Reads the run's folder alone. What comes first is likely to have caused what follows.
+"""
+
+from pathlib import Path
+
+from adaptiverl.commands.checks_policy import policy_findings
+from adaptiverl.commands.checks_rewards import reward_findings
+from adaptiverl.commands.checks_run import run_findings
+from adaptiverl.commands.curves import Run, json_object, read_run
+from adaptiverl.commands.finding import Finding
+from adaptiverl.commands.sample_facts import SampleFacts, facts_of
+
+# What is likely to have caused what follows it here; a kind that is not here comes first
+ORDER = (
+    "torn line", "killed", "judge", "reward raises", "rate zero", "gradient not finite",
+    "gradient zero", "rate too large", "reward missing", "hacked", "conflict", "one reward drowns",
+    "dead reward", "temperature", "wrong EOS", "empty completions", "KL_COEF too large",
+    "rate too small", "KL explodes", "entropy collapse", "truncated", "prompts cut", "one prompt",
+    "batch too small",
+)  # fmt: skip
+# Each is listed with the kinds that follow from it, which are left out where it is found
+FOLLOWS = {
+    "rate too large": {"dead reward", "empty completions", "truncated", "batch too small"},
+    "KL explodes": {"dead reward", "truncated"},
+    "entropy collapse": {"dead reward", "truncated"},
+    "hacked": {"entropy collapse", "KL explodes"},
+    "reward missing": {"dead reward"},
+    "temperature": {"dead reward", "entropy collapse", "truncated"},
+    "torn line": {"killed"},
+    "empty completions": {"dead reward", "temperature", "entropy collapse", "KL explodes"},
+    "gradient not finite": {"rate too small", "KL_COEF too large"},
+    "gradient zero": {"rate too small", "KL_COEF too large", "batch too small"},
+    "rate zero": {"rate too small", "KL_COEF too large", "batch too small"},
+    "dead reward": {"rate too small", "KL_COEF too large", "batch too small"},
+}
+
+
+def findings(run: Run, facts: SampleFacts | None = None) -> list[Finding]:
+    """All that is wrong, causes first; what follows from a cause is left out."""
+    facts = facts or facts_of(run, end_ids(run))
+    found = [
+        *run_findings(run, facts),
+        *policy_findings(run, facts),
+        *reward_findings(run, facts),
+    ]
+    kinds = [each.kind for each in found]
+    implied = set().union(*(FOLLOWS.get(kind, set()) for kind in kinds))
+    own = [each for each in found if each.kind not in implied]
+    return sorted(own, key=lambda each: ORDER.index(each.kind) if each.kind in ORDER else -1)
+
+
+def end_ids(run: Run) -> list[int]:
+    """What the model's own config says ends a text, from a checkpoint or from MODEL."""
+    folders = [run.path / name for name in run.checkpoints]
+    if "MODEL" in run.config:
+        folders.append(Path(run.config["MODEL"]))
+    for path in (folder / "config.json" for folder in folders):
+        if path.is_file() and (model := json_object(path.read_text("utf-8"))):
+            ids = model.get("eos_token_id")
+            return ids if isinstance(ids, list) else [] if ids is None else [ids]
+    return []
+
+
+def doctor(folder: Path) -> tuple[str, int]:
+    """What is wrong in words, and the exit status: 1 if anything is, else 0."""
+    run = read_run(folder)
+    found = findings(run)
+    lines = [f"{folder}: {run.step} steps of {run.config.get('STEPS', '?')}, {run.state}"]
+    for number, each in enumerate(found, 1):
+        lines += [
+            "",
+            f"{number}. {each.says}",
+            f"   evidence: {each.evidence}",
+            f"   change:   {each.advice}",
+        ]
+    if not found:
+        lines += ["", "nothing is wrong, as far as its files show"]
+    return "\n".join(lines), int(bool(found))

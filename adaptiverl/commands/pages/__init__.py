@@ -1,0 +1,41 @@
+"""The pages that commands write, from the templates beside this file: one file, nothing loaded."""
+
+import base64
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+HERE = Path(__file__).parent
+
+
+def write_page(template: str, out: Path, values: dict[str, Any]) -> Path:
+    """Renders `template` to `out`, which is there whole or as it was before. Text is escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "ensure_ascii": False}
+    style, script = ((HERE / name).read_text("utf-8") for name in ("style.css", "page.js"))
+    # The browser runs this script alone, whatever a sample says
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    own = {
+        "style": Markup(style),
+        "script": Markup(script),
+        "script_hash": Markup(f"sha256-{digest}"),
+    }
+    text = environment.get_template(template).render(values | own)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}")
+    # a lone surrogate, which a model may write, is no UTF-8
+    try:
+        temporary.write_text(text, encoding="utf-8", errors="replace")
+        temporary.replace(out)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return out

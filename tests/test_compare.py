@@ -1,0 +1,139 @@
+"""Comparing runs, and the curves that its page and the report draw."""
+
+import json
+import math
+import random
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+from conftest import written_run
+
+from adaptiverl.__main__ import main as adaptiverl
+from adaptiverl.commands.charts import POINTS, Series, chart, number
+from adaptiverl.commands.compare import frontier_of, paired
+from adaptiverl.commands.curves import read_run, smoothed
+
+KEYS = {
+    "SEED": 3, "TRAIN_FILE": "p.json", "BATCH_SIZE": 8, "NUM_GENERATIONS": 4, "KL_COEF": 0.05,
+    "REWARDS": [{"TYPE": "length", "NAME": "a", "WEIGHT": 1.0}], "STEPS": 48,
+}  # fmt: skip
+
+
+def a_run(folder: Path, gain: float, seed: int, **keys) -> Path:
+    """Its reward rises by `gain`; prompts move the rewards of all runs alike."""
+    draws, prompts = random.Random(seed), random.Random(0)
+    rows = [
+        {
+            "step": k, "lr": 1e-4, "entropy": 2.0, "kl_per_completion": 0.1 * k,
+            "reward": gain * k / 48 + prompts.gauss(0, 1) + draws.gauss(0, 0.05),
+        }
+        for k in range(1, 49)
+    ]  # fmt: skip
+    return written_run(folder, rows, KEYS | {"OUTPUT_DIR": str(folder)} | keys)
+
+
+def test_pairing_finds_what_the_prompts_would_hide(tmp_path):
+    one, other = (read_run(a_run(tmp_path / n, g, s)) for n, g, s in (("a", 0.2, 1), ("b", 0.6, 2)))
+    mean, half, steps = paired(one, other, "reward")
+    differences = [
+        b["reward"] - a["reward"] for a, b in zip(one.metrics, other.metrics, strict=True)
+    ]
+    blocks = [statistics.mean(differences[k : k + 6]) for k in range(0, 48, 6)]
+    assert steps == 48 and mean == pytest.approx(statistics.mean(differences))
+    assert half == pytest.approx(2.365 * statistics.stdev(blocks) / math.sqrt(8))
+    assert 0.1 < mean < 0.3 and mean - half > 0
+    unpaired = statistics.stdev(one.values("reward")) * math.sqrt(2 / 48)
+    assert unpaired > mean / 2, "without pairs it would be within two standard errors"
+    assert paired(one, one, "reward") == (0.0, 0.0, 48)
+    assert paired(one, other, "eval/reward") is None
+
+
+def test_tables_and_page(tmp_path, capsys):
+    evil = "<script>alert(1)</script>"
+    runs = [a_run(tmp_path / "a", 0.2, 1), a_run(tmp_path / "b", 4.0, 2, KL_COEF=0.1, MODEL=evil)]
+    out = tmp_path / "page.html"
+    assert adaptiverl(["compare", *map(str, runs), "--out", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"KL_COEF\s+0\.05\s+0\.1", text) and "OUTPUT_DIR" not in text
+    assert re.search(r"b\s+reward\s+48\s+1\.9\d*\s+\[0\.9\d+, 2\.[89]\d*\]\s+higher", text)
+    assert re.search(r"b\s+entropy\s+48\s+0\s+\[0, 0\]\s+no difference shown", text)
+    page = out.read_text()
+    assert "b ends with the highest reward" in page and "Reward by KL" in page
+    assert evil not in page and not re.search(r"https?://", page)
+
+
+def test_other_prompts_are_not_paired(tmp_path, capsys):
+    runs = [a_run(tmp_path / "a", 0.2, 1), a_run(tmp_path / "b", 0.2, 2, SEED=4)]
+    out = str(tmp_path / "page.html")
+    assert adaptiverl(["compare", *map(str, runs), "--out", out]) == 0
+    text = capsys.readouterr().out
+    assert "Not paired, because SEED, " in text and "no difference shown" not in text
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [(["a"], "two runs or more"), (["a", "a"], "named twice"), (["a", "none"], "does not exist")],
+)
+def test_mistakes_are_one_line(tmp_path, capsys, names, said):
+    a_run(tmp_path / "a", 0.2, 1)
+    words = [str(tmp_path / name) for name in names]
+    assert adaptiverl(["compare", *words, "--out", str(tmp_path / "x.html")]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and said in err and err.count("\n") == 1
+
+
+def test_the_frontier_goes_by_kl(tmp_path):
+    points = frontier_of(read_run(a_run(tmp_path / "a", 1.0, 1)))
+    assert len(points) == 48 and points[20][0] == pytest.approx(2.1)
+
+
+# Curves
+
+
+def test_smoothing_by_hand():
+    assert smoothed([1.0, 2.0, 6.0, 3.0], 3) == [1.5, 3.0, 11 / 3, 4.5]
+    assert smoothed([5.0] * 100) == pytest.approx([5.0] * 100)
+
+
+def test_a_curve_in_the_corners_of_its_figure():
+    made = chart("Reward", [Series("r", [(1, 0.0), (11, 1.0)], smooth=False)])
+    (curve,) = made.curves
+    assert curve.path == "M0 284L1000 16", "a margin of 6 % above and below"
+    assert [text for _, text in made.y_ticks] == ["0", "0.25", "0.5", "0.75", "1"]
+    assert [text for _, text in made.x_ticks] == ["2", "4", "6", "8", "10"]
+    assert made.y_ticks[0][0] == pytest.approx(100 - 100 * 0.06 / 1.12)
+    assert "r: 0 at first, 1 at step 11; lowest 0 (step 1), highest 1 (step 11)" in made.summary
+
+
+def test_a_long_curve_is_thinned_and_keeps_its_peaks():
+    points = [(k, 1.0 if k == 777 else 0.0) for k in range(5000)]
+    (curve,) = chart("x", [Series("s", points)]).curves
+    assert curve.path.count("L") < POINTS and not curve.raw
+    assert " 16L" in curve.band, "the one step of 5,000 is in the band"
+
+
+def test_a_rate_is_drawn_by_its_logarithm_and_what_is_no_number_is_left_out():
+    points = [(1, 1e-6), (2, 0.0), (3, math.nan), (4, 1e-2)]
+    made = chart("rate", [Series("r", points, smooth=False)], log=True)
+    assert made.hover["curves"][0]["y"] == [1e-6, 1e-2]
+    assert chart("nothing", [Series("n", [(1, math.nan)])]) is None
+    assert len(chart("flat", [Series("f", [(1, 2.0), (2, 2.0)])]).y_ticks) >= 2
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (0.12345, "0.123"), (-2.5, "−2.5"), (1e-5, "1e−5"), (1234.5, "1,234"),
+     (None, "missing"), (40, "40"), (100, "100"), (3e7, "3e7")],
+)  # fmt: skip
+def test_numbers_are_short(value, text):
+    assert number(value) == text
+
+
+def test_a_page_holds_no_lone_surrogate(tmp_path):
+    run = a_run(tmp_path / "a", 0.2, 1, MODEL="\ud83d")
+    other = a_run(tmp_path / "b", 0.2, 1)
+    out = tmp_path / "page.html"
+    assert adaptiverl(["compare", str(run), str(other), "--out", str(out)]) == 0
+    assert json.dumps(out.read_bytes().decode("utf-8"))
