@@ -31,8 +31,8 @@ def test_a_run_leaves_all_it_says(run, settings):
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     assert sorted(p.name for p in out.iterdir()) == [
-        ".lock", "config.json", "controller.jsonl", "final", "metrics.jsonl", "samples.jsonl",
-        "step-000002", "step-000004",
+        ".lock", "best", "config.json", "controller.jsonl", "final", "metrics.jsonl",
+        "samples.jsonl", "step-000002", "step-000004",
     ]  # fmt: skip
     resolved = json.loads((out / "config.json").read_text())
     assert resolved["TEMPERATURE"] == 1.0, "defaults are written out"

@@ -127,6 +127,8 @@ def build(
         stateful["scaler"] = scaler
     if resumed:
         state.restore(resumed, stateful, mapped=runtime.device.type != "cpu")
+        # Loading has given `base` other groups, in which a rollback may have written another rate.
+        optimizer.param_groups, optimizer.state = base.param_groups, base.state
     narrow(optimizer, progress.rollbacks)
     checked.check_at_start(files, precision.sampler_matches_policy)
     return Parts(

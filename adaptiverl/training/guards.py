@@ -31,6 +31,7 @@ LEFT_DISTINCT = 0.3  # of its distinct-2: less is warned of
 REPEATED = 0.1  # of its distinct-2: with equal rewards a collapse
 KL_LARGE, KL_BEYOND = 1.0, 5.0  # nats per token: warned of; a collapse, where KL_STEPS in a row are
 KL_STEPS = 3
+FAR = 10.0  # nats per completion: of few tokens, each may well have moved further than KL_LARGE
 CUT_STEPS = 20  # in a row without a completion that ends by itself
 KEPT_SOUND = 100  # steps of checkpoints that are remembered
 
@@ -59,7 +60,7 @@ class Guards:
         """`reward` [B] is NaN where it is missing. Every process calls it; the main one logs."""
         self.collapse = None
         found = dict(self._found(reward, advantage, metrics))
-        self.sound = not UNSOUND & found.keys()
+        self.sound = not UNSOUND & found.keys() and self._is_sound(metrics)
         collapses = [kind for kind in found if kind in COLLAPSES]
         if collapses and self.config.ON_COLLAPSE != "warn":
             self.collapse = Collapsed(step, collapses[0], found[collapses[0]])
@@ -68,6 +69,14 @@ class Guards:
             if kind not in self.warned:
                 self.warned.append(kind)
                 self.event(step, kind, message, "warn")
+
+    def _is_sound(self, metrics: Metrics) -> bool:
+        """Whether this step alone is within what is warned of in the mean of several."""
+        far = metrics.get("kl", 0.0) > KL_LARGE and metrics["kl_per_completion"] > FAR
+        return not far and all(
+            metrics[name] >= share * self.first[name]
+            for name, share in (("entropy", LEFT), ("completions/distinct_2", LEFT_DISTINCT))
+        )
 
     def event(self, step: int, kind: str, message: str, action: str) -> None:
         """A row of events.jsonl, and a warning on the console."""
@@ -172,10 +181,10 @@ class Guards:
         c, less = self.config, self._less()
         kls = self.series.get("kl", [])[-KL_STEPS:]
         kl, total = self._mean("kl"), self._mean("kl_per_completion")
-        if len(kls) == KL_STEPS and min(kls) > KL_BEYOND and metrics["kl_per_completion"] > 20:
+        if len(kls) == KL_STEPS and min(kls) > KL_BEYOND and metrics["kl_per_completion"] > 2 * FAR:
             text = say.KL_BEYOND.format(kl=min(kls), steps=KL_STEPS, smaller=less)
             yield "kl beyond reason", text
-        elif kl is not None and total is not None and kl > KL_LARGE and total > 10:
+        elif kl is not None and total is not None and kl > KL_LARGE and total > FAR:
             yield "kl", say.KL_LARGE.format(kl=kl, total=total, smaller=less)
         for kind, name, share, text in (
             ("entropy", "entropy", LEFT, say.ENTROPY),
