@@ -26,9 +26,10 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import train
-from adaptiverl.config.loading import load_config
-from adaptiverl.training.keys import RunConfig
+import train  # noqa: E402
+from adaptiverl.config.loading import load_config  # noqa: E402
+from adaptiverl.files.logs import read_rows  # noqa: E402
+from adaptiverl.training.keys import RunConfig  # noqa: E402
 
 HELD_OUT = "eval/held_out/rewards/meant/mean"
 KEYS = {
@@ -74,7 +75,7 @@ def one_seed(seed: int, overrides: list[str]) -> dict:
         keys = [f"SEED={seed}", f"OUTPUT_DIR={folder}/run", *overrides]
         status = train.main((load_config(config, keys, schema=RunConfig), False))
         assert status == 0, status
-        rows = [json.loads(line) for line in Path(folder, "run/metrics.jsonl").open()]
+        rows = read_rows(Path(folder, "run/metrics.jsonl"))
         best = json.loads(Path(folder, "run/best/best.json").read_text())
     evaluated = [row for row in rows if "eval/score" in row]
     final = evaluated[-1]

@@ -87,10 +87,14 @@ def test_rewards_that_differ_between_prompts_only(main, settings, caplog, reward
 
 def test_a_collapse_is_warned_of_at_once(main, settings, caplog):
     keys = {"LRATE": 50, "LR_RULE": "none", "STEPS": 6, "REWARDS": settings["REWARDS"][:1]}
+    keys |= {"ON_COLLAPSE": "warn"}
     assert main(settings | keys) == 0
     assert rows(settings)[1]["entropy"] < 0.1, "or the test would show nothing"
     (text,) = warnings(caplog, "collapsed")
     assert text.startswith("step 2: the policy repeats itself (entropy ")
+    event = read_jsonl(Path(settings["OUTPUT_DIR"]) / "events.jsonl")[0]
+    assert (event["step"], event["kind"], event["action"]) == (2, "collapsed", "warn")
+    assert text == f"step 2: {event['message']}"
     assert "LRATE" in text and "LR_RULE" in text
 
 
@@ -164,7 +168,7 @@ def test_an_evaluation_without_a_reward_says_so(
     keys = {"REWARDS": [reward(mine)], "EVAL_FILE": str(tmp_path / "eval.json"), "EVAL_EVERY": 2}
     assert main(settings | keys | {"LOG_EVERY": 1}) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].startswith("Step 2 |") and lines[1].endswith("| Eval reward: missing")
+    assert lines[1].startswith("Step 2/3 |") and lines[1].endswith("| Eval reward: missing")
     assert "Eval reward" not in lines[2] and lines[3].startswith("finished: 3 steps")
     assert [row.get("eval/reward", "none") for row in rows(settings)] == ["none", None, "none"]
     assert said in caplog.text
@@ -249,7 +253,8 @@ def test_a_rate_of_zero_is_warned_of_at_the_first_step(main, settings, caplog):
 
 def test_of_several_processes_the_main_one_warns(caplog):
     numbers = {"grad_norm": 0.0, "lr": 0.0, "reward": 1.0, "entropy": 1.0}
-    numbers["sampling/sampling_logp_difference/mean"] = 0.0
+    numbers |= {"sampling/sampling_logp_difference/mean": 0.0, "completions/distinct_2": 1.0}
+    numbers["completions/clipped_ratio"] = 0.5
     for is_main in (False, True):
         guards = Guards(RunConfig(), last_step=100, allowed_gap=1e-3, is_main=is_main)
         guards.look(1, torch.rand(32), torch.ones(32), numbers)
