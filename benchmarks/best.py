@@ -2,14 +2,14 @@
 
     python benchmarks/best.py [--seeds 5] [--out benchmarks/best.json] [KEY=VALUE ...]
 
-The reward pays for the word "great", once per completion. What it is meant for is held out: the
-classifier's probability of "positive", times the share of different words. At a constant rate that
-is too large the policy finds " great great great". Both are of the same prompts, half of
-data.json that is not trained on, and the same random numbers. best/ is chosen by eval/score, which
-does not know the held-out reward.
+The reward is the share of words that praise, which "great." gets whole. What is meant is held out:
+a classifier's probability of "positive", times the number of different words up to eight. The run
+goes too far because KL_COEF_TARGET allows 60 nats, which lowers the penalty, at a rate without a
+trust region. eval/score charges KL_COEF as it is in the config, and does not know what is meant. All are
+of the same prompts, the half of data.json that is not trained on, and of the same random numbers.
 
-Predicted before the first of these seeds was run: best/ is better in five seeds of five, on average
-by more than 0.1.
+Keys were chosen on seeds from 100 on. Predicted before the first of the seeds 0 to 4 was run: best/
+is better in five seeds of five, on average by more than 0.1.
 """
 
 import argparse
@@ -36,21 +36,33 @@ KEYS = {
     "MODEL": "benchmarks/policy-small",
     "TRAIN_FILE": "data.json",
     "EVAL_SPLIT": 0.5,
-    "EVAL_EVERY": 2,
-    "REWARDS": [{"TYPE": "regex", "PATTERNS": "great"}],
+    "EVAL_EVERY": 4,
+    "REWARDS": [{"TYPE": "python", "NAME": "praise", "FUNCTION": "benchmarks.best:praise"}],
     "HELD_OUT": [{"TYPE": "python", "NAME": "meant", "FUNCTION": "benchmarks.best:varied_praise"}],
-    "BATCH_SIZE": 16,
+    "BATCH_SIZE": 32,
     "NUM_GENERATIONS": 4,
     "MAX_NEW_TOKENS": 16,
-    "KL_COEF": 0.05,
+    "KL_COEF": 0.15,
+    "KL_COEF_TARGET": 60,
     "LR_RULE": "none",
-    "LRATE": 1e-2,
+    "LRATE": 3e-3,
     "ON_COLLAPSE": "warn",
-    "STEPS": 20,
+    "STEPS": 40,
     "SAVE_EVERY": 0,
     "SAMPLES_EVERY": 0,
     "LOG_EVERY": 0,
 }
+
+
+PRAISE = {
+    "great", "good", "best", "love", "loved", "excellent", "wonderful", "perfect", "amazing", "fun",
+}  # fmt: skip
+
+
+def praise(completions, **_) -> list[float]:
+    """The share of words that are PRAISE."""
+    words = [[word.strip(".,!?").lower() for word in text.split()] for text in completions]
+    return [sum(word in PRAISE for word in each) / max(len(each), 1) for each in words]
 
 
 @cache
@@ -61,9 +73,8 @@ def _sentiment():
 
 
 def varied_praise(prompts, completions, **_) -> list[float | None]:
-    """P(positive) times the share of different words; missing where P(positive) is."""
-    words = [text.split() for text in completions]
-    varied = [len(set(each)) / len(each) if each else 0.0 for each in words]
+    """P(positive) times the number of different words over 8; missing where P(positive) is."""
+    varied = [min(len(set(text.split())) / 8, 1.0) for text in completions]
     praise = _sentiment()(prompts=prompts, completions=completions)
     return [None if p is None else p * v for p, v in zip(praise, varied, strict=True)]
 

@@ -1,4 +1,4 @@
-"""best/: the highest eval/score, whole at any moment; early stopping; a held-out share of prompts."""
+"""best/: the highest eval/score, whole at any moment; early stopping; a share of the prompts."""
 
 import json
 from pathlib import Path

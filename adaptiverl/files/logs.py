@@ -51,10 +51,12 @@ class RunLog:
         """Makes `rows` all of the small file `name`, at once; without rows there is none."""
         if rows == self.replaced.get(name):
             return
-        path, new = self.output_dir / name, self.output_dir / f".new-{name}"
+        path = self.output_dir / name
+        new = path.with_suffix(".new")  # not .new-*: those are unfinished checkpoints, folders
         self.replaced[name] = list(rows)
         if not rows:
             path.unlink(missing_ok=True)
+            new.unlink(missing_ok=True)
             return
         with new.open("w", encoding="utf-8") as file:
             file.writelines(map(_line, rows))

@@ -22,7 +22,8 @@ from adaptiverl.training.trends import LEAST, OF_EVALUATIONS, SIGNIFICANT, parte
 Finding = tuple[str, str]  # kind, message
 COLLAPSES = {"collapsed", "kl beyond reason"}
 UNSOUND = COLLAPSES | {"kl", "entropy", "distinct"}  # a checkpoint of such a step is not sound
-FLAT_STEPS = 5  # in a row without a difference between rewards; fewer may be chance
+FLAT_STEPS = 5  # in a row without a difference between rewards; fewer may be chance,
+FLAT_STEPS_LATER = 20  # and so may be more, where rewards are rare but have differed before
 RECENT = 5  # steps whose mean is compared with the first step
 WINDOW = 50  # values in which a trend is looked for
 DETERMINISTIC = 0.1  # nats per token; a policy of less entropy repeats itself
@@ -45,6 +46,7 @@ class Guards:
     allowed_gap: float  # nats per token by which sampling and the loss may differ
     is_main: bool = True  # whether this process logs
     flat_steps: int = 0  # steps in a row in which no rewards that are compared differed
+    moved: bool = False  # whether rewards that are compared have ever differed
     varied: bool = False  # whether rewards differed at all in these, or between them
     cut_steps: int = 0  # steps in a row in which all completions were cut off
     odd_gradients: int = 0  # steps in a row whose gradient was not finite
@@ -146,13 +148,15 @@ class Guards:
         differs = zero_std_share(reward) < 1
         self.varied = differs or (self.varied and self.flat_steps > 0)
         self.flat_steps = self.flat_steps + 1 if flat else 0
+        self.moved |= not flat
+        limit = FLAT_STEPS_LATER if self.moved else FLAT_STEPS
         trains = "only the KL penalty trains the policy" if c.KL_COEF else "nothing is trained"
         if mean is None:
             names = ", ".join(each.name for each in c.REWARDS)
             yield "missing", say.MISSING.format(rewards=names)
         elif flat and (message := self._collapsed(metrics)):
             yield message
-        elif self.flat_steps >= min(FLAT_STEPS, self.last_step):
+        elif self.flat_steps >= min(limit, self.last_step):
             text = say.STUCK if self.varied and group > 1 else say.CONSTANT
             kind = "stuck" if text is say.STUCK else "constant"
             yield kind, text.format(steps=self.flat_steps, group=group, trains=trains)
@@ -240,6 +244,6 @@ def _is_reward(name: str) -> bool:
 
 
 _KEPT = (
-    "flat_steps", "varied", "cut_steps", "odd_gradients", "first", "series", "warned",
+    "flat_steps", "moved", "varied", "cut_steps", "odd_gradients", "first", "series", "warned",
     "sound_steps", "events",
 )  # fmt: skip
