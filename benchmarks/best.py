@@ -3,13 +3,15 @@
     python benchmarks/best.py [--seeds 5] [--out benchmarks/best.json] [KEY=VALUE ...]
 
 The reward is the share of words that praise, which "great." gets whole. What is meant is held out:
-a classifier's probability of "positive", times the number of different words up to eight. The run
+a classifier's probability of "positive", times the number of different words, up to eight. The run
 goes too far because KL_COEF_TARGET allows 60 nats, which lowers the penalty, at a rate without a
-trust region. eval/score charges KL_COEF as it is in the config, and does not know what is meant. All are
-of the same prompts, the half of data.json that is not trained on, and of the same random numbers.
+trust region. eval/score charges KL_COEF as it is in the config, and does not know what is meant. All
+are of the same prompts, the half of data.json that is not trained on, and of the same random numbers.
 
-Keys were chosen on seeds from 100 on. Predicted before the first of the seeds 0 to 4 was run: best/
-is better in five seeds of five, on average by more than 0.1.
+The setting was chosen on the seeds 100 and 101, as the only one of eleven that were tried in which
+best/ was better on both: benchmarks/README.md lists them. Predicted before the first of the seeds 0
+to 4 was run: best/ is better in five seeds of five, on average by more than 0.1, and it is one of
+the first evaluations, since the score charges more for the KL than this reward brings.
 """
 
 import argparse
@@ -42,12 +44,12 @@ KEYS = {
     "BATCH_SIZE": 32,
     "NUM_GENERATIONS": 4,
     "MAX_NEW_TOKENS": 16,
-    "KL_COEF": 0.15,
+    "KL_COEF": 0.1,
     "KL_COEF_TARGET": 60,
     "LR_RULE": "none",
-    "LRATE": 3e-3,
+    "LRATE": 1e-3,
     "ON_COLLAPSE": "warn",
-    "STEPS": 40,
+    "STEPS": 60,
     "SAVE_EVERY": 0,
     "SAMPLES_EVERY": 0,
     "LOG_EVERY": 0,
@@ -72,11 +74,11 @@ def _sentiment():
     return ClassifierReward(model="adaptiverl/assets/sentiment", label="positive")
 
 
-def varied_praise(prompts, completions, **_) -> list[float | None]:
-    """P(positive) times the number of different words over 8; missing where P(positive) is."""
+def varied_praise(prompts, completions, **_) -> list[float]:
+    """P(positive) times the number of different words over 8; 0 for a text without words."""
     varied = [min(len(set(text.split())) / 8, 1.0) for text in completions]
     praise = _sentiment()(prompts=prompts, completions=completions)
-    return [None if p is None else p * v for p, v in zip(praise, varied, strict=True)]
+    return [(p or 0.0) * v for p, v in zip(praise, varied, strict=True)]
 
 
 def one_seed(seed: int, overrides: list[str]) -> dict:
