@@ -5,8 +5,9 @@
 The reward is the share of words that praise, which "great." gets whole. What is meant is held out:
 a classifier's probability of "positive", times the number of different words, up to eight. The run
 goes too far because KL_COEF_TARGET allows 60 nats, which lowers the penalty, at a rate without a
-trust region. eval/score charges KL_COEF as it is in the config, and does not know what is meant. All
-are of the same prompts, the half of data.json that is not trained on, and of the same random numbers.
+trust region. eval/score charges KL_COEF as it is in the config, and does not know what is meant.
+All are of the same prompts, the half of data.json that is not trained on, and of the same random
+numbers.
 
 The setting was chosen on the seeds 100 and 101, as the only one of eleven that were tried in which
 best/ was better on both: benchmarks/README.md lists them. Predicted before the first of the seeds 0
