@@ -1,18 +1,19 @@
 """Whether best/ beats final/ by a reward that was held out, on runs that over-optimise.
 
-    python benchmarks/best.py [--seeds 5] [--out benchmarks/best.json] [KEY=VALUE ...]
+    python benchmarks/best.py [--seeds 5] [--first 5] [--out benchmarks/best.json] [KEY=VALUE ...]
 
 The reward is the share of words that praise, which "great." gets whole. What is meant is held out:
-a classifier's probability of "positive", times the number of different words, up to eight. The run
-goes too far because KL_COEF_TARGET allows 60 nats, which lowers the penalty, at a rate without a
-trust region. eval/score charges KL_COEF as it is in the config, and does not know what is meant.
-All are of the same prompts, the half of data.json that is not trained on, and of the same random
-numbers.
+a classifier's probability of "positive", times distinct-2 of all completions that are evaluated
+together: praise, said in many ways. The run goes too far because KL_COEF_TARGET allows 60 nats,
+which lowers the penalty, at a rate without a trust region. eval/score charges KL_COEF as it is in
+the config, and does not know what is meant. All are of the same prompts, the half of data.json that
+is not trained on, and of the same random numbers.
 
-The setting was chosen on the seeds 100 and 101, as the only one of eleven that were tried in which
-best/ was better on both: benchmarks/README.md lists them. Predicted before the first of the seeds 0
-to 4 was run: best/ is better in five seeds of five, on average by more than 0.1, and it is one of
-the first evaluations, since the score charges more for the KL than this reward brings.
+A first measure, variety within each completion, was run on the seeds 0 to 4 and failed: best/ was
+better in two of five (best_within.json, benchmarks/README.md). A policy that writes one fluent text
+for all prompts met that measure. The one above was then chosen, tried on the seeds 100 and 101, and
+this was predicted before the first of the seeds 5 to 9 was run: best/ is better in five seeds of
+five, on average by more than 0.3.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import statistics
 import sys
 import tempfile
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -76,10 +78,14 @@ def _sentiment():
 
 
 def varied_praise(prompts, completions, **_) -> list[float]:
-    """P(positive) times the number of different words over 8; 0 for a text without words."""
-    varied = [min(len(set(text.split())) / 8, 1.0) for text in completions]
+    """P(positive) times distinct-2 of all `completions`; 0 for a text without words."""
+    pairs = [pair for text in completions for pair in pairwise(text.split())]
+    distinct = len(set(pairs)) / len(pairs) if pairs else 0.0
     praise = _sentiment()(prompts=prompts, completions=completions)
-    return [(p or 0.0) * v for p, v in zip(praise, varied, strict=True)]
+    return [
+        (p or 0.0) * distinct if text.split() else 0.0
+        for p, text in zip(praise, completions, strict=True)
+    ]
 
 
 def one_seed(seed: int, overrides: list[str]) -> dict:
@@ -107,7 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument("--first", type=int, default=5, help="the first seed")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "best.json")
     arguments = parser.parse_args()
     runs = []

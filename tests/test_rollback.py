@@ -56,6 +56,7 @@ def test_back_to_the_last_sound_checkpoint_and_on_from_there(main, spiked, caplo
     out = Path(spiked["OUTPUT_DIR"])
     state = torch.load(out / "final" / "trainer.pt", weights_only=True)
     assert state["progress"]["rollbacks"] == 1
+    assert state["optimizer"]["param_groups"][0]["lr"] == pytest.approx(1e-3)
 
 
 def test_what_was_taken_back_is_sampled_anew(main, spiked):
