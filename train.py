@@ -20,6 +20,7 @@ from contextlib import closing
 import torch
 
 from adaptiverl.config.schema import ConfigError
+from adaptiverl.files.checkpoint import BEST
 from adaptiverl.files.console import Console, printable
 from adaptiverl.files.process import Paused, StopSignal, Stopwatch
 from adaptiverl.rl.reinforce import (
@@ -32,10 +33,12 @@ from adaptiverl.rl.reinforce import (
 )
 from adaptiverl.training import metrics as log
 from adaptiverl.training.build import Parts, build
+from adaptiverl.training.collapse import Collapsed
 from adaptiverl.training.dry_run import dry_run
 from adaptiverl.training.evaluation import evaluate
 from adaptiverl.training.folder import RunFolder
 from adaptiverl.training.keys import RunConfig
+from adaptiverl.training.rollback import may_roll_back, roll_back
 from adaptiverl.training.samples import sample_rows
 from adaptiverl.training.update import update
 
@@ -43,8 +46,9 @@ from adaptiverl.training.update import update
 def train(c: RunConfig, parts: Parts, folder: RunFolder, stop: StopSignal) -> None:
     """REINFORCE (Williams 1992), with a KL penalty to the policy at the start."""
     runtime, progress, batches = parts.runtime, parts.progress, parts.batches
-    policy, sampler, scoring, guards = parts.policy, parts.sampler, parts.scoring, parts.guards
-    while progress.step < parts.last_step and not runtime.largest(stop.number):
+    policy, sampler, scoring = parts.policy, parts.sampler, parts.scoring
+    guards, best = parts.guards, parts.best
+    while not (folder.done or runtime.largest(stop.number)):
         progress.step += 1
         step, clock = progress.step, Stopwatch()
 
@@ -103,7 +107,7 @@ def train(c: RunConfig, parts: Parts, folder: RunFolder, stop: StopSignal) -> No
 
         # Step within the trust region, with the hyperparameters that loss and reward ask for.
         result = log.gathered(runtime, rollout, reward, kl, sums, grad_norm)
-        metrics = log.step_metrics(result, c.NUM_GENERATIONS)
+        metrics = log.step_metrics(result, c.NUM_GENERATIONS, c.MAX_NEW_TOKENS)
         metrics |= log.kl_metrics(result, progress.kl_coef) if c.KL_COEF else {}
         informative = is_informative(reward, c.BASELINE, c.NUM_GENERATIONS)
         metrics |= update(c, parts, rollout, metrics, informative)
@@ -115,29 +119,41 @@ def train(c: RunConfig, parts: Parts, folder: RunFolder, stop: StopSignal) -> No
         # Write down what happened.
         metrics |= scoring.metrics(scores)
         metrics |= scoring.rewards.balance(scores.trained, step, c.NUM_GENERATIONS)
-        guards.look(step, reward, advantage, metrics)
         metrics |= log.time_metrics(runtime, clock, result.lengths.sum().item())
         samples = sample_rows(c, parts, batch, rollout, completions, reward, scores)
         if parts.eval_prompts and c.EVAL_EVERY and step % c.EVAL_EVERY == 0:
             metrics |= evaluate(c, parts, parts.eval_prompts)
+        guards.look(step, reward, advantage, metrics)
+        best.look(step, metrics)
         folder.record(metrics, samples)
+        guards.act()
+        if best.improved:
+            folder.save(BEST, metrics)
         if c.SAVE_EVERY and step % c.SAVE_EVERY == 0:
+            guards.checkpointed(step)
             folder.save()
 
 
 def run(c: RunConfig, parts: Parts) -> int:
-    """Trains to the last step, or until a signal or a reward stops it; the exit status."""
-    stop = StopSignal(parts.scoring.interrupt)
+    """Trains to its end, or until a signal, a reward or a collapse stops it; the exit status."""
     with closing(RunFolder(c, parts)) as folder:
+        stop = StopSignal(folder.interrupt)
+        del parts  # a rollback makes new ones
         folder.open()
-        try:
-            train(c, parts, folder, stop)
-        except Paused as reason:
-            return folder.pause(reason, stop)
-        except ConfigError as mistake:
-            folder.fail(mistake)
-            raise
-        return folder.finish(stop)
+        while True:
+            try:
+                train(c, folder.parts, folder, stop)
+                return folder.finish(stop)
+            except Paused as reason:
+                return folder.pause(reason, stop)
+            except ConfigError as mistake:
+                folder.fail(mistake)
+                raise
+            except Collapsed as found:
+                collapse = found.with_traceback(None)  # which would keep the policy in memory
+            if not may_roll_back(c, folder):
+                return folder.give_up(collapse)
+            roll_back(c, folder, collapse)
 
 
 def main(command: Command | None = None) -> int:
@@ -147,9 +163,11 @@ def main(command: Command | None = None) -> int:
         level=logging.WARNING, format="%(levelname)s: %(message)s", handlers=[Console()]
     )
     try:
+        if not only_try:
+            return run(config, build(config))
         parts = build(config)
         with closing(parts.scoring):
-            return dry_run(config, parts) if only_try else run(config, parts)
+            return dry_run(config, parts)
     except ConfigError as mistake:
         print(f"error: {printable(str(mistake))}", file=sys.stderr)
         return 2

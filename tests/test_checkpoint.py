@@ -322,7 +322,7 @@ def test_a_resumed_run_says_where_it_goes_on_and_shows_its_last_step(main, setti
     assert main(settings | {"TRUST_REGION_SCHEDULE": "constant", "STEPS": 5, "RESUME": "auto"}) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[0] == f"resumed after step 3 from {Path(settings['OUTPUT_DIR']) / 'final'}"
-    assert said[1].startswith("Step 5 |") and said[2].startswith("finished: 5 steps")
+    assert said[1].startswith("Step 5/5 |") and said[2].startswith("finished: 5 steps")
 
 
 def test_two_runs_do_not_write_to_one_folder(main, settings, capsys):

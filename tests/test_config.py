@@ -574,7 +574,7 @@ def test_an_unknown_key_of_a_reward_names_the_nearest_of_that_reward(mistake):
         ),
         ({"KL_COEF": 0, "KL_COEF_TARGET": 1}, "KL_COEF_TARGET needs a KL_COEF above 0"),
         ({"KL_COEF": 0, "KL_ESTIMATOR": "k3"}, "KL_ESTIMATOR needs a KL_COEF above 0"),
-        ({"EVAL_EVERY": 5}, "EVAL_EVERY needs an EVAL_FILE"),
+        ({"EVAL_EVERY": 5}, "EVAL_EVERY needs an EVAL_FILE or EVAL_SPLIT"),
         ({"LR_RULE": "none", "LRATE": 1, "MAX_LR": 1}, "MAX_LR needs a rule of the rate"),
         (
             {"LR_RULE": "trend", "LRATE": 1, "TRUST_REGION_KL": 1},
@@ -641,7 +641,7 @@ def test_two_rewards_of_a_type_are_told_apart_by_name(load):
     assert [reward.name for reward in config.REWARDS] == ["regex", "other"]
 
 
-@pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
+@pytest.mark.parametrize("tracker", ["tensorboard", "wandb", "trackio"])
 def test_a_tracker_must_be_installed(load, mistake, monkeypatch, tracker):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     assert list(load({"TRACKERS": [tracker]}).TRACKERS) == [tracker]
@@ -826,5 +826,5 @@ def test_the_nearest_key_of_a_reward_is_not_its_type(mistake):
 
 def test_keys_are_listed_with_their_choices():
     text = commands.table()
-    assert "(none, ema, batch, rloo)" in text and "(tensorboard, wandb)" in text
+    assert "(none, ema, batch, rloo)" in text and "(aim, clearml, comet_ml" in text
     assert "(tokens, words)" in text

@@ -216,7 +216,7 @@ def test_two_processes_give_the_losses_of_one(run, main, keys):
     assert main(keys | {"OUTPUT_DIR": f"{out}-one"}) == 0
     result = run(keys | {"OUTPUT_DIR": f"{out}-two"}, launcher=TORCHRUN)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("Step 1 |") == 1, "one process writes"
+    assert result.stdout.count("Step 1/4 |") == 1, "one process writes"
 
     one, two = (read_jsonl(Path(f"{out}-{n}") / "metrics.jsonl") for n in ("one", "two"))
     assert [row["step"] for row in two] == [1, 2, 3, 4]
@@ -259,7 +259,7 @@ def test_killed_in_the_middle_two_processes_resume_exactly(start, keys):
 
     killed = start(keys, launcher=TORCHRUN)
     for line in killed.stdout:
-        if line.startswith("Step 8 |"):
+        if line.startswith("Step 8/30 |"):
             break
     for pid in (*children(killed.pid), killed.pid):
         os.kill(pid, signal.SIGKILL)

@@ -13,6 +13,7 @@ from conftest import read_jsonl, without_clock
 
 from adaptiverl.training.guards import Guards
 from adaptiverl.training.keys import RunConfig
+from adaptiverl.training.trends import trend
 from rewards import Interrupted
 
 ONE = [{"TYPE": "length", "MAX": 500}]  # 1.0 for every completion
@@ -87,10 +88,14 @@ def test_rewards_that_differ_between_prompts_only(main, settings, caplog, reward
 
 def test_a_collapse_is_warned_of_at_once(main, settings, caplog):
     keys = {"LRATE": 50, "LR_RULE": "none", "STEPS": 6, "REWARDS": settings["REWARDS"][:1]}
+    keys |= {"ON_COLLAPSE": "warn"}
     assert main(settings | keys) == 0
     assert rows(settings)[1]["entropy"] < 0.1, "or the test would show nothing"
     (text,) = warnings(caplog, "collapsed")
     assert text.startswith("step 2: the policy repeats itself (entropy ")
+    event = read_jsonl(Path(settings["OUTPUT_DIR"]) / "events.jsonl")[0]
+    assert (event["step"], event["kind"], event["action"]) == (2, "collapsed", "warn")
+    assert text == f"step 2: {event['message']}"
     assert "LRATE" in text and "LR_RULE" in text
 
 
@@ -164,7 +169,7 @@ def test_an_evaluation_without_a_reward_says_so(
     keys = {"REWARDS": [reward(mine)], "EVAL_FILE": str(tmp_path / "eval.json"), "EVAL_EVERY": 2}
     assert main(settings | keys | {"LOG_EVERY": 1}) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].startswith("Step 2 |") and lines[1].endswith("| Eval reward: missing")
+    assert lines[1].startswith("Step 2/3 |") and " | Eval reward: missing | ETA" in lines[1]
     assert "Eval reward" not in lines[2] and lines[3].startswith("finished: 3 steps")
     assert [row.get("eval/reward", "none") for row in rows(settings)] == ["none", None, "none"]
     assert said in caplog.text
@@ -249,9 +254,91 @@ def test_a_rate_of_zero_is_warned_of_at_the_first_step(main, settings, caplog):
 
 def test_of_several_processes_the_main_one_warns(caplog):
     numbers = {"grad_norm": 0.0, "lr": 0.0, "reward": 1.0, "entropy": 1.0}
-    numbers["sampling/sampling_logp_difference/mean"] = 0.0
+    numbers |= {"sampling/sampling_logp_difference/mean": 0.0, "completions/distinct_2": 1.0}
+    numbers["completions/clipped_ratio"] = 0.5
     for is_main in (False, True):
         guards = Guards(RunConfig(), last_step=100, allowed_gap=1e-3, is_main=is_main)
         guards.look(1, torch.rand(32), torch.ones(32), numbers)
         assert guards.warned == ["no gradient", "rate"], "all processes remember alike"
         assert len(caplog.messages) == 2 * is_main
+
+
+# Figures that drift: by the step in which each guard first speaks
+
+
+def told(rows: list[dict], **keys) -> list[tuple[int, str]]:
+    """Step and kind of all that Guards say of such steps; `flat`: rewards are equal."""
+    guards = Guards(RunConfig(**keys), last_step=1000, allowed_gap=1e-3)
+    for step, row in enumerate(rows, 1):
+        sound = {
+            "grad_norm": 1.0, "lr": 1e-4, "reward": 0.5, "entropy": 2.5, "kl": 0.1,
+            "kl_per_completion": 3.2, "completions/distinct_2": 0.7,
+            "completions/clipped_ratio": 0.8, "sampling/sampling_logp_difference/mean": 0.0,
+        }  # fmt: skip
+        rewards = torch.full((32,), 0.5) if row.pop("flat", False) else torch.arange(32.0)
+        guards.look(step, rewards, torch.ones(32), sound | row)
+    said = [(event["step"], event["kind"]) for event in guards.events]
+    collapse = guards.collapse
+    return [*said, (collapse.step, collapse.kind)] if collapse else said
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([{}] * 60, []),
+        ([{}] * 5 + [{"entropy": 0.5}] * 5, [(10, "entropy")]),
+        ([{}] * 5 + [{"completions/distinct_2": 0.2}] * 5, [(10, "distinct")]),
+        ([{}] * 5 + [{"kl": 1.2, "kl_per_completion": 38.0}] * 5, [(10, "kl")]),
+        ([{}] * 5 + [{"kl": 3.0, "kl_per_completion": 6.0}] * 5, []),  # two tokens each
+        ([{"kl": 6.0, "kl_per_completion": 190.0}] * 3, [(3, "kl beyond reason")]),
+        ([{}, {"kl": 6.0, "kl_per_completion": 190.0}, {}], []),  # once is an outlier
+        ([{"completions/clipped_ratio": 1.0}] * 20, [(20, "cut off")]),
+        ([{"completions/clipped_ratio": 1.0}] * 19 + [{}] * 19, []),
+        ([{"grad_norm": float("nan")}], [(1, "nan gradient")]),
+        ([{}, {"flat": True, "entropy": 0.01}], [(2, "collapsed")]),
+        ([{}, {"flat": True, "completions/distinct_2": 0.05}], [(2, "collapsed")]),
+        ([{"flat": True, "entropy": 0.05}] * 2, [(1, "deterministic")]),  # from the start
+        ([{}] + [{"flat": True}] * 19, []),  # rare rewards
+        ([{}] + [{"flat": True}] * 20, [(21, "constant")]),
+    ],
+)
+def test_each_guard_speaks_when_its_figure_says_so(rows, said):
+    assert told([dict(row) for row in rows]) == said
+
+
+def noisy(slope: float, count: int = 40) -> list[float]:
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2 * count, generator=generator).tolist()
+    return [0.5 + slope * k + 0.05 * noise[k + (slope < 0) * count] for k in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("up", "down", "said"),
+    [(0.01, -0.005, True), (0.01, 0.0, False), (0.0, -0.005, False), (0.01, 0.005, False)],
+)
+def test_a_held_out_reward_that_falls_while_the_reward_rises(up, down, said):
+    name = "held_out/rewards/judge/mean"
+    pairs = zip(noisy(up), noisy(down), strict=True)
+    found = told([{"reward": a, name: b} for a, b in pairs])
+    assert [kind for _, kind in found] == [f"parted: {name}"] * said
+    assert all(step >= 20 for step, _ in found)
+
+
+def test_no_trend_is_found_in_noise():
+    """In 400 series of 50 values; 4 standard errors are passed once in some ten thousand."""
+    generator = torch.Generator().manual_seed(1)
+    values = [abs(trend(row.tolist())) for row in torch.randn(400, 50, generator=generator)]
+    assert max(values) < 4
+    assert sum(value > 2 for value in values) / 400 == pytest.approx(0.05, abs=0.03)
+    assert trend([1.0, 2.0, 3.0]) == float("inf") and trend([1.0, 1.0, 1.0]) == 0
+
+
+def test_rewards_that_differ_between_prompts_only_name_the_group(main, settings, caplog, reward):
+    def by_prompt(prompts, **_):
+        return [float(prompt == prompts[0]) for prompt in prompts]
+
+    keys = {"REWARDS": [reward(by_prompt)], "BASELINE": "rloo"}
+    assert main(settings | keys | {"STEPS": 5}) == 0
+    (text,) = warnings(caplog, "equal")
+    assert "the 4 completions of one prompt" in text and "NUM_GENERATIONS" in text
+    assert "BASELINE batch" in text

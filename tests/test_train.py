@@ -15,7 +15,6 @@ from conftest import ENVIRONMENT, ROOT, around_steps, read_jsonl, with_samples
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from adaptiverl.config.schema import ConfigError
 from adaptiverl.training.guards import Guards
 
 EMBEDDED = {
@@ -31,8 +30,8 @@ def test_a_run_leaves_all_it_says(run, settings):
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     assert sorted(p.name for p in out.iterdir()) == [
-        ".lock", "config.json", "controller.jsonl", "final", "metrics.jsonl", "samples.jsonl",
-        "step-000002", "step-000004",
+        ".lock", "best", "config.json", "controller.jsonl", "final", "metrics.jsonl",
+        "samples.jsonl", "step-000002", "step-000004",
     ]  # fmt: skip
     resolved = json.loads((out / "config.json").read_text())
     assert resolved["TEMPERATURE"] == 1.0, "defaults are written out"
@@ -43,20 +42,31 @@ def test_a_run_leaves_all_it_says(run, settings):
         "step", "reward", "reward_std", "frac_reward_zero_std", "rewards/regex/mean",
         "rewards/length/mean", "loss", "kl", "kl_per_completion", "kl_coef", "entropy",
         "grad_norm", "lr", "momentum",
-        "completions/mean_length", "tokens_per_second", "seconds/rollout", "seconds/reward",
+        "completions/mean_length", "completions/clipped_ratio", "tokens_per_second",
+        "seconds/rollout", "seconds/reward",
         "seconds/reference", "seconds/update", "skipped", "updates_scaled", "update_kl",
         "update_kl_target", "update_scale", "update_signal_to_noise", "completions/distinct_1",
         "completions/distinct_2", "completions/repetition", "rewards/regex/share",
         "rewards/length/share", "sampling/sampling_logp_difference/mean",
         "sampling/sampling_logp_difference/max",
     }  # fmt: skip
-    evaluated = {"eval/reward", "eval/rewards/regex/mean", "eval/rewards/length/mean"}
+    evaluated = {
+        "eval/reward", "eval/rewards/regex/mean", "eval/rewards/length/mean", "eval/score",
+        "eval/kl_per_completion",
+    }  # fmt: skip
     assert [set(row) for row in metrics] == [always, always, always | evaluated, always]
     lines = result.stdout.splitlines()
-    for row, line in zip((metrics[0], metrics[1], metrics[3]), lines, strict=False):
-        want = f"Step {row['step']} | Reward: {row['reward']:.2f} | Loss: {row['loss']:.4f} | "
-        assert line.startswith(want + f"LR: {row['lr']:.3g} | Momentum: 0.900")
-    assert lines[-1] == f"finished: 4 steps, the model is in {out / 'final'}"
+    for rows, line in zip((metrics[:1], metrics[1:2], metrics[2:]), lines, strict=False):
+        reward, loss = (sum(row[name] for row in rows) / len(rows) for name in ("reward", "loss"))
+        want = f"Step {rows[-1]['step']}/4 | Reward: {reward:.2f} | Loss: {loss:.4f} | "
+        assert line.startswith(want + f"LR: {rows[-1]['lr']:.3g} | Momentum: 0.900")
+    assert [" | ETA: 00:" in line for line in lines[:3]] == [True, True, False]
+    assert lines[3] == f"finished: 4 steps, the model is in {out / 'final'}"
+    score = metrics[2]["eval/score"]
+    said = f"best: step 3 (eval/score {score:.3f}), the model is in {out / 'best'}"
+    assert lines[4] == said
+    assert lines[5].endswith(f"adaptiverl report {out}")
+    assert lines[6].endswith(f"adaptiverl generate {out}")
 
     samples = read_jsonl(out / "samples.jsonl")
     assert [row["step"] for row in samples] == [step for step in (1, 2, 3, 4) for _ in range(8)]
@@ -197,25 +207,16 @@ def test_a_broken_policy_ends_the_run_and_is_not_saved(run_parts, settings, save
         old = parts.guards
         return replace(parts, guards=Breaking(old.config, old.last_step, old.allowed_gap))
 
-    with pytest.raises(ConfigError) as error:
-        run_parts(settings | {"SAVE_EVERY": int(saved)}, broken)
-    said = str(error.value)
-    what = ("2", "weights") if saved else ("3", "log-probabilities")
-    assert said.startswith("step {}: the policy's {} are not finite (NaN)".format(*what))
-    assert said.endswith(
-        f"last checkpoint is {out}/step-000001" if saved else "LR_RULE trust_region"
-    )
+    keys = settings | {"SAVE_EVERY": int(saved), "ON_COLLAPSE": "stop"}
+    assert run_parts(keys, broken) == 3
+    (event,) = read_jsonl(out / "events.jsonl")
+    step, what = (2, "weights") if saved else (3, "log-probabilities")
+    assert (event["step"], event["kind"], event["action"]) == (step, "nan", "stop")
+    assert event["message"].startswith(f"the policy's {what} are not finite (NaN)")
+    assert event["message"].endswith("TRUST_REGION_KL. The run ends here")
     assert [p.name for p in out.glob("step-*")] == ["step-000001"] * saved
     assert not (out / "final").exists()
     assert len(read_jsonl(out / "metrics.jsonl")) == 2
-
-
-def test_an_update_that_breaks_the_policy_is_the_users_mistake(main, settings, capsys):
-    """One line on stderr, and the status of a mistake in the config."""
-    assert main(settings | {"OPTIM": "sgd", "LR_RULE": "none", "LRATE": 1e38}) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("error: step 2: the policy's log-probabilities are not finite (NaN)")
-    assert error.endswith("LR_RULE trust_region")
 
 
 def test_a_model_that_is_broken_is_refused(main, settings, tiny, tmp_path, capsys):
@@ -341,9 +342,10 @@ def test_prompts_that_lose_their_beginning_are_counted(main, settings, tmp_path,
 
 
 def test_training_raises_the_reward(main, settings):
-    """The likeliest tokens of a random model become vowels within forty steps."""
+    """A random model learns to write one word within forty steps; that it repeats it is right."""
     keys = {"STEPS": 40, "BATCH_SIZE": 16, "KL_COEF": 0, "SAMPLES_EVERY": 0}
-    keys |= {"OPTIM": "adamw", "LRATE": 1e-2, "LR_RULE": "none"}  # a far way: no trust region
+    keys |= {"ON_COLLAPSE": "warn", "OPTIM": "adamw"}
+    keys |= {"LRATE": 1e-2, "LR_RULE": "none"}  # a far way to go: no trust region
     only_regex = [{"TYPE": "regex", "PATTERNS": " the"}]
     assert main(settings | keys | {"REWARDS": only_regex}) == 0
     rewards = [row["reward"] for row in read_jsonl(Path(settings["OUTPUT_DIR"]) / "metrics.jsonl")]
@@ -437,4 +439,4 @@ def test_a_terminal_gets_a_progress_bar(settings, tmp_path):
         screen += read
     os.close(ours)
     assert process.wait(timeout=60) == 0
-    assert "2/2" in screen.decode() and "Step 1 | Reward:" in screen.decode()
+    assert "2/2" in screen.decode() and "Step 1/2 | Reward:" in screen.decode()

@@ -56,6 +56,12 @@ class Config(BaseModel, Generic[RewardT]):
     EVAL_FILE: str | None = Field(
         None, description="Prompts to evaluate on every EVAL_EVERY steps, never trained on"
     )
+    EVAL_SPLIT: float = Field(
+        0.0,
+        ge=0,
+        le=0.5,
+        description="Share of TRAIN_FILE's prompts that is evaluated on instead of trained on",
+    )
     PROMPT_COLUMN: str = Field(
         "prompt",
         description="Column that holds the prompts: texts, or lists of messages, which the "
@@ -155,6 +161,20 @@ class Config(BaseModel, Generic[RewardT]):
     EPOCHS: int | None = Field(
         None, ge=1, description="Passes over the prompts, if they end sooner"
     )
+    STOP_PATIENCE: int | None = Field(
+        None, ge=1, description="Evaluations without a better eval/score that end the run"
+    )
+    STOP_KL: float | None = Field(
+        None, gt=0, description="Nats of KL per completion, mean of ten steps, that end the run"
+    )
+    STOP_REWARD: float | None = Field(
+        None, description="Reward, mean of ten steps, that ends the run"
+    )
+    ON_COLLAPSE: Literal["warn", "stop", "rollback"] = Field(
+        "rollback",
+        description="rollback: back to the last sound checkpoint, or to the start, with half of "
+        "TRUST_REGION_KL (without it a tenth of the rate) and other random numbers, three times",
+    )
     SEED: int = Field(0, ge=0, lt=2**32, description="Of all random numbers")
 
     OUTPUT_DIR: str = Field("checkpoints", description="Folder that a run is written to")
@@ -162,7 +182,9 @@ class Config(BaseModel, Generic[RewardT]):
         None, description='"auto" continues the run in OUTPUT_DIR; null starts a new one'
     )
     SAVE_EVERY: int = Field(50, ge=0, description="Steps between checkpoints; 0: only at the end")
-    KEEP_CHECKPOINTS: int = Field(2, ge=0, description="How many step checkpoints are kept; 0: all")
+    KEEP_CHECKPOINTS: int = Field(
+        2, ge=0, description="How many step checkpoints are kept (a sound one always); 0: all"
+    )
     LOG_EVERY: int = Field(10, ge=0, description="Steps between lines on the console; 0: none")
     DYNAMICS_EVERY: int = Field(100, ge=0, description="online_: steps between reports; 0: none")
     EVAL_EVERY: int = Field(50, ge=0, description="Steps between evaluations; 0: none")
@@ -170,14 +192,21 @@ class Config(BaseModel, Generic[RewardT]):
     REPORT: bool = Field(
         True, description="Write report.html at the end, and progress.jsonl, which it shows"
     )
-    TRACKERS: list[Literal["tensorboard", "wandb"]] = Field(
-        [], description="Trackers that also log"
-    )
+    TRACKERS: list[
+        Literal[
+            "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio",
+            "wandb",
+        ]
+    ] = Field([], description="Trackers that also log, through accelerate")  # fmt: skip
 
     def changed(self) -> set[str]:
         """The keys that were given another value than their default."""
         fields = type(self).model_fields
         return {key for key in self.model_fields_set if getattr(self, key) != fields[key].default}
+
+    @property
+    def has_evaluation_prompts(self) -> bool:
+        return self.EVAL_FILE is not None or self.EVAL_SPLIT > 0
 
     @model_validator(mode="after")
     def _contradictions(self) -> "Config":
@@ -224,6 +253,10 @@ class Config(BaseModel, Generic[RewardT]):
                 self.BASELINE == "rloo" and self.BATCH_SIZE == 1,
                 "BASELINE rloo compares completions: BATCH_SIZE 1 has only one",
             ),
+            (
+                self.EVAL_SPLIT > 0 and self.EVAL_FILE is not None,
+                "EVAL_SPLIT and EVAL_FILE exclude each other: both name what to evaluate on",
+            ),
             (self.MIN_MOMENTUM > self.MAX_MOMENTUM, "MIN_MOMENTUM is above MAX_MOMENTUM"),
         ]
 
@@ -232,7 +265,18 @@ class Config(BaseModel, Generic[RewardT]):
         return [
             ({"LORA_R", "LORA_ALPHA", "LORA_TARGETS"}, not self.FULLTUNE, "FULLTUNE false"),
             ({"KL_COEF_TARGET", "KL_ESTIMATOR"}, self.KL_COEF > 0, "a KL_COEF above 0"),
-            ({"EVAL_EVERY"}, not self.EVAL_EVERY or self.EVAL_FILE is not None, "an EVAL_FILE"),
+            (
+                {"EVAL_EVERY"},
+                not self.EVAL_EVERY or self.has_evaluation_prompts,
+                "an EVAL_FILE or EVAL_SPLIT",
+            ),
+            ({"EVAL_SPLIT"}, not self.EVAL_SPLIT or self.EVAL_EVERY > 0, "an EVAL_EVERY above 0"),
+            (
+                {"STOP_PATIENCE"},
+                self.has_evaluation_prompts and self.EVAL_EVERY > 0,
+                "evaluations: an EVAL_FILE or EVAL_SPLIT, and EVAL_EVERY",
+            ),
+            ({"STOP_KL"}, self.KL_COEF > 0, "a KL_COEF above 0: there is no KL to measure"),
             ({"SAMPLER"}, not self.VLLM_SERVER, "no VLLM_SERVER, which samples instead"),
             ({"DYNAMICS_EVERY"}, self.OPTIM.startswith("online_"), "an online_ OPTIM"),
         ]

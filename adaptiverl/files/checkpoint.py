@@ -11,7 +11,7 @@ import logging
 import os
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,13 @@ log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 LOCK = ".lock"  # in a run's folder; the operating system frees it when the process ends
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # errors of file systems without locks
+BEST, EVENTS = "best", "events.jsonl"
 FILES = (
-    "metrics.jsonl", "samples.jsonl", "controller.jsonl", "events.jsonl", "progress.jsonl",
-    "dynamics.jsonl",
+    "metrics.jsonl", "samples.jsonl", "controller.jsonl", "progress.jsonl", "dynamics.jsonl",
 )  # fmt: skip
 WRITTEN = (  # all that a run leaves in its folder
-    *FILES, "config.json", "evaluation.json", "lr_vs_reward.png", "report.html", "tensorboard",
-    "step-*", "final", ".old-*", ".new-*",
+    *FILES, EVENTS, "config.json", "evaluation.json", "lr_vs_reward.png", "report.html",
+    "tensorboard", "step-*", "final", BEST, ".old-*", ".new-*",
 )  # fmt: skip
 
 
@@ -52,23 +52,53 @@ def save(folder: Path, step: int, write: Callable[[Path], None]) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def newest(output_dir: Path) -> tuple[Path, int] | None:
-    """The undamaged checkpoint of the highest step, and that step; warns of damaged ones."""
-    found = []
-    for path in output_dir.glob(f"*/{MANIFEST}"):
-        folder = path.parent
-        if not folder.name.startswith(".new-"):
-            try:
-                manifest = json.loads(path.read_text())
-                found.append((int(manifest["step"]), folder.name == "final", folder, manifest))
-            except (ValueError, KeyError) as error:
-                log.warning("%s is damaged (%s: %s): not used", folder, MANIFEST, error)
+def newest(output_dir: Path, steps: Collection[int] | None = None) -> tuple[Path, int] | None:
+    """The undamaged checkpoint of the highest step, and that step; warns of damaged ones.
+
+    Only of one of `steps`, unless that is None. best/ may be of a step that was taken back since:
+    a run does not go on from it.
+    """
+    found = [each for each in _found(output_dir) if steps is None or each[0] in steps]
     for step, _, folder, manifest in sorted(found, key=lambda each: each[:3], reverse=True):
         wrong = _damage(folder, manifest["files"])
         if wrong is None:
             return folder, step
         log.warning("%s is damaged (%s): using the one before it", folder, wrong)
     return None
+
+
+def _found(output_dir: Path) -> list[tuple[int, bool, Path, dict[str, Any]]]:
+    """Step, whether it is final/, folder and manifest of each checkpoint but best/."""
+    found = []
+    for path in output_dir.glob(f"*/{MANIFEST}"):
+        folder = path.parent
+        if not folder.name.startswith(".new-") and folder.name.removeprefix(".old-") != BEST:
+            try:
+                manifest = json.loads(path.read_text())
+                found.append((int(manifest["step"]), folder.name == "final", folder, manifest))
+            except (ValueError, KeyError) as error:
+                log.warning("%s is damaged (%s: %s): not used", folder, MANIFEST, error)
+    return found
+
+
+def drop_after(output_dir: Path, step: int) -> None:
+    """Removes the checkpoints of later steps than `step`, but best/; a kill leaves whole ones."""
+    later = [each[:3] for each in _found(output_dir) if each[0] > step]
+    for _, _, folder in sorted(later, reverse=True):
+        hidden = folder.with_name(f".new-{folder.name}")
+        shutil.rmtree(hidden, ignore_errors=True)
+        folder.rename(hidden)
+        shutil.rmtree(hidden)
+
+
+def put_back(output_dir: Path) -> None:
+    """Puts back what a kill left moved away: between the two renames of `save`."""
+    for replaced in output_dir.glob(".old-*"):
+        folder = replaced.with_name(replaced.name.removeprefix(".old-"))
+        if folder.exists():
+            shutil.rmtree(replaced)
+        else:
+            replaced.rename(folder)
 
 
 def lock(output_dir: Path) -> filelock.BaseFileLock:
@@ -112,10 +142,13 @@ def set_aside(output_dir: Path) -> None:
         log.warning("%s held an earlier run: it is now in %s", output_dir, place)
 
 
-def prune(output_dir: Path, keep: int, written: Path | None = None) -> None:
+def prune(
+    output_dir: Path, keep: int, written: Path | None = None, spare: Collection[int] = ()
+) -> None:
     """Removes unfinished checkpoints, and all step checkpoints but the newest `keep`; 0 keeps all.
 
-    The newest undamaged one always stays. `written` is known to be undamaged: it is not read again.
+    The newest undamaged one always stays, and so do those of the steps `spare`. `written` is known
+    to be undamaged: it is not read again.
     """
     for leftover in output_dir.glob(".new-*"):
         shutil.rmtree(leftover)
@@ -123,8 +156,13 @@ def prune(output_dir: Path, keep: int, written: Path | None = None) -> None:
     steps = steps[::-1]  # the newest first
     whole = next((path for path in steps if path == written or damage(path) is None), None)
     for folder in steps[keep:] if keep else []:
-        if folder != whole:
+        if folder != whole and folder.name not in map(step_name, spare):
             shutil.rmtree(folder)
+
+
+def step_name(step: int) -> str:
+    """The folder of a step's checkpoint: step-000012."""
+    return f"step-{step:06d}"
 
 
 def damage(folder: Path) -> str | None:

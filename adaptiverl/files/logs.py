@@ -8,6 +8,7 @@ import math
 import mmap
 import os
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ class RunLog:
         self, output_dir: Path, step: int, last_step: int, files: Iterable[str] = FILES[:-1]
     ):
         output_dir.mkdir(parents=True, exist_ok=True)
+        self.output_dir, self.first, self.last_step = output_dir, step, last_step
+        self.began, self.done = time.monotonic(), 0  # steps since then
+        self.replaced: dict[str, list[Row]] = {}
         self.files = {}
         for name in files:
             _keep_until(output_dir / name, step)
@@ -43,8 +47,34 @@ class RunLog:
         self.files[name].writelines(map(_line, rows))
         self.files[name].flush()
 
+    def replace(self, name: str, rows: list[Row]) -> None:
+        """Makes `rows` all of the small file `name`, at once; without rows there is none."""
+        if rows == self.replaced.get(name):
+            return
+        path = self.output_dir / name
+        new = path.with_suffix(".new")  # not .new-*: those are unfinished checkpoints, folders
+        self.replaced[name] = list(rows)
+        if not rows:
+            path.unlink(missing_ok=True)
+            new.unlink(missing_ok=True)
+            return
+        with new.open("w", encoding="utf-8") as file:
+            file.writelines(map(_line, rows))
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(path)
+
+    def time_left(self) -> str:
+        """The end of a line where no bar shows it: seconds per step so far, times those left."""
+        left = self.last_step - self.first - self.done
+        if not self.bar.disable or not (self.done and left):
+            return ""
+        seconds = (time.monotonic() - self.began) / self.done * left
+        return f" | ETA: {tqdm.format_interval(round(seconds))}"
+
     def advance(self, reward: float | None) -> None:
         """One step on the progress bar."""
+        self.done += 1
         self.bar.update()
         if reward is not None:
             self.bar.set_postfix_str(f"reward {reward:.3f}", refresh=False)

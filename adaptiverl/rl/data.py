@@ -74,6 +74,22 @@ def holds_chats(rows: Dataset, column: str) -> bool:
     return isinstance(first, list) and bool(first) and isinstance(first[0], dict)
 
 
+def split_prompts(rows: Dataset, column: str, share: float, seed: int) -> tuple[Dataset, Dataset]:
+    """The rows without, and those with, a random `share` of the different prompts, in order.
+
+    All rows of a prompt are on one side. Raises ValueError if there is only one prompt.
+    """
+    texts = [str(value) for value in rows[column]]
+    different = list(dict.fromkeys(texts))
+    if len(different) < 2:
+        raise ValueError("all prompts are the same: none can be held out")
+    order = torch.randperm(len(different), generator=torch.Generator().manual_seed(seed)).tolist()
+    held_out = {different[k] for k in order[: max(1, round(share * len(different)))]}
+    sides = ([i for i, text in enumerate(texts) if (text in held_out) == side] for side in (0, 1))
+    train, evaluated = (rows.select(side) for side in sides)
+    return train, evaluated
+
+
 @contextmanager
 def _silent() -> Iterator[None]:
     """Within this, `datasets` does not log the errors that it raises."""

@@ -75,10 +75,11 @@ class Rollout:
         return [row[:n] for row, n in zip(self.completion_ids.tolist(), lengths, strict=True)]
 
 
-def uniforms(seed: int, step: int, batch_size: int, length: int) -> Tensor:
+def uniforms(seed: int, step: int, batch_size: int, length: int, stream: int = 0) -> Tensor:
     """The random numbers of one step, [B, T] in [0, 1): the same for any number of processes.
 
-    They follow from `seed` and `step` alone, so a resumed run needs no generator state.
+    They follow from `seed`, `step` and `stream` alone, so a resumed run needs no generator state.
     """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    # A CPU's generator heeds the lower 32 bits of its seed alone, so the offset is in these.
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step + stream * 2_654_435_769)
     return torch.rand(batch_size, length, generator=generator, dtype=torch.float64)

@@ -7,18 +7,19 @@ from adaptiverl.rl.chat import given_prompt
 from adaptiverl.rl.data import indices_at
 from adaptiverl.rl.rollout import uniforms
 from adaptiverl.training.keys import RunConfig
+from adaptiverl.training.state import Progress
 
 Batch = dict[str, list]  # column → one value per completion
 
 
 class Batches:
-    """What a step samples, a function of SEED and the step alone: nothing to save for a resume.
+    """What a step samples, a function of SEED, the step and the number of rollbacks alone.
 
     `rows` are this process's among the step's completions.
     """
 
-    def __init__(self, c: RunConfig, prompts: Dataset, rows: slice):
-        self.config, self.prompts, self.rows = c, prompts, rows
+    def __init__(self, c: RunConfig, prompts: Dataset, rows: slice, progress: Progress):
+        self.config, self.prompts, self.rows, self.progress = c, prompts, rows, progress
 
     def at(self, step: int) -> Batch:
         """Each prompt NUM_GENERATIONS times, side by side; with all columns of the file."""
@@ -30,8 +31,8 @@ class Batches:
 
     def uniforms(self, step: int) -> Tensor:
         """The random numbers [B, T] of the step's completions, T = MAX_NEW_TOKENS."""
-        c = self.config
-        return uniforms(c.SEED, step, c.BATCH_SIZE, c.MAX_NEW_TOKENS)[self.rows]
+        c, stream = self.config, self.progress.rollbacks
+        return uniforms(c.SEED, step, c.BATCH_SIZE, c.MAX_NEW_TOKENS, stream)[self.rows]
 
 
 def columns(c: RunConfig, prompts: Dataset, numbers: list[int]) -> Batch:

@@ -28,6 +28,7 @@ from adaptiverl.rl.loading import LoraTargetsError, fit_tokenizer, load_policy, 
 from adaptiverl.rl.sampling.sampler import Sampler
 from adaptiverl.training import inputs, state
 from adaptiverl.training.batches import Batches
+from adaptiverl.training.best import Best
 from adaptiverl.training.chats import check_chats, use_chat_template
 from adaptiverl.training.checked import CheckedPolicy
 from adaptiverl.training.guards import Guards
@@ -67,14 +68,19 @@ class Parts:
     dynamics: Callable[[], list[dict[str, Any]]] | None  # of an online optimizer
     scoring: Scoring
     guards: Guards
+    best: Best
     precision: Precision
     progress: state.Progress
     stateful: dict[str, state.Stateful]  # what a checkpoint holds
     resumed: Path | None  # the checkpoint that the run continues
 
 
-def build(c: RunConfig, accelerator: Accelerator | None = None) -> Parts:
-    """Makes all parts, from a checkpoint if there is one to resume; checks them.
+def build(
+    c: RunConfig,
+    accelerator: Accelerator | None = None,
+    resume: Callable[[RunConfig, Runtime], Path | None] = state.newest,
+) -> Parts:
+    """Makes all parts, from the checkpoint that `resume` finds, if any; checks them.
 
     `accelerator` is that of the config if it is None.
     """
@@ -86,7 +92,7 @@ def build(c: RunConfig, accelerator: Accelerator | None = None) -> Parts:
     inputs.use_hub(c)
     prompts, eval_prompts = inputs.prompt_files(c)
     files = {c.TRAIN_FILE: prompts}
-    if c.EVAL_FILE and eval_prompts:
+    if c.EVAL_FILE and eval_prompts:  # those of an EVAL_SPLIT have the same columns
         files[c.EVAL_FILE] = eval_prompts
     last_step = inputs.last_step_of(c, len(prompts))
     max_prompt = inputs.max_prompt_tokens(c)
@@ -94,7 +100,7 @@ def build(c: RunConfig, accelerator: Accelerator | None = None) -> Parts:
         inputs.make_rewards(c, key, files, runtime) for key in ("REWARDS", "HELD_OUT")
     )
     try_rules(c, last_step)
-    resumed = state.newest(c, runtime)
+    resumed = resume(c, runtime)
     if resumed:
         state.refuse_changes(resumed, c)
 
@@ -108,11 +114,13 @@ def build(c: RunConfig, accelerator: Accelerator | None = None) -> Parts:
     precision = Precision(not rounded, rounded and (runtime.sharded or c.LOAD_8BIT))
     progress = state.Progress(kl_coef=c.KL_COEF)
     guards = Guards(c, last_step, allowed_gap(not rounded), runtime.is_main)
+    best = Best(c)
     scoring = Scoring(c, runtime, rewards, held_out, last_step)
     checked = CheckedPolicy(c, runtime, sampler, progress)
     stateful: dict[str, state.Stateful] = {
         "progress": progress,
         "guards": guards,
+        "best": best,
         "rewards": rewards,
         "held_out": held_out,
         "optimizer": runtime.shards.ShardedOptimizer(policy, base) if runtime.sharded else base,
@@ -123,10 +131,13 @@ def build(c: RunConfig, accelerator: Accelerator | None = None) -> Parts:
         stateful["scaler"] = scaler
     if resumed:
         state.restore(resumed, stateful, mapped=runtime.device.type != "cpu")
+        # Loading has given `base` other groups, in which a rollback may have written another rate.
+        optimizer.param_groups, optimizer.state = base.param_groups, base.state
+    narrow(optimizer, progress.rollbacks)
     checked.check_at_start(files, precision.sampler_matches_policy)
     return Parts(
         runtime=runtime,
-        batches=Batches(c, prompts, rows),
+        batches=Batches(c, prompts, rows, progress),
         eval_prompts=eval_prompts,
         last_step=last_step,
         policy=policy,
@@ -137,6 +148,7 @@ def build(c: RunConfig, accelerator: Accelerator | None = None) -> Parts:
         dynamics=partial(dynamics, base) if isinstance(base, Online) else None,
         scoring=scoring,
         guards=guards,
+        best=best,
         precision=precision,
         progress=progress,
         stateful=stateful,
@@ -240,6 +252,14 @@ def adaptive(
     arguments = {key.lower(): getattr(c, key) for key in ARGUMENTS}
     with as_config_error("BETAS_RULE"):
         return AdaptiveOptimizer(base, steps=last_step, record=record, **arguments)
+
+
+def narrow(optimizer: AdaptiveOptimizer, rollbacks: int) -> str | None:
+    """Halves the trust region for each rollback; its size in words, None if there is none."""
+    if optimizer.trust_region is None:
+        return None
+    optimizer.trust_region.kl = optimizer.kl * 0.5**rollbacks
+    return f"half of the trust region, TRUST_REGION_KL {optimizer.trust_region.kl:.3g}"
 
 
 def try_rules(c: RunConfig, last_step: int) -> None:

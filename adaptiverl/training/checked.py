@@ -1,21 +1,20 @@
-"""Stops a run whose policy is broken, with the likely cause: NaN, or wrong log-probabilities."""
+"""Finds a policy that is broken, and the likely cause: NaN, or wrong log-probabilities."""
 
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
 from adaptiverl.config.schema import ConfigError
-from adaptiverl.files import checkpoint
 from adaptiverl.rl.chat import Prompt, PromptError, render, tokenize
 from adaptiverl.rl.check import check_policy
 from adaptiverl.rl.data import holds_chats, wordless
 from adaptiverl.rl.rollout import Rollout, uniforms
 from adaptiverl.rl.sampling.sampler import Sampler, no_tokens
 from adaptiverl.training.batches import columns
+from adaptiverl.training.collapse import Collapsed
 from adaptiverl.training.inputs import as_config_error
 from adaptiverl.training.keys import RunConfig
 from adaptiverl.training.runtime import Runtime
@@ -23,7 +22,10 @@ from adaptiverl.training.state import Progress
 
 
 class CheckedPolicy:
-    """The policy with its sampler; each method raises ConfigError in all processes at once."""
+    """The policy with its sampler; each method raises its errors in all processes at once.
+
+    ConfigError where MODEL or the prompts are at fault, Collapsed where the training is.
+    """
 
     def __init__(self, c: RunConfig, runtime: Runtime, sampler: Sampler, progress: Progress):
         self.config, self.runtime, self.progress = c, runtime, progress
@@ -47,7 +49,7 @@ class CheckedPolicy:
         self._refuse(~torch.stack([p.isfinite().all() for p in weights]).all(), "weights are")
 
     def _refuse(self, broken: Tensor, what: str) -> None:
-        """Ends the run of all processes where the policy of one is broken."""
+        """Raises in all processes where the policy of one is broken."""
         if not self.runtime.largest(int(broken)):
             return
         c, step = self.config, self.progress.step
@@ -56,13 +58,13 @@ class CheckedPolicy:
                 f"MODEL {c.MODEL}: its {what} not finite (NaN). Likely cause: broken weights"
                 + (", or FP16 is too narrow for them: use BF16" if c.FP16 else "")
             )
-        saved = checkpoint.newest(Path(c.OUTPUT_DIR))
-        raise ConfigError(
-            f"step {step}: the policy's {what} not finite (NaN), so the run ends here, and nothing "
-            "was saved from this step. Likely cause: an update that was too large"
+        raise Collapsed(
+            step,
+            "nan",
+            f"the policy's {what} not finite (NaN). Likely cause: an update that was too large"
             + (", or FP16 is too narrow: use BF16" if c.FP16 else "")
-            + ". Start a new run with a smaller LRATE or LR_RULE trust_region"
-            + (f"; the last checkpoint is {saved[0]}" if saved else "")
+            + ". Use a smaller "
+            + ("TRUST_REGION_KL" if c.uses_trust_region else "LRATE, or LR_RULE trust_region"),
         )
 
     def check_at_start(self, files: Mapping[str, Dataset], exact: bool) -> None:

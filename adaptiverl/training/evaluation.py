@@ -1,12 +1,14 @@
-"""An evaluation of the policy: one completion of each prompt of EVAL_FILE."""
+"""An evaluation of the policy: one completion of each prompt of EVAL_FILE or EVAL_SPLIT."""
 
 import logging
 import math
 from functools import partial
 
+import torch
 from datasets import Dataset
 
 from adaptiverl.files.process import Paused
+from adaptiverl.rl.reinforce import kl_per_token
 from adaptiverl.rl.rollout import uniforms
 from adaptiverl.training.batches import columns
 from adaptiverl.training.build import Parts
@@ -18,7 +20,8 @@ from adaptiverl.training.scoring import PendingScores, Scores
 def evaluate(c: RunConfig, parts: Parts, prompts: Dataset) -> Metrics:
     """Metrics under eval/, from the same random numbers each time.
 
-    eval/reward is None where no completion has a reward.
+    eval/reward is None where no completion has a reward. eval/score is the reward less KL_COEF per
+    nat of KL, whatever KL_COEF_TARGET has made of the coefficient.
     """
     runtime, scoring, size = (
         parts.runtime,
@@ -30,6 +33,7 @@ def evaluate(c: RunConfig, parts: Parts, prompts: Dataset) -> Metrics:
     own = range(runtime.rank, total, runtime.processes)
     numbers = uniforms(c.SEED, 0, len(prompts), c.MAX_NEW_TOKENS)
     pending: list[PendingScores] = []
+    kl = torch.zeros(1, device=runtime.device)  # nats, over this process's completions
     for start in range(0, len(own), size):
         rows = [row % len(prompts) for row in own[start : start + size]]
         real = sum(row < len(prompts) for row in own[start : start + size])
@@ -37,6 +41,12 @@ def evaluate(c: RunConfig, parts: Parts, prompts: Dataset) -> Metrics:
         rollout = parts.checked.sample(batch["prompt"], numbers[rows])
         begun = scoring.begin(batch, rollout, parts.sampler.decode(rollout), parts.progress.step)
         pending.append(partial(_first, begun, real))
+        if c.KL_COEF:
+            reference = runtime.no_grad(
+                parts.sampler.policy.reference_logprobs, rollout, c.GRAD_ACCUM
+            )
+            tokens = kl_per_token(rollout.logprobs, reference, c.KL_ESTIMATOR)
+            kl += (tokens * rollout.completion_mask)[:real].sum()
     try:
         scores = scoring.wait(*pending, pairs=False)
     except Paused as reason:  # the step is made: pausing here would make it twice
@@ -45,7 +55,11 @@ def evaluate(c: RunConfig, parts: Parts, prompts: Dataset) -> Metrics:
         return {"eval/reward": None}
     total_scores = scoring.rewards.combine(scores.trained)
     known = total_scores[~total_scores.isnan()].tolist()
-    mean = {"eval/reward": sum(known) / len(known) if known else None}
+    reward = sum(known) / len(known) if known else None
+    mean: Metrics = {"eval/reward": reward, "eval/score": reward}
+    if c.KL_COEF:
+        mean["eval/kl_per_completion"] = each = runtime.reduce(kl)[0] / len(prompts)
+        mean["eval/score"] = None if reward is None else reward - c.KL_COEF * each
     return mean | scoring.metrics(scores, "eval/")
 
 

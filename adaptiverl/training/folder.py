@@ -5,6 +5,7 @@ Single files are files/'s.
 
 import json
 import logging
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import filelock
 import torch
+from accelerate import Accelerator
 
 from adaptiverl.commands.report import write_report
 from adaptiverl.config.schema import ConfigError
@@ -19,20 +21,37 @@ from adaptiverl.files import checkpoint
 from adaptiverl.files.console import printable
 from adaptiverl.files.logs import Row, RunLog
 from adaptiverl.files.process import Paused, StopSignal
+from adaptiverl.training import state
 from adaptiverl.training.build import Parts
+from adaptiverl.training.collapse import Collapsed, sound_before
 from adaptiverl.training.inputs import as_config_error
 from adaptiverl.training.keys import RunConfig
-from adaptiverl.training.metrics import Metrics, dynamics_lines, step_line
+from adaptiverl.training.metrics import Metrics, dynamics_lines, interval_means, step_line
 from adaptiverl.training.progress import progress_rows
+from adaptiverl.training.trackers import log_samples
 
 
 class RunFolder:
     """OUTPUT_DIR; one process writes it, and all call the same methods together."""
 
     def __init__(self, c: RunConfig, parts: Parts):
-        self.config, self.parts, self.path = c, parts, Path(c.OUTPUT_DIR)
+        self.config, self.path = c, Path(c.OUTPUT_DIR)
+        self._parts: Parts | None = parts
         self.lock: filelock.BaseFileLock | None = None
         self.log: RunLog | None = None  # of the main process
+        self.interval: list[Metrics] = []  # steps since the last line on the console
+
+    @property
+    def parts(self) -> Parts:
+        """Those that the run has now: a rollback replaces them."""
+        assert self._parts is not None, "between `release` and `go_back`"
+        return self._parts
+
+    @property
+    def done(self) -> bool:
+        """Whether no step is left, or the run has a reason to end early."""
+        parts = self.parts
+        return parts.progress.step >= parts.last_step or parts.best.why_stop is not None
 
     def open(self) -> None:
         """Takes the folder, puts an earlier run's files aside, and begins the logs."""
@@ -40,23 +59,30 @@ class RunFolder:
         if parts.runtime.is_main:
             with as_config_error("OUTPUT_DIR"):
                 self.lock = checkpoint.lock(self.path)
+            checkpoint.put_back(self.path)
             if parts.resumed:
                 print(f"resumed after step {step} from {parts.resumed}")
             else:
                 if c.RESUME:
                     print(f"no checkpoint in {self.path} to resume from: starting a new run")
                 checkpoint.set_aside(self.path)
-            files = checkpoint.FILES if parts.dynamics else checkpoint.FILES[:-1]
-            self.log = RunLog(self.path, step, parts.last_step, files)
+            self._begin_logs()
             resolved = c.model_dump_json(by_alias=True, indent=2)
             (self.path / "config.json").write_text(resolved + "\n")
         parts.runtime.accelerator.wait_for_everyone()
-        if c.TRACKERS:
+        if parts.runtime.accelerator.log_with:
             parts.runtime.accelerator.init_trackers("adaptiverl", config=_flat(c))
         if not parts.resumed:  # a checkpoint comes with what was written before it
             for kind, said in parts.checked.notes:
-                self._event(kind, said, "warn")
+                parts.guards.note(step, kind, said, "warn")
             self._show_progress()
+
+    def _begin_logs(self) -> None:
+        """Cuts the logs after the step that the run goes on from."""
+        parts = self.parts
+        files = checkpoint.FILES if parts.dynamics else checkpoint.FILES[:-1]
+        self.log = RunLog(self.path, parts.progress.step, parts.last_step, files)
+        self.log.replace(checkpoint.EVENTS, parts.guards.events)
 
     def record(self, metrics: Metrics, samples: list[Row]) -> None:
         """Writes the step to the run's files and the trackers, and a line to the console."""
@@ -72,12 +98,20 @@ class RunFolder:
             log.write("metrics.jsonl", [number | metrics])
             log.write("samples.jsonl", samples)
             log.write("controller.jsonl", changes)
+            log.replace(checkpoint.EVENTS, self.parts.guards.events)
             log.advance(metrics["reward"])
-            if c.LOG_EVERY and (step in (1, last) or step % c.LOG_EVERY == 0):
-                log.say(step_line(number | metrics))
-        if c.TRACKERS:
+        self.interval.append(metrics)
+        due = c.LOG_EVERY and (step in (1, last) or step % c.LOG_EVERY == 0)
+        if due and log:
+            log.say(step_line(step, last, interval_means(self.interval)) + log.time_left())
+        accelerator = self.parts.runtime.accelerator
+        if accelerator.trackers:
             numbers = {name: value for name, value in metrics.items() if value is not None}
-            self.parts.runtime.accelerator.log(numbers, step=step)
+            accelerator.log(numbers, step=step)
+            if due:
+                log_samples(accelerator, samples, step)
+        if due or not c.LOG_EVERY:
+            self.interval.clear()
         self._show_progress()
 
     def _show_progress(self) -> None:
@@ -85,18 +119,15 @@ class RunFolder:
         if self.log:
             self.log.write("progress.jsonl", rows)
 
-    def _event(self, kind: str, message: str, action: str) -> None:
-        """A line of events.jsonl: what happened to the run, in words."""
-        if self.log:
-            row = {"step": self.parts.progress.step, "kind": kind}
-            self.log.write("events.jsonl", [row | {"message": message, "action": action}])
+    def save(self, name: str | None = None, evaluation: Metrics | None = None) -> Path:
+        """Writes the checkpoint `name` (`step-000012`), and returns where.
 
-    def save(self, name: str | None = None) -> Path:
-        """Writes the checkpoint `name` (`step-000012`), and returns where."""
+        What `evaluation` says of it is written to best.json beside the weights.
+        """
         parts, step = self.parts, self.parts.progress.step
         parts.checked.refuse_broken_weights(parts.policy)
-        folder = self.path / (name or f"step-{step:06d}")
-        state = {key: each.state_dict() for key, each in parts.stateful.items()}
+        folder = self.path / (name or checkpoint.step_name(step))
+        saved = {key: each.state_dict() for key, each in parts.stateful.items()}
         shards = parts.runtime.shards
         weights = shards.whole_weights(parts.policy) if shards else None
         if self.log:
@@ -106,23 +137,33 @@ class RunFolder:
                 parts.sampler.policy.save(where, weights)
                 parts.sampler.tokenizer.save_pretrained(where)
                 (where / "run_config.json").write_text(self.config.model_dump_json(by_alias=True))
-                torch.save(state, where / "trainer.pt")
+                torch.save(saved, where / "trainer.pt")
+                if evaluation is not None:
+                    shown = {k: v for k, v in evaluation.items() if k.startswith("eval/")}
+                    (where / "best.json").write_text(json.dumps({"step": step} | shown, indent=2))
 
             checkpoint.save(folder, step, write)
-            checkpoint.prune(self.path, self.config.KEEP_CHECKPOINTS, written=folder)
+            spare = parts.guards.needed(step) if self.config.ON_COLLAPSE == "rollback" else ()
+            checkpoint.prune(self.path, self.config.KEEP_CHECKPOINTS, folder, spare)
         parts.runtime.accelerator.wait_for_everyone()
         return folder
 
     def finish(self, stop: StopSignal) -> int:
         """Saves what was reached and says so; the exit status, 128 + signal if one came."""
-        stopped_by = self.parts.runtime.largest(stop.number)
-        step, done = self.parts.progress.step, self.parts.progress.step >= self.parts.last_step
+        c, stopped_by = self.config, self.parts.runtime.largest(stop.number)
+        step, done, why = self.parts.progress.step, self.done, self.parts.best.why_stop
         name = "" if done else signal.Signals(stopped_by).name
         if not done:
-            self._event("stopped", f"stopped by {name} after step {step}", "stop")
+            self._event("stopped", f"stopped by {name} after step {step}")
+        elif why:
+            self._event("stopped early", f"stopped early after step {step}, {why}")
         folder = self.save("final" if done else None)
         said = f"finished: {step} steps, the model is in {folder}"
-        if not done:
+        if why and step < self.parts.last_step:
+            said = f"stopped early after step {step}, {why}. The model is in {folder}"
+        if done:
+            said = "\n".join([said, *self._best(), *next_commands(self.path, c.REPORT)])
+        else:
             said = f"stopped by {name} after step {step}, saved in {folder}; RESUME=auto continues"
         self._end(said)
         return 0 if done else 128 + stopped_by
@@ -130,7 +171,7 @@ class RunFolder:
     def pause(self, reason: Paused, stop: StopSignal) -> int:
         """Saves the run as it was before the step that could not be finished; the exit status."""
         self.parts.progress.step -= 1
-        self._event("paused", str(reason), "stop")
+        self._event("paused", str(reason))
         folder = self.save()
         step = self.parts.progress.step + 1
         why = printable(str(reason))
@@ -140,10 +181,66 @@ class RunFolder:
 
     def fail(self, mistake: ConfigError) -> None:
         """Writes down why the run ends without a checkpoint."""
-        self._event("failed", str(mistake), "stop")
+        self._event("failed", str(mistake))
         if self.log:
             self.log.close()
             self._report()
+
+    def _event(self, kind: str, message: str) -> None:
+        """A line of events.jsonl on why the run ends; the console says it, too."""
+        guards = self.parts.guards
+        guards.note(self.parts.progress.step, kind, message, "stop")
+        if self.log:
+            self.log.replace(checkpoint.EVENTS, guards.events)
+
+    def give_up(self, collapse: Collapsed) -> int:
+        """Ends a run that has collapsed, with nothing saved of it; the exit status."""
+        parts = self.parts
+        times = parts.progress.rollbacks
+        done = f"{collapse}. The run ends here" + (f", after {times} rollbacks" * (times > 0))
+        parts.guards.event(collapse.step, collapse.kind, done, "stop")
+        sound = state.among(
+            self.config,
+            parts.runtime,
+            [*sound_before(parts.guards.sound_steps, collapse.step), 0],
+        )
+        if self.log:
+            self.log.replace(checkpoint.EVENTS, parts.guards.events)
+        where = f"the last sound checkpoint is {sound}" if sound else "there is no sound checkpoint"
+        self._end(f"stopped after a collapse in step {collapse.step}: {where}", sys.stderr)
+        return 3
+
+    def release(self) -> Accelerator:
+        """Lets go of the parts, so that their memory is free; what a new run needs of them."""
+        accelerator = self.parts.runtime.accelerator
+        self.parts.scoring.close()
+        self._parts = None
+        return accelerator
+
+    def go_back(self, parts: Parts, name: str) -> None:
+        """Makes `parts`, of an earlier step, those of the run, and `name` their checkpoint."""
+        self._parts = parts
+        self.interval.clear()
+        if self.log:
+            checkpoint.drop_after(self.path, parts.progress.step)
+        self.save(name)
+        if self.log:
+            self.log.close()
+            self._begin_logs()
+
+    def _best(self) -> list[str]:
+        """Which checkpoint was evaluated as the best, if any was."""
+        file = self.path / checkpoint.BEST / "best.json"
+        if not self.log or not file.exists():
+            return []
+        row = json.loads(file.read_text())
+        score = f"eval/score {row['eval/score']:.3f}"
+        return [f"best: step {row['step']} ({score}), the model is in {file.parent}"]
+
+    def interrupt(self) -> None:
+        """Ends the waiting for people and judges."""
+        if self._parts:
+            self._parts.scoring.interrupt()
 
     def _end(self, said: str, where: Any = None) -> None:
         if self.log:
@@ -167,11 +264,20 @@ class RunFolder:
                 )
 
     def close(self) -> None:
-        """Gives back OUTPUT_DIR."""
+        """Gives back OUTPUT_DIR, and what rewards hold."""
+        if self._parts:
+            self._parts.scoring.close()
         if self.log:
             self.log.close()
         if self.lock:
             self.lock.release()
+
+
+def next_commands(path: Path, has_report: bool) -> list[str]:
+    """Where the report is, and what to do with a run and its model."""
+    program = "adaptiverl" if shutil.which("adaptiverl") else "python -m adaptiverl"
+    first = f"report: {path / 'report.html'}" if has_report else f"next: {program} report {path}"
+    return [first, f"next: {program} doctor {path}", f"      {program} generate {path}"]
 
 
 def _flat(c: RunConfig) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from transformers import AutoConfig
 import adaptiverl
 from adaptiverl.config.schema import ConfigError
 from adaptiverl.files import checkpoint
-from adaptiverl.rl.data import FORMATS, load_prompts
+from adaptiverl.rl.data import FORMATS, load_prompts, split_prompts
 from adaptiverl.rl.loading import adapter_config
 from adaptiverl.training.hub import go_offline_without_it
 from adaptiverl.training.keys import RunConfig
@@ -84,6 +84,9 @@ def prompt_files(c: RunConfig) -> tuple[Dataset, Dataset | None]:
     """The prompts to train on and those to evaluate on."""
     with as_config_error("TRAIN_FILE"):
         train = load_prompts(c.TRAIN_FILE, c.PROMPT_COLUMN)
+    if c.EVAL_SPLIT:
+        with as_config_error("EVAL_SPLIT"):
+            return split_prompts(train, c.PROMPT_COLUMN, c.EVAL_SPLIT, c.SEED)
     if not c.EVAL_FILE:
         return train, None
     with as_config_error("EVAL_FILE"):

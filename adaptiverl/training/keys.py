@@ -65,7 +65,7 @@ class RunConfig(Config[AnyReward]):
             self.REWARDS,
             self.HELD_OUT,
             num_generations=self.NUM_GENERATIONS,
-            evaluates=self.EVAL_FILE is not None,
+            evaluates=self.has_evaluation_prompts,
         )
         self._check_rate(any(rule.moves == "lr" for rule in self.rules()))
         adam = "adam" in self.OPTIM

@@ -63,7 +63,7 @@ def gathered(
     return StepResult(reward, kl, lengths, token_ids, runtime.gather(sums[None]), grad_norm)
 
 
-def step_metrics(result: StepResult, group_size: int) -> Metrics:
+def step_metrics(result: StepResult, group_size: int, max_new_tokens: int) -> Metrics:
     """Means over the completions; names are TRL's where TRL has one."""
     loss, entropy, gap, _ = result.sums.mean(0).tolist()
     tokens = result.lengths.sum().item() / len(result.sums)  # per process, as the sums are
@@ -78,6 +78,7 @@ def step_metrics(result: StepResult, group_size: int) -> Metrics:
         "sampling/sampling_logp_difference/max": result.sums[:, 3].max().item(),
         "grad_norm": result.grad_norm.item(),
         "completions/mean_length": result.lengths.mean().item(),
+        "completions/clipped_ratio": (result.lengths == max_new_tokens).float().mean().item(),
         "completions/distinct_1": distinct(result.token_ids, 1),
         "completions/distinct_2": distinct(result.token_ids, 2),
         "completions/repetition": repetition(result.token_ids),
@@ -101,10 +102,20 @@ def time_metrics(runtime: Runtime, clock: Stopwatch, tokens: float) -> Metrics:
     return speed | {f"seconds/{name}": round(lap, 4) for name, lap in named}
 
 
-def step_line(metrics: Mapping[str, Any]) -> str:
-    """Step 50 | Reward: 0.82 | Loss: -0.3456 | LR: 3.2e-05 | Momentum: 0.912"""
+def interval_means(rows: Sequence[Metrics]) -> Metrics:
+    """The last of `rows`, with the means over all of them of what is noise in a single step."""
+    means = dict(rows[-1])
+    for name in ("reward", "loss", "kl"):
+        known = [row[name] for row in rows if row.get(name) is not None]
+        if known:
+            means[name] = sum(known) / len(known)
+    return means
+
+
+def step_line(step: int, last_step: int, metrics: Mapping[str, Any]) -> str:
+    """Step 50/100 | Reward: 0.82 | Loss: -0.3456 | LR: 3.2e-05 | Momentum: 0.912"""
     line = (
-        f"Step {metrics['step']} | Reward: {_reward(metrics['reward'])} | "
+        f"Step {step}/{last_step} | Reward: {_reward(metrics['reward'])} | "
         f"Loss: {metrics['loss']:.4f} | LR: {metrics['lr']:.3g} | "
         f"Momentum: {metrics['momentum']:.3f}"
     )

@@ -4,7 +4,7 @@ That a checkpoint is whole or not there at all is files/checkpoint.py's.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +21,7 @@ from rewards import REWARD_TYPES
 FREE_KEYS = {
     "$schema", "STEPS", "EPOCHS", "OUTPUT_DIR", "RESUME", "SAVE_EVERY", "KEEP_CHECKPOINTS",
     "LOG_EVERY", "REPORT", "DYNAMICS_EVERY", "EVAL_EVERY", "EVAL_FILE", "SAMPLES_EVERY", "TRACKERS",
-    "SAMPLER", "VLLM_SERVER", "HELD_OUT",
+    "SAMPLER", "VLLM_SERVER", "HELD_OUT", "ON_COLLAPSE", "STOP_PATIENCE", "STOP_KL", "STOP_REWARD",
 }  # fmt: skip
 FREE_OF_REWARD = frozenset().union(*(kind.free_keys for kind in REWARD_TYPES))
 
@@ -43,6 +43,7 @@ class Progress:
     reward_ema: float | None = None  # of BASELINE ema
     skipped: int = 0  # steps whose gradient was not finite
     updates_scaled: int = 0  # steps whose update was made smaller
+    rollbacks: int = 0  # times that a collapse was taken back; numbers the random stream, too
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -79,10 +80,13 @@ def restore(folder: Path, stateful: Mapping[str, Stateful], mapped: bool) -> Non
 
 def newest(c: RunConfig, runtime: Runtime) -> Path | None:
     """The checkpoint that RESUME continues; one process verifies it and tells the others."""
-    found: list[Path | None] = [None]
-    if c.RESUME and runtime.is_main and (checked := checkpoint.newest(Path(c.OUTPUT_DIR))):
-        found = [checked[0]]
-    return runtime.from_main(found[0])
+    return among(c, runtime) if c.RESUME else runtime.from_main(None)
+
+
+def among(c: RunConfig, runtime: Runtime, steps: Collection[int] | None = None) -> Path | None:
+    """The newest undamaged checkpoint, of one of `steps` unless that is None."""
+    found = checkpoint.newest(Path(c.OUTPUT_DIR), steps) if runtime.is_main else None
+    return runtime.from_main(found and found[0])
 
 
 def refuse_changes(folder: Path, c: RunConfig) -> None:

@@ -1,0 +1,76 @@
+"""What the guards say: the finding, its likely cause, and the key to change."""
+
+NO_GRADIENT = (
+    "the gradient is exactly 0 although the rewards differ: nothing is learned. Likely cause: "
+    "layers without a backward pass (quantised ones), LORA_TARGETS that the model does not use, or "
+    "gradients that FP16 rounds to 0"
+)
+NAN_GRADIENT = (
+    "the gradient is not finite (NaN) in {steps} step(s) in a row, and such steps train nothing. "
+    "Likely cause: {cause}"
+)
+RATE_OF_ZERO = "the learning rate is 0, and no rule moves it from there: nothing is trained (LRATE)"
+DRIFT = (
+    "the log-probabilities of the samples and of the loss differ by {gap:.2g} nats per token on "
+    "average, more than the {allowed:g} that rounding explains: the gradient is not that of the "
+    "policy. Likely cause: {cause}"
+)
+MISSING = (
+    "no completion has a reward: {rewards} gave None, or a score that is not finite, for all of "
+    "them. Such a step trains nothing; look at REWARDS"
+)
+CONSTANT = (
+    "all rewards that are compared have been equal for {steps} steps in a row, so {trains} "
+    "(frac_reward_zero_std). Change REWARDS so that they tell completions apart; if rewards are "
+    "rare, raise NUM_GENERATIONS and BATCH_SIZE"
+)
+STUCK = (
+    "rewards differ between prompts, but the {group} completions of one prompt have had equal "
+    "rewards for {steps} steps in a row, and BASELINE rloo compares only these: {trains}. Raise "
+    "NUM_GENERATIONS, or say BASELINE batch; else change REWARDS so that they tell completions of "
+    "a prompt apart"
+)
+DETERMINISTIC = (
+    "the policy has hardly any choice from the first step on (entropy {entropy:.2f} nats per "
+    "token), and all rewards that are compared are equal: raise TEMPERATURE"
+)
+COLLAPSED = (
+    "the policy repeats itself (entropy {entropy:.2f} nats per token, {start_entropy:.2f} in the "
+    "first step; distinct-2 {distinct:.2f}, {start_distinct:.2f} in the first step), and all "
+    "rewards that are compared are equal: it has collapsed. {cause}"
+)
+HACKED = (
+    "The reward rose from {before:.3g} to {now:.3g}, so REWARDS pay for one text, which the policy "
+    "now always writes (samples.jsonl). Likely cause: a reward that can be gamed. Change REWARDS, "
+    "raise KL_COEF, or use {smaller}"
+)
+TOO_LARGE = "Likely cause: an update that was too large. Use {smaller}"
+KL_BEYOND = (
+    "the policy is {kl:.1f} nats per token away from the first one, for {steps} steps in a row: "
+    "its texts have nothing to do with those of the model any more. Likely cause: updates that "
+    "were too large. Use {smaller}, or raise KL_COEF"
+)
+KL_LARGE = (
+    "the KL to the first policy has reached {kl:.2f} nats per token ({total:.0f} per completion): "
+    "the policy leaves the model's language. Raise KL_COEF, set KL_COEF_TARGET, or use {smaller}; "
+    "STOP_KL ends a run at a KL"
+)
+ENTROPY = (
+    "the entropy has fallen from {before:.2f} to {now:.2f} nats per token: the policy soon has one "
+    "text per prompt, and nothing to learn from. Raise KL_COEF or TEMPERATURE, or use {smaller}"
+)
+DISTINCT = (
+    "completions repeat each other: the share of different word pairs (distinct-2) has fallen from "
+    "{before:.2f} to {now:.2f}. Likely cause: a reward that pays for a phrase. Look at "
+    "samples.jsonl; change REWARDS or raise KL_COEF"
+)
+PARTED = (
+    "{falling} falls while {rising} rises, both beyond {errors:g} standard errors over {count} "
+    "{what}: the policy exploits what REWARDS measure, not what they mean. Change REWARDS, raise "
+    "KL_COEF, or stop earlier (STOP_PATIENCE, STOP_KL); best/ has the best evaluation"
+)
+CUT_OFF = (
+    "no completion has ended by itself for {steps} steps: all are cut off at MAX_NEW_TOKENS "
+    "{tokens}, {since}. If texts should end, raise MAX_NEW_TOKENS, or reward ending (a length "
+    "reward with MAX below it)"
+)
