@@ -16,8 +16,8 @@ from adaptiverl.commands.sample_facts import SampleFacts, facts_of
 ORDER = (
     "torn line", "killed", "judge", "reward raises", "rate zero", "gradient not finite",
     "gradient zero", "rate too large", "reward missing", "hacked", "conflict", "one reward drowns",
-    "dead reward", "temperature", "wrong EOS", "empty completions", "KL_COEF too large",
-    "rate too small", "KL explodes", "entropy collapse", "truncated", "prompts cut", "one prompt",
+    "dead reward", "prompts cut", "one prompt", "temperature", "wrong EOS", "empty completions",
+    "KL_COEF too large", "rate too small", "KL explodes", "entropy collapse", "truncated",
     "batch too small",
 )  # fmt: skip
 # Each is listed with the kinds that follow from it, which are left out where it is found
