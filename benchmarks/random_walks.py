@@ -3,12 +3,12 @@
     python benchmarks/random_walks.py [--graphs 0 1 …] [--rates 1e-7 …] [--processes 2]
     python benchmarks/random_walks.py --report            the table from the results
 
-The task, its model and its settings are those of examples/random_walks.py; `ours` is train.py with
-them. `TRL` is RLOOTrainer at its defaults with the same model, prompts, reward, completions per step
-and number of steps; bf16 and gradient checkpointing, defaults that make it slower on a CPU, are off.
-Its default rate is 1e-6. Score: trlx's optimality of 50 walks from each start, sampled at temperature
-1; the optimum is 1. A run has one thread; processor seconds and wall seconds leave out imports and
-pre-training. Settings were chosen on graphs 100 and 101, which are not reported.
+Task, model and settings are those of examples/random_walks.py; `ours` is train.py with them. `TRL`
+is RLOOTrainer at its defaults, with the same model, prompts, reward, completions per step and
+number of steps; bf16 and gradient checkpointing, which make it slower on a CPU, are off. Its default
+rate is 1e-6. Score: trlx's optimality of 50 walks from each start, sampled at temperature 1; the
+optimum is 1. A run has one thread; processor and wall seconds leave out imports and pre-training.
+Settings were chosen on graphs 100 and 101, which are not reported.
 
 Raw results, one line per run: random_walks.jsonl. What is there is not run again.
 """
@@ -32,7 +32,12 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 from examples.random_walks import (  # noqa: E402
-    SETTINGS, Graph, ShortestPath, pretrain, reinforce, score,
+    SETTINGS,
+    Graph,
+    ShortestPath,
+    pretrain,
+    reinforce,
+    score,
 )  # fmt: skip
 
 RATES = [10.0**k for k in range(-7, 1)]

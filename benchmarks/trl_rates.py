@@ -12,12 +12,12 @@ What a user of TRL writes, of which two lines are new:
     trainer.train()
 
 `trust_region` is this, `constant` the same trainer without it. Trainers are at their defaults but
-for the task's batch, tokens, temperature, beta (0.02 per nat) and a constant rate; bf16 and gradient
-checkpointing are off. Model, prompts and length control are those of lr_robustness.py; "rare" pays
-for the word "seen", which 4 % of the first policy's completions have. Score: the mean reward of 256
-fresh completions of the last policy less 0.02 per nat of KL to the first. Reported is the share of
-the gain, (score − untrained) / (best constant − untrained), of means over seeds. A run has collapsed
-where its score is below the untrained one by more than 0.1, or its entropy below 0.1 nats per token.
+for the task's batch, tokens, temperature, beta (0.02 per nat) and a constant rate; bf16 and
+gradient checkpointing are off. Model, prompts and length control are those of lr_robustness.py;
+"rare" pays for the word "seen", which 4 % of the first policy's completions have. Score: the mean
+reward of 256 fresh completions of the last policy less 0.02 per nat of KL to the first. Reported is
+the share of the gain, (score − untrained) / (best constant − untrained), of means over seeds. A run
+has collapsed where its score is more than 0.1 below the untrained one, or its entropy below 0.1.
 
 Raw results, one line per run: trl_rates.jsonl. What is there is not run again.
 """

@@ -2,10 +2,10 @@
 
     python examples/random_walks.py [KEY=VALUE ...]
 
-The random walks of CarperAI's trlx: 21 nodes, one letter each, with random edges; "a" is the goal. A
-GPT-2 of 6 × 144 is pre-trained on walks that choose each edge at random, and end at the goal or after
-ten nodes. Then train.py rewards walks by how near they are to the shortest. The score is trlx's
-optimality, the mean over walks that are sampled from every start node: 1 where all are shortest.
+The random walks of CarperAI's trlx: 21 nodes, one letter each, with random edges; "a" is the goal.
+A GPT-2 of 6 × 144 is pre-trained on walks that choose each edge at random, and end at the goal or
+after ten nodes. Then train.py rewards walks by how near they are to the shortest. The score is
+trlx's optimality, the mean over walks that are sampled from every start: 1 where all are shortest.
 """
 
 import json

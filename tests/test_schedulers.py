@@ -379,6 +379,19 @@ def test_inside_trls_trainers(kind, front, tmp_path):
         assert (watched.lr if front == "optimizer" else watched.get_lr()[0]) == pytest.approx(now)
 
 
+def test_a_tap_says_whether_completions_of_one_prompt_differ():
+    tap = RewardTap(lambda rewards, **_: rewards)
+    assert not tap.informative(2), "before the first batch"
+    for rewards, in_pairs, in_fours in (
+        ([1.0, 1.0, 0.0, 0.0], False, True),
+        ([1.0, None, math.nan, 0.0], False, True),
+        ([0.0, 0.0, 0.0, 1.0], True, True),
+        ([None] * 4, False, False),
+    ):
+        tap(rewards=rewards)
+        assert (tap.informative(2), tap.informative(4)) == (in_pairs, in_fours), rewards
+
+
 def test_a_tap_on_an_async_reward_is_async_and_remembers_alike():
     import inspect
 

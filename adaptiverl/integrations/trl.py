@@ -8,7 +8,7 @@ RLOOTrainer(model, reward_funcs=tap, …, optimizers=(optimizer, None),
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,8 @@ __all__ = ["RewardObserveCallback", "RewardTap", "TrustRegionCallback"]
 class RewardTap:
     """A reward function that remembers its last batch; async if `reward` is.
 
-    `last()` is the mean of what it returned, `texts()` are the prompts with their completions.
+    `last()` is the mean of what it returned, `texts()` are the prompts with their completions,
+    `informative(n)` says whether completions of one prompt differed in it.
     """
 
     def __new__(cls, reward: Callable[..., Any]) -> "RewardTap":
@@ -37,6 +38,7 @@ class RewardTap:
     def __init__(self, reward: Callable[..., Any]):
         self.reward = reward
         self.mean: float | None = None
+        self.values: list[float | None] = []
         self.batch: list[tuple[Any, Any]] = []  # prompts with their completions
         self.__name__ = getattr(reward, "__name__", type(reward).__name__)  # TRL logs by this name
 
@@ -46,7 +48,7 @@ class RewardTap:
     def _remember(self, values: list[float | None], batch: dict[str, Any]) -> list[float | None]:
         prompts, completions = (batch.get(name) or [] for name in ("prompts", "completions"))
         self.batch = [*zip(prompts, completions, strict=False)]
-        known = [value for value in values if value is not None and math.isfinite(value)]
+        self.values, known = [*values], _known(values)
         self.mean = sum(known) / len(known) if known else None
         return values
 
@@ -54,9 +56,22 @@ class RewardTap:
         """The mean of this process's last batch; None before there was one, or if all missed."""
         return self.mean
 
+    def informative(self, group_size: int) -> bool:
+        """Whether the rewards of any prompt's `group_size` completions differ in the last batch.
+
+        False where TRL's frac_reward_zero_std is 1, of this process and this reward alone: then the
+        gradient is only that of a KL penalty. Missing rewards are left out.
+        """
+        groups = range(0, len(self.values), group_size)
+        return any(len({*_known(self.values[i : i + group_size])}) > 1 for i in groups)
+
     def texts(self) -> list[str]:
         """Prompts with completions of this process's last batch, for TrustRegionCallback."""
         return [_text(prompt) + _text(completion) for prompt, completion in self.batch]
+
+
+def _known(values: Sequence[float | None]) -> list[float]:
+    return [value for value in values if value is not None and math.isfinite(value)]
 
 
 def _text(part: Any) -> str:
