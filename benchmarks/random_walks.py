@@ -4,8 +4,8 @@
     python benchmarks/random_walks.py --report            the table from the results
 
 Task, model and settings are those of examples/random_walks.py; `ours` is train.py with them. `TRL`
-is RLOOTrainer at its defaults, with the same model, prompts, reward, completions per step and
-number of steps; bf16 and gradient checkpointing, which make it slower on a CPU, are off. Its default
+is RLOOTrainer at its defaults with the same model, prompts, reward, completions per step and
+number of steps; bf16 and gradient checkpointing, which are slower on a CPU, are off. Its default
 rate is 1e-6. Score: trlx's optimality of 50 walks from each start, sampled at temperature 1; the
 optimum is 1. A run has one thread; processor and wall seconds leave out imports and pre-training.
 Settings were chosen on graphs 100 and 101, which are not reported.
