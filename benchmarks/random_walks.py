@@ -130,6 +130,10 @@ def run_all(jobs: list[tuple[int, float, str]], results: Path, processes: int) -
             print(f"{n} of {len(todo)}: {row}", flush=True)
 
 
+def mean(rows: list[dict[str, Any]], name: str, digits: int) -> str:
+    return f"{statistics.mean(row[name] for row in rows):.{digits}f}"
+
+
 def report(rows: list[dict[str, Any]]) -> str:
     """Tables in Markdown."""
     lines = []
@@ -141,11 +145,10 @@ def report(rows: list[dict[str, Any]]) -> str:
             cell = [row for row in own if row["rate"] == rate]
             scores = [row["optimality"] for row in cell]
             table.append(
-                [f"{rate:g}", len(cell), statistics.mean(row["untrained"] for row in cell),
-                 statistics.mean(scores), min(scores),
-                 statistics.mean(row["greedy"] for row in cell),
+                [f"{rate:g}", len(cell), mean(cell, "untrained", 3), mean(cell, "optimality", 3),
+                 f"{min(scores):.3f}", mean(cell, "greedy", 3),
                  f"{sum(value >= SHARE for value in scores)} of {len(cell)}",
-                 statistics.mean(row["seconds"] for row in cell), max(row["wall"] for row in cell)]
+                 mean(cell, "seconds", 0), f"{max(row['wall'] for row in cell):.0f}"]
             )  # fmt: skip
         heads = ["start rate", "graphs", "untrained", "optimality", "lowest", "greedy",
                  f"at least {SHARE}", "processor s", "longest, wall s"]  # fmt: skip
@@ -157,7 +160,7 @@ def report(rows: list[dict[str, Any]]) -> str:
             f"{met} of {len(own)} runs reach {SHARE} of the optimum, "
             f"{sum(row['wall'] <= SECONDS for row in own)} within {SECONDS} s.{default}",
             "",
-            tabulate(table, heads, tablefmt="github", floatfmt=".3g"),
+            tabulate(table, heads, tablefmt="github", disable_numparse=True),
             "",
         ]
     return "\n".join([f"Graphs {', '.join(map(str, graphs))}.", "", *lines])

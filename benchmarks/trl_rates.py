@@ -181,9 +181,9 @@ def report(rows: list[dict[str, Any]]) -> str:
         constants = [s for (m, rate), s in scores.items() if m == "constant" and rate in CONSTANTS]
         gain = max(constants, default=before) - before
         table = [
-            [method, f"{rate:g}", len(cell), scores[method, rate],
+            [method, f"{rate:g}", len(cell), f"{scores[method, rate]:.3f}",
              f"{(scores[method, rate] - before) / gain:.0%}" if gain > 0 else "–",
-             sum(map(collapsed, cell)), statistics.mean(row["seconds"] for row in cell)]
+             sum(map(collapsed, cell)), f"{statistics.mean(row['seconds'] for row in cell):.0f}"]
             for (method, rate), cell in sorted(cells.items(), reverse=True)
         ]  # fmt: skip
         heads = ["method", "rate", "runs", "score", "share of the gain", "collapsed", "processor s"]
@@ -192,7 +192,7 @@ def report(rows: list[dict[str, Any]]) -> str:
             "",
             f"Untrained: {before:.3f}; the best constant gains {gain:.3f}.",
             "",
-            tabulate(table, heads, tablefmt="github", floatfmt=".3f"),
+            tabulate(table, heads, tablefmt="github", disable_numparse=True),
             "",
         ]
     return "\n".join(lines)
