@@ -385,6 +385,21 @@ def test_inside_trls_trainers(kind, front, tmp_path):
         assert (watched.lr if front == "optimizer" else watched.get_lr()[0]) == pytest.approx(now)
 
 
+@pytest.mark.parametrize(
+    ("rewards", "differ"),
+    [
+        ([1.0, 1.0, 0.0, 0.0], False),
+        ([1.0, None, math.nan, 0.0], False),
+        ([0.0, 0.0, 0.0, 1.0], True),
+        ([None] * 4, False),
+    ],
+)
+def test_a_tap_says_whether_completions_of_one_prompt_differ(rewards, differ):
+    tap = RewardTap(lambda **_: rewards)
+    tap(prompts=["one", "one", "two", "two"], completions=["a"] * 4)
+    assert tap.informative() is differ
+
+
 def test_a_tap_on_an_async_reward_is_async_and_remembers_alike():
     import inspect
 

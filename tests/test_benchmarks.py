@@ -1,0 +1,118 @@
+"""The example and the benchmarks with a known optimum or a reference of another program."""
+
+import itertools
+import json
+import sys
+
+import pytest
+from conftest import ROOT, in_this_process, read_jsonl
+
+from examples.random_walks import END, Graph, ShortestPath, pretrain, reinforce, score
+
+sys.path.append(str(ROOT / "benchmarks"))  # whose files import each other by name
+
+SMALL = {"seed": 3, "nodes": 6, "longest": 5, "edge": 0.3}
+
+
+def brute_force(graph: Graph) -> dict[str, float]:
+    """The optimality of each string of `longest` letters, from all walks that there are."""
+    arriving: dict[str, int] = {}
+    for size in range(2, graph.longest + 1):
+        for walk in itertools.permutations(range(graph.nodes), size):
+            if walk[-1] == 0 and all(graph.edges[a, b] for a, b in itertools.pairwise(walk)):
+                start = graph.letters[walk[0]]
+                arriving[start] = min(arriving.get(start, size), size)
+    scores = {}
+    for text in map("".join, itertools.product(graph.letters, repeat=graph.longest)):
+        walk = text[: text.find("a") + 1]
+        pairs = itertools.pairwise(map(graph.letters.index, walk))
+        legal = len(walk) > 1 and all(graph.edges[a, b] for a, b in pairs)
+        best = arriving.get(text[0], 0)
+        scores[text] = legal * (graph.longest - len(walk)) / (graph.longest - best)
+    return scores
+
+
+def test_optimality_of_random_walks_is_that_of_all_walks():
+    graph = Graph(**SMALL)
+    expected = {text: value for text, value in brute_force(graph).items() if text[0] != "a"}
+    assert {text: graph.optimality(text) for text in expected} == pytest.approx(expected)
+    assert {0.0, 1.0} < set(expected.values()), "no detour: the graph shows too little"
+    for walk in graph.walks(200):
+        assert walk[-1] == "a" or len(walk) == graph.longest
+        assert graph.optimality(walk) == pytest.approx(expected[walk.ljust(graph.longest, "b")])
+    reward = ShortestPath(**SMALL)
+    assert reward(["b", "c"], ["", "x?"]) == [0.0, 0.0]
+
+
+def test_the_graphs_of_trlx():
+    """`generate_random_walks(seed=1002)`: the first walks, and what its metric_fn says of them."""
+    graph = Graph(1002)
+    assert graph.walks(3) == ["oseotba", "qka", "jrmhnba"]
+    said = {"oseotba": 0.5, "qka": 1.0, "qkinba": 0.571429, "rmhnba": 0.8, "bzza": 0.0, "b": 0.0}
+    assert {walk: graph.optimality(walk) for walk in said} == pytest.approx(said, abs=1e-6)
+
+
+def test_the_example_trains_on_the_optimality(tmp_path, monkeypatch):
+    """Two steps of train.py: each sample's reward is the brute force's."""
+    monkeypatch.chdir(ROOT)
+    graph, first, run = Graph(**SMALL), tmp_path / "first", tmp_path / "run"
+    pretrain(graph, first, layers=1, width=24, steps=60)
+    before = score(graph, first)
+    with in_this_process():
+        trained = reinforce(
+            graph, first, run, "STEPS=2", "BATCH_SIZE=64", "MAX_NEW_TOKENS=4", "SAMPLES_EVERY=1"
+        )
+    expected = brute_force(graph)
+    rows = read_jsonl(run / "samples.jsonl")
+    assert len(rows) == 128
+    for row in rows:
+        walk = (row["prompt"] + row["completion"]).ljust(graph.longest, row["prompt"])
+        assert row["reward"] == pytest.approx(expected[walk] if "a" in walk else 0.0)
+        assert END not in row["completion"]
+    assert 0 < before < 1 and 0 < score(graph, trained) <= 1
+    assert json.loads((first / "prompts.json").read_text()) == [{"prompt": s} for s in "bcdef"]
+
+
+def test_shares_of_the_gain_inside_trl():
+    """The best mean constant is 100 %; a policy of NaN counts as the lowest score, collapsed."""
+    from trl_rates import report
+
+    def row(method: str, rate: float, seed: int, score: float | None, entropy: float = 3.0):
+        return {
+            "trainer": "RLOO", "task": "length", "method": method, "rate": rate, "seed": seed,
+            "score": score, "entropy": entropy, "untrained": 0.2, "seconds": 1.0,
+        }  # fmt: skip
+
+    rows = [
+        row("constant", 1e-4, 0, 0.5), row("constant", 1e-4, 1, 0.7),
+        row("constant", 1e-3, 0, 0.8), row("constant", 1e-3, 1, None),
+        row("constant", 1e-1, 0, -3.0), row("trust_region", 1e-1, 0, 0.5, 0.05),
+    ]  # fmt: skip
+    cells = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in report(rows).splitlines()
+        if line.startswith(("| constant", "| trust_region"))
+    ]
+    assert [cell[:6] for cell in cells] == [
+        ["trust_region", "0.1", "1", "0.500", "75%", "1"],
+        ["constant", "0.1", "1", "-3.000", "-800%", "1"],
+        ["constant", "0.001", "2", "-1.100", "-325%", "1"],
+        ["constant", "0.0001", "2", "0.600", "100%", "0"],
+    ]
+
+
+@pytest.mark.parametrize("rates", [[1e-7, 1.0]])
+def test_the_share_of_the_optimum_is_counted_per_run(rates):
+    from random_walks import report
+
+    rows = [
+        {
+            "graph": graph, "rate": rate, "method": "ours", "optimality": found, "greedy": 1.0,
+            "untrained": 0.2, "steps": 2, "seconds": 1.0, "wall": wall,
+        }
+        for rate in rates
+        for graph, found, wall in ((0, 0.99, 60.0), (1, 0.98, 61.0))
+    ]  # fmt: skip
+    text = report(rows)
+    assert "2 of 4 runs reach 0.99 of the optimum, 2 within 60 s." in text
+    assert "| 1 of 2" in text and "0.985" in text
