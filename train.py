@@ -48,7 +48,7 @@ def train(c: RunConfig, parts: Parts, folder: RunFolder, stop: StopSignal) -> No
     runtime, progress, batches = parts.runtime, parts.progress, parts.batches
     policy, sampler, scoring = parts.policy, parts.sampler, parts.scoring
     guards, best = parts.guards, parts.best
-    while not (folder.done or runtime.largest(stop.number)):
+    while not (parts.done or runtime.largest(stop.number)):
         progress.step += 1
         step, clock = progress.step, Stopwatch()
 

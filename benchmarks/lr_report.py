@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from lr_methods import DECADES, METHODS, ONLINE, OURS
+from lr_methods import METHODS, ONLINE, OURS, START
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -34,7 +34,7 @@ def score_of(row: dict[str, Any], floor: float) -> float:
 def report(rows: list[dict[str, Any]]) -> str:
     """Tables in Markdown."""
     lines: list[str] = []
-    shares: dict[float, list[float]] = {rate: [] for rate in DECADES}
+    shares: dict[float, list[float]] = {rate: [] for rate in START}
     for task in dict.fromkeys(row["task"] for row in rows):
         own = [row for row in rows if row["task"] == task]
         floor = min(row["score"] for row in own if row["score"] is not None)
@@ -83,7 +83,7 @@ def report(rows: list[dict[str, Any]]) -> str:
             "| start rate | score [95 %] | of the best | KL |",
             "|---|---|---|---|",
         ]
-        for rate in DECADES:
+        for rate in START:
             runs = cells["trust_region", rate]
             low, high = interval([score_of(row, floor) for row in runs])
             share = iqm(("trust_region", rate)) / rivals[rival][0]

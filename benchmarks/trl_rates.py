@@ -6,9 +6,10 @@
 What a user of TRL writes, of which two lines are new:
 
     tap = RewardTap(reward)
-    optimizer = AdaptiveOptimizer(AdamMini(model.parameters(), lr=rate), "trust_region", steps=STEPS)
+    mini = AdamMini(model.parameters(), lr=rate)
+    optimizer = AdaptiveOptimizer(mini, "trust_region", steps=STEPS)
     trainer = RLOOTrainer(model, reward_funcs=tap, …, optimizers=(optimizer, None))
-    trainer.add_callback(TrustRegionCallback(optimizer, tokenizer, tap.texts, informative=tap.informative))
+    trainer.add_callback(TrustRegionCallback(optimizer, tokenizer, tap.texts, tap.informative))
     trainer.train()
 
 `trust_region` is this, `constant` the same trainer without it. Trainers are at their defaults but
@@ -23,7 +24,6 @@ Raw results, one line per run: trl_rates.jsonl. What is there is not run again.
 """
 
 import argparse
-import copy
 import json
 import multiprocessing
 import statistics
@@ -41,7 +41,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 from lr_report import read  # noqa: E402
-from lr_robustness import BATCH, GROUP, KL_COEF, TEMPERATURE, TOKENS, Bench, Task  # noqa: E402
+from lr_robustness import GROUP, KL_COEF, TEMPERATURE, TOKENS, Bench, Task  # noqa: E402
 
 from adaptiverl import AdamMini, AdaptiveOptimizer  # noqa: E402
 from adaptiverl.integrations.trl import RewardTap, TrustRegionCallback  # noqa: E402
@@ -49,7 +49,7 @@ from adaptiverl.rl.policy import Policy  # noqa: E402
 from adaptiverl.rl.sampling.sampler import Sampler  # noqa: E402
 from rewards import LengthReward, RegexReward  # noqa: E402
 
-STEPS = 60
+BATCH, STEPS = 32, 60
 RATES = [1e-7, 1e-5, 1e-3, 1e-1]
 CONSTANTS = [1e-5, 1e-4, 3e-4, 1e-3]  # the best of them is the reference
 METHODS = {"trust_region": RATES, "constant": sorted({*RATES, *CONSTANTS})}
@@ -72,14 +72,14 @@ def bench() -> Bench:
 
 
 def judge(task: str, lm: torch.nn.Module) -> dict[str, Any]:
-    first = copy.deepcopy(bench().first.lm).requires_grad_(False)
-    sampler = Sampler(Policy(lm, first, TEMPERATURE), bench().tokenizer)
+    first = bench().policy("small", lora=False).lm.requires_grad_(False)
+    sampler = Sampler(Policy(lm, first, TEMPERATURE), bench().tokenizers["small"])
     return bench().judge(Task([(1.0, TASKS[task]())]), sampler, None)
 
 
 @cache
 def untrained(task: str) -> float:
-    return judge(task, copy.deepcopy(bench().first.lm))["score"]
+    return judge(task, bench().policy("small", lora=False).lm)["score"]
 
 
 def make_trainer(
@@ -100,7 +100,6 @@ def make_trainer(
         temperature=TEMPERATURE,
         beta=KL_COEF,
         seed=seed,
-        model_init_kwargs={"dtype": "float32"},
         use_cpu=True,
         bf16=False,
         gradient_checkpointing=False,
@@ -109,7 +108,7 @@ def make_trainer(
         report_to="none",
         disable_tqdm=True,
     )
-    model, tokenizer = copy.deepcopy(bench().first.lm), bench().tokenizer
+    model, tokenizer = bench().policy("small", lora=False).lm, bench().tokenizers["small"]
     tap, optimizer = RewardTap(TASKS[task]()), None
     if method == "trust_region":
         mini = AdamMini(model.parameters(), lr=rate, weight_decay=0.0)

@@ -18,7 +18,7 @@ from adaptiverl.commands.doctor import ORDER, findings
 from adaptiverl.commands.verdict import verdict
 from benchmarks.doctor import FAULTS, MINE, SOUND
 
-SHORT = {"STEPS": 8, "MAX_NEW_TOKENS": 8}
+SHORT = {"STEPS": 8, "MAX_NEW_TOKENS": 8, "ON_COLLAPSE": "warn"}
 
 
 def kinds(folder: str | Path) -> list[str]:

@@ -135,13 +135,16 @@ def test_a_report_that_cannot_be_written_is_a_warning_and_the_run_is_saved(main,
 def test_why_a_run_paused_is_in_its_folder_its_report_and_the_doctors_words(
     main, settings, tmp_path, monkeypatch, capsys
 ):
-    (tmp_path / "broken.py").write_text(
+    (tmp_path / "broken_in_step_three.py").write_text(
         "def broken(completions, trainer_state, **_):\n"
         "    if trainer_state.global_step == 3:\n        raise KeyError('score')\n"
         "    return [float(len(text)) for text in completions]\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    keys = settings | {"REWARDS": [{"TYPE": "python", "FUNCTION": "broken:broken"}], "STEPS": 4}
+    keys = settings | {
+        "REWARDS": [{"TYPE": "python", "FUNCTION": "broken_in_step_three:broken"}],
+        "STEPS": 4,
+    }
     assert main(keys) == 3
     out = Path(settings["OUTPUT_DIR"])
     (event,) = read_jsonl(out / "events.jsonl")
@@ -152,8 +155,10 @@ def test_why_a_run_paused_is_in_its_folder_its_report_and_the_doctors_words(
     assert adaptiverl(["doctor", str(out)]) == 1
     text = capsys.readouterr().out
     assert "1. a reward failed, so the run paused" in text and "before step 3" in text
-    (tmp_path / "broken.py").write_text("def broken(completions, **_):\n    return [1.0] * 8\n")
-    sys.modules.pop("broken")
+    (tmp_path / "broken_in_step_three.py").write_text(
+        "def broken(completions, **_):\n    return [1.0] * 8\n"
+    )
+    sys.modules.pop("broken_in_step_three")
     assert main(keys | {"RESUME": "auto"}) == 0
     assert adaptiverl(["doctor", str(out)]) == 0, "what was mended is not wrong"
 

@@ -106,7 +106,7 @@ def test_a_reward_that_pays_for_one_sign_is_named_as_the_cause(
     keys = settings | {"REWARDS": [{"TYPE": "python", "FUNCTION": "bangs:bang"}], "KL_COEF": 0}
     keys |= {"MODEL": "adaptiverl/assets/policy", "BATCH_SIZE": 32, "MAX_NEW_TOKENS": 16}
     keys |= {"LRATE": 0.02, "LR_RULE": "none", "STEPS": 10, "LOG_EVERY": 0, "ON_COLLAPSE": "stop"}
-    keys |= {"TRAIN_FILE": "data.json"}
+    keys |= {"TRAIN_FILE": "data.json", "OPTIM": "adamw"}
     assert main(keys) == 3
     *_, event = events(keys)
     assert event["step"] <= 10 and event["kind"] == "collapsed" and event["action"] == "stop"

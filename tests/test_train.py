@@ -31,7 +31,7 @@ def test_a_run_leaves_all_it_says(run, settings):
     assert result.stderr == ""
     assert sorted(p.name for p in out.iterdir()) == [
         ".lock", "best", "config.json", "controller.jsonl", "final", "metrics.jsonl",
-        "samples.jsonl", "step-000002", "step-000004",
+        "progress.jsonl", "report.html", "samples.jsonl", "step-000002", "step-000004",
     ]  # fmt: skip
     resolved = json.loads((out / "config.json").read_text())
     assert resolved["TEMPERATURE"] == 1.0, "defaults are written out"
@@ -65,8 +65,9 @@ def test_a_run_leaves_all_it_says(run, settings):
     score = metrics[2]["eval/score"]
     said = f"best: step 3 (eval/score {score:.3f}), the model is in {out / 'best'}"
     assert lines[4] == said
-    assert lines[5].endswith(f"adaptiverl report {out}")
-    assert lines[6].endswith(f"adaptiverl generate {out}")
+    assert lines[5] == f"report: {out / 'report.html'}"
+    assert lines[6].endswith(f"adaptiverl doctor {out}")
+    assert lines[7].endswith(f"adaptiverl generate {out}")
 
     samples = read_jsonl(out / "samples.jsonl")
     assert [row["step"] for row in samples] == [step for step in (1, 2, 3, 4) for _ in range(8)]
@@ -373,8 +374,8 @@ def test_only_what_a_run_wrote_is_set_aside(main, settings):
     for _ in range(2):
         assert main(settings) == 0
     assert {p.name for p in out.iterdir()} == {
-        "config.json", "metrics.jsonl", "samples.jsonl", "controller.jsonl", "final", "earlier-001",
-        ".lock", "other", "labels.sqlite", "notes.jsonl",
+        "config.json", "metrics.jsonl", "samples.jsonl", "controller.jsonl", "progress.jsonl",
+        "report.html", "final", "earlier-001", ".lock", "other", "labels.sqlite", "notes.jsonl",
     }  # fmt: skip
     (out / "earlier-001").rename(out / "earlier-007")
     assert main(settings) == 0

@@ -11,7 +11,7 @@ FEW = 4  # completions per step, at most, that one prompt each cannot be learned
 MANY_PROMPTS = 4  # times that a prompt is drawn, at least, before its being the only one shows
 JUDGES = ("judge", "local_judge")
 # Kinds of a stop that somebody asked for
-ASKED = ("stopped", "patience", "stop_patience", "stop_kl", "stop_reward")
+ASKED = ("stopped", "stopped early")
 
 
 def run_findings(run: Run, facts: SampleFacts) -> Iterator[Finding]:

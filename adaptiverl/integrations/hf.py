@@ -72,7 +72,7 @@ class TrustRegionCallback(TrainerCallback):
         optimizer = AdaptiveOptimizer(AdamW(model.parameters()), lr_rule="trust_region", steps=100)
         trainer = RLOOTrainer(…, reward_funcs=tap, optimizers=(optimizer, None))
         trainer.add_callback(
-            TrustRegionCallback(optimizer, tokenizer, tap.texts, informative=tap.informative)
+            TrustRegionCallback(optimizer, tokenizer, tap.texts, tap.informative)
         )
 
     optimizer   the AdaptiveOptimizer that the Trainer steps
@@ -93,9 +93,9 @@ class TrustRegionCallback(TrainerCallback):
         optimizer: AdaptiveOptimizer,
         tokenizer: Any,
         texts: Callable[[], Sequence[str]],
+        informative: Callable[[], bool] | None = None,
         count: int = 4,
         length: int = 64,
-        informative: Callable[[], bool] | None = None,
     ):
         self.tokenizer, self.texts, self.count, self.length = tokenizer, texts, count, length
         self.optimizer, self.informative = optimizer, informative

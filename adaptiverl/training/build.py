@@ -74,6 +74,11 @@ class Parts:
     stateful: dict[str, state.Stateful]  # what a checkpoint holds
     resumed: Path | None  # the checkpoint that the run continues
 
+    @property
+    def done(self) -> bool:
+        """Whether no step is left, or the run has a reason to end early."""
+        return self.progress.step >= self.last_step or self.best.why_stop is not None
+
 
 def build(
     c: RunConfig,

@@ -47,12 +47,6 @@ class RunFolder:
         assert self._parts is not None, "between `release` and `go_back`"
         return self._parts
 
-    @property
-    def done(self) -> bool:
-        """Whether no step is left, or the run has a reason to end early."""
-        parts = self.parts
-        return parts.progress.step >= parts.last_step or parts.best.why_stop is not None
-
     def open(self) -> None:
         """Takes the folder, puts an earlier run's files aside, and begins the logs."""
         c, parts, step = self.config, self.parts, self.parts.progress.step
@@ -114,8 +108,8 @@ class RunFolder:
             self.interval.clear()
         self._show_progress()
 
-    def _show_progress(self) -> None:
-        rows = progress_rows(self.config, self.parts)
+    def _show_progress(self, ended: bool = False) -> None:
+        rows = progress_rows(self.config, self.parts, ended)
         if self.log:
             self.log.write("progress.jsonl", rows)
 
@@ -151,11 +145,12 @@ class RunFolder:
     def finish(self, stop: StopSignal) -> int:
         """Saves what was reached and says so; the exit status, 128 + signal if one came."""
         c, stopped_by = self.config, self.parts.runtime.largest(stop.number)
-        step, done, why = self.parts.progress.step, self.done, self.parts.best.why_stop
+        step, done, why = self.parts.progress.step, self.parts.done, self.parts.best.why_stop
         name = "" if done else signal.Signals(stopped_by).name
         if not done:
             self._event("stopped", f"stopped by {name} after step {step}")
-        elif why:
+        elif why and step < self.parts.last_step:
+            self._show_progress(ended=True)
             self._event("stopped early", f"stopped early after step {step}, {why}")
         folder = self.save("final" if done else None)
         said = f"finished: {step} steps, the model is in {folder}"

@@ -14,13 +14,13 @@ PROMPTS = 4
 STREAM = 1_000_002  # of the random numbers: a step that no run reaches
 
 
-def progress_rows(c: RunConfig, parts: Parts) -> list[Row]:
-    """One per prompt at steps 0, last // 2 and last; at other steps, or without REPORT, none.
+def progress_rows(c: RunConfig, parts: Parts, ended: bool = False) -> list[Row]:
+    """One per prompt at steps 0, last // 2 and last, or where the run has `ended` before that.
 
-    All processes call it together.
+    At other steps, or without REPORT, none. All processes call it together.
     """
     step, last = parts.progress.step, parts.last_step
-    if not c.REPORT or step not in (0, last // 2, last):
+    if not c.REPORT or not (ended or step in (0, last // 2, last)):
         return []
     rows = parts.eval_prompts if parts.eval_prompts is not None else parts.batches.prompts
     prompts = columns(c, rows, list(range(min(PROMPTS, len(rows)))))["prompt"]
