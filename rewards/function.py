@@ -64,8 +64,18 @@ class PythonReward(Reward):
         self.start()
         if (signature := _signature(self._function)) is None:
             return
+        known = {*GIVEN, *columns}
+        wanted = [
+            name
+            for name, parameter in signature.parameters.items()
+            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+            and parameter.default is parameter.empty
+            and name not in known
+        ]
+        if wanted:
+            raise ValueError(f"it needs the column {', '.join(wanted)}, which {source} has not")
         try:
-            signature.bind(**dict.fromkeys({*GIVEN, *columns}))
+            signature.bind(**dict.fromkeys(known))
         except TypeError as error:
             raise ValueError(
                 f"it cannot be called as rewards are, by name: {error}. Let it take what it needs "

@@ -69,7 +69,8 @@ def test_other_prompts_are_not_paired(tmp_path, capsys):
     out = str(tmp_path / "page.html")
     assert adaptiverl(["compare", *map(str, runs), "--out", out]) == 0
     text = capsys.readouterr().out
-    assert "Not paired, because SEED, " in text and "no difference shown" not in text
+    assert "b is not compared step by step: other SEED." in text
+    assert "no difference shown" not in text and "on the same prompts" not in text
 
 
 @pytest.mark.parametrize(

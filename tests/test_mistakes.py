@@ -255,12 +255,13 @@ def test_a_python_reward_that_cannot_be_called(mistake, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     for name, why in (
         ("narrow", "got an unexpected keyword argument '"),
-        ("wanting", "missing a required argument: 'answer'"),
         ("Made", "got an unexpected keyword argument '"),
     ):
         message = mistake({"REWARDS": [{"TYPE": "python", "FUNCTION": f"narrow:{name}"}]})
         assert message.startswith(f"REWARDS.0: it cannot be called as rewards are, by name: {why}")
         assert message.endswith("columns of the prompts) and **columns")
+    message = mistake({"REWARDS": [{"TYPE": "python", "FUNCTION": "narrow:wanting"}]})
+    assert message.startswith("REWARDS.0: it needs the column answer, which ")
 
 
 def test_a_python_reward_by_a_relative_name(mistake):

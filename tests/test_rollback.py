@@ -49,7 +49,7 @@ def test_back_to_the_last_sound_checkpoint_and_on_from_there(main, spiked, caplo
     (event,) = events(spiked)
     assert (event["step"], event["kind"], event["action"]) == (8, "collapsed", "rollback")
     assert "Rolled back to step 4 (1 of at most 3 times)" in event["message"]
-    assert "a tenth of the learning rate, 0.001 and other random numbers" in event["message"]
+    assert "a tenth of the learning rate (0.001) and other random numbers" in event["message"]
     assert caplog.messages == [f"step 8: {event['message']}"]
     assert [row["step"] for row in rows(spiked)] == list(range(1, 11)), "each step once"
     assert [row["lr"] for row in rows(spiked)] == pytest.approx([1e-2] * 4 + [1e-3] * 6)
@@ -87,7 +87,7 @@ def test_three_times_then_the_run_ends_with_the_cause(main, settings, capsys):
     for event, rate in zip(found, rates, strict=False):
         assert "LRATE or LR_RULE trust_region" in event["message"]
         assert "Rolled back to step 0" in event["message"]
-        assert f"a tenth of the learning rate, {rate} and" in event["message"]
+        assert f"a tenth of the learning rate ({rate}) and" in event["message"]
     assert found[-1]["message"].endswith("The run ends here, after 3 rollbacks")
     out = Path(keys["OUTPUT_DIR"])
     said = capsys.readouterr().err.splitlines()[-1]

@@ -73,7 +73,7 @@ def _taken_back(run: Run) -> Iterator[Finding]:
             "rolled back",
             f"the run collapsed and was taken back to a sound checkpoint, {len(back)} times",
             f"first in step {back[0]['step']}: {back[0]['message']}",
-            "lower LRATE or TRUST_REGION_KL, so that it does not come to this",
+            "LR_RULE trust_region, or a smaller LRATE (a smaller TRUST_REGION_KL where it is used)",
         )
 
 

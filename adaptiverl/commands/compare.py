@@ -147,11 +147,12 @@ def _figures(runs: list[Run]) -> Table:
 
 def _differences(runs: list[Run], names: list[str]) -> tuple[Table, str]:
     """Each run less the first, paired by step where that is right."""
-    table, unpaired = [], []
+    table, unpaired, short = [], [], []
     for run, name in zip(runs[1:], names[1:], strict=True):
         if not are_paired(runs[0], run):
             unpaired.append(name)
             continue
+        size = len(table)
         for figure in _shared(runs):
             if found := paired(runs[0], run, figure):
                 mean, half, steps = found
@@ -159,12 +160,23 @@ def _differences(runs: list[Run], names: list[str]) -> tuple[Table, str]:
                 verdict = "higher" if low > 0 else "lower" if high < 0 else "no difference shown"
                 interval = f"[{number(low)}, {number(high)}]"
                 table.append([name, _label(figure), str(steps), number(mean), interval, verdict])
-    note = f"Each run less {names[0]}, step by step, on the same prompts. The interval is that of "
-    note += f"the means of {BLOCKS} blocks of steps: it is of this seed, not of others."
-    if unpaired:
-        same = ", ".join(PAIRED_BY)
-        note += f" Not paired, because {same} are not all the same: {', '.join(unpaired)}."
-    return table, note
+        if len(table) == size:
+            short.append(name)
+    notes = []
+    if table:
+        notes.append(
+            f"Each run less {names[0]}, step by step, on the same prompts. The interval is that of "
+            f"the means of {BLOCKS} blocks of steps: it is of this seed, not of others."
+        )
+    if short:
+        notes.append(
+            f"No differences by step for {', '.join(short)}: it takes {2 * BLOCKS} steps of both."
+        )
+    for name in unpaired:
+        run = runs[names.index(name)]
+        keys = [key for key in PAIRED_BY if run.config.get(key) != runs[0].config.get(key)]
+        notes.append(f"{name} is not compared step by step: other {', '.join(keys)}.")
+    return table, " ".join(notes)
 
 
 def _verdict(runs: list[Run], names: list[str]) -> str:

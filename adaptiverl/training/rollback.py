@@ -43,7 +43,7 @@ def roll_back(c: RunConfig, folder: RunFolder, collapse: Collapsed) -> None:
     if how is None:
         for group in parts.optimizer.param_groups:
             group["lr"] = group["lr"] * SLOWER**more
-        how = f"a tenth of the learning rate, {parts.optimizer.lr:.3g}"
+        how = f"a tenth of the learning rate ({parts.optimizer.lr:.3g})"
     step = parts.progress.step
     parts.guards.events = guards.events
     parts.guards.event(
