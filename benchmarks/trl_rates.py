@@ -100,7 +100,6 @@ def make_trainer(
         temperature=TEMPERATURE,
         beta=KL_COEF,
         seed=seed,
-        model_init_kwargs={"dtype": "float32"},
         use_cpu=True,
         bf16=False,
         gradient_checkpointing=False,
