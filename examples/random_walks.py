@@ -188,8 +188,9 @@ def main() -> None:
         first, output = Path(scratch, "first"), Path(scratch, "run")
         pretrain(graph, first)
         trained = reinforce(graph, first, output, *sys.argv[1:])
-        before, after = score(graph, first), score(graph, trained)
-        print(f"optimality {before:.3f} → {after:.3f}, optimum 1.000")
+        for how, greedy in (("sampled", False), ("greedy", True)):
+            before, after = (score(graph, model, greedy=greedy) for model in (first, trained))
+            print(f"{how} walks: optimality {before:.3f} → {after:.3f}, optimum 1.000")
 
 
 if __name__ == "__main__":
