@@ -9,6 +9,7 @@ trlx's optimality, the mean over walks that are sampled from every start: 1 wher
 """
 
 import json
+import signal
 import string
 import sys
 import tempfile
@@ -162,7 +163,10 @@ def reinforce(graph: Graph, model: Path, output: Path, *overrides: str) -> Path:
     }
     config = output.with_suffix(".json")
     config.write_text(json.dumps(keys | SETTINGS, indent=2))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     status = train.main(read_command([str(config), *overrides]))
+    for number, handler in handlers.items():  # a run's own only remember the signal
+        signal.signal(number, handler)
     if status:
         raise SystemExit(status)
     return output / "final"
@@ -188,8 +192,9 @@ def main() -> None:
         first, output = Path(scratch, "first"), Path(scratch, "run")
         pretrain(graph, first)
         trained = reinforce(graph, first, output, *sys.argv[1:])
-        before, after = score(graph, first), score(graph, trained)
-        print(f"optimality {before:.3f} → {after:.3f}, optimum 1.000")
+        for how, greedy in (("sampled", False), ("greedy", True)):
+            before, after = (score(graph, model, greedy=greedy) for model in (first, trained))
+            print(f"{how} walks: optimality {before:.3f} → {after:.3f}, optimum 1.000")
 
 
 if __name__ == "__main__":
