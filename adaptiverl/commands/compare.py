@@ -147,7 +147,8 @@ def _figures(runs: list[Run]) -> Table:
 
 def _differences(runs: list[Run], names: list[str]) -> tuple[Table, str]:
     """Each run less the first, paired by step where that is right."""
-    table, unpaired, short = [], [], []
+    table: Table = []
+    unpaired, short = list[str](), list[str]()
     for run, name in zip(runs[1:], names[1:], strict=True):
         if not are_paired(runs[0], run):
             unpaired.append(name)
