@@ -136,8 +136,7 @@ def train(c: RunConfig, parts: Parts, folder: RunFolder, stop: StopSignal) -> No
 
 def run(c: RunConfig, parts: Parts) -> int:
     """Trains to its end, or until a signal, a reward or a collapse stops it; the exit status."""
-    with closing(RunFolder(c, parts)) as folder:
-        stop = StopSignal(folder.interrupt)
+    with closing(RunFolder(c, parts)) as folder, StopSignal(folder.interrupt) as stop:
         del parts  # a rollback makes new ones
         folder.open()
         while True:

@@ -9,7 +9,6 @@ trlx's optimality, the mean over walks that are sampled from every start: 1 wher
 """
 
 import json
-import signal
 import string
 import sys
 import tempfile
@@ -163,10 +162,7 @@ def reinforce(graph: Graph, model: Path, output: Path, *overrides: str) -> Path:
     }
     config = output.with_suffix(".json")
     config.write_text(json.dumps(keys | SETTINGS, indent=2))
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     status = train.main(read_command([str(config), *overrides]))
-    for number, handler in handlers.items():  # a run's own only remember the signal
-        signal.signal(number, handler)
     if status:
         raise SystemExit(status)
     return output / "final"

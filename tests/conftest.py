@@ -138,18 +138,11 @@ def without_clock(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @contextmanager
 def in_this_process() -> Iterator[None]:
-    """Around a run in this process: forgets earlier devices, and restores the signal handlers."""
-    import signal
-
+    """Around a run in this process: forgets earlier devices."""
     from accelerate.state import AcceleratorState
 
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     AcceleratorState._reset_state(reset_partial_state=True)
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    yield
 
 
 @pytest.fixture

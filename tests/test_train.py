@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
 import termios
@@ -352,6 +353,13 @@ def test_training_raises_the_reward(main, settings):
     rewards = [row["reward"] for row in read_jsonl(Path(settings["OUTPUT_DIR"]) / "metrics.jsonl")]
     assert sum(rewards[:5]) / 5 < 0.3
     assert sum(rewards[-5:]) / 5 > 0.8
+
+
+def test_after_a_run_signals_do_what_they_did_before(main, settings):
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    assert main(settings | {"STEPS": 1}) == 0
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 def test_an_earlier_run_is_set_aside_not_overwritten(main, settings, capfd):

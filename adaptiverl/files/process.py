@@ -5,17 +5,29 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 
 class StopSignal:
-    """Remembers the first SIGINT or SIGTERM and calls `then`; a second ends the process at once."""
+    """Remembers the first SIGINT or SIGTERM and calls `then`; a second ends the process at once.
+
+    A context manager: afterwards signals do what they did before.
+    """
 
     def __init__(self, then: Callable[[], None] = lambda: None) -> None:
         self.number, self.then = 0, then
+        self.before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._remember)
+            self.before[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def _remember(self, number: int, frame: object) -> None:
         self.number = number
