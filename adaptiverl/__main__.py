@@ -8,6 +8,7 @@ if Path(sys.path[0]).resolve() != Path(__file__).resolve().parents[1]:
     sys.path.append(sys.path.pop(0))
 
 import argparse
+import difflib
 import logging
 from argparse import Namespace
 from collections.abc import Callable
@@ -76,9 +77,9 @@ def _export(given: Namespace) -> int:
 
 
 def _keys(given: Namespace) -> int:
-    from adaptiverl.commands.keys import table
+    from adaptiverl.commands.keys import markdown, table
 
-    print(table())
+    print(markdown() if given.markdown else table(), end="" if given.markdown else "\n")
     return 0
 
 
@@ -183,7 +184,11 @@ COMMANDS = {
         ],
     ),
     "explain": Command("what moved in a run, and when, as text", _explain, [RUN]),
-    "keys": Command("all keys of config.json, with defaults and meanings", _keys, []),
+    "keys": Command(
+        "all keys of config.json, with defaults and meanings",
+        _keys,
+        [Argument("--markdown", action="store_true", help="as a page: docs/config.md")],
+    ),
     "schema": Command("the JSON schema of config.json, for editors", _schema, []),
 }
 
@@ -204,6 +209,10 @@ def main(arguments: list[str] | None = None) -> int:
         own = commands.add_parser(name, help=entry.help, description=entry.help)
         for argument in entry.arguments:
             own.add_argument(*argument.names, **argument.options)
+    if (word := next(iter(words), "-")) not in COMMANDS and not word.startswith("-"):
+        nearest = difflib.get_close_matches(word, ["train", *COMMANDS], n=1)
+        hint = f"the nearest is {nearest[0]}" if nearest else "adaptiverl --help lists them"
+        parser.error(f"there is no command {word}; {hint}")
     given = parser.parse_args(words)
     logging.basicConfig(
         level=logging.WARNING, format="%(levelname)s: %(message)s", handlers=[Console()]

@@ -1,7 +1,7 @@
 """Rewards: callables with TRL's signature, `f(prompts, completions, **columns) -> list`.
 
 They know nothing of adaptiverl: any of them works in TRL, and any TRL reward works here. Importing
-this package loads no model and no torch; `python -m rewards` writes the README's table of rewards.
+this package loads no model and no torch.
 """
 
 from typing import TYPE_CHECKING, Annotated, Any

@@ -481,7 +481,7 @@ def test_a_folder_without_a_run_is_refused(copy, command, tmp_path, name):
         return err.removeprefix("error: ").strip()
 
     nowhere = tmp_path / "nowhere"
-    assert error(nowhere) == f"there is no folder {nowhere}: name the OUTPUT_DIR of a run"
+    assert error(nowhere) == f"{nowhere} is not a folder: name the OUTPUT_DIR of a run"
     assert error(ROOT) == f"{ROOT} holds no run: name the OUTPUT_DIR of a run"
     assert error(copy / "step-000001") == (
         f"{copy}/step-000001 is a checkpoint: name the folder of its run, {copy}, and choose the "

@@ -345,7 +345,7 @@ def test_a_mistake_is_told_where_it_is(mistake):
     """In the file, on the command line, in both, or between them."""
     wrong = {"STEPS": "ten", "SEED": -1}
     said = {
-        "STEPS": 'STEPS is "ten": it must be a valid integer, unable to parse string as an integer',
+        "STEPS": 'STEPS is "ten": it must be a valid integer',
         "SEED": "SEED is -1: it must be greater than or equal to 0",
     }
     assert mistake(wrong) == f"config.json: {said['STEPS']}; {said['SEED']}"

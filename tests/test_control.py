@@ -256,7 +256,7 @@ def test_explain_of_a_run_that_nothing_moved_and_of_no_run(main, settings, tmp_p
     assert main(settings | {"LR_RULE": "none", "LRATE": 1e-3}) == 0
     assert "nothing moved the rate" in explain(Path(settings["OUTPUT_DIR"]))
     assert adaptiverl(["explain", str(tmp_path / "none")]) == 2
-    assert "does not exist: name the folder" in capsys.readouterr().err
+    assert "is not a folder: name the OUTPUT_DIR" in capsys.readouterr().err
     with (Path(settings["OUTPUT_DIR"]) / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "rew')  # still being written
     assert "steps 1 to 3" in explain(Path(settings["OUTPUT_DIR"]))

@@ -254,6 +254,17 @@ def test_a_run_that_was_taken_back_says_so(tmp_path):
     assert found.kind == "rolled back" and "2 times" in found.says and "step 9" in found.evidence
 
 
+def test_without_a_trust_region_a_run_was_taken_back_because_of_its_rate(tmp_path):
+    """No curve shows it: the steps that collapsed are gone."""
+    run = a_run(tmp_path, {"LR_RULE": "none", "LRATE": 1e-3})
+    event = {"step": 9, "kind": "collapsed", "message": "one text", "action": "rollback"}
+    stop = event | {"step": STEPS, "action": "stop"}
+    (run / "final/manifest.json").unlink()
+    (run / "events.jsonl").write_text(json.dumps(event) + "\n" + json.dumps(stop) + "\n")
+    (found,) = findings(read_run(run))
+    assert found.kind == "rate too large" and "step 9: one text" in found.evidence
+
+
 def test_every_cause_has_its_place(tmp_path):
     assert {fault.expected for fault in FAULTS.values()} <= set(ORDER)
     assert len(FAULTS) >= 20 and len(SOUND) == 20

@@ -223,7 +223,7 @@ def test_before_the_first_step_there_is_a_page_too(tmp_path, capsys):
     page = write_report(run).read_text()
     assert "No step is finished. Something is wrong: a reward failed" in page
     assert adaptiverl(["report", str(tmp_path)]) == 2
-    assert "name the folder that a run was written to" in capsys.readouterr().err
+    assert "holds no run: name the OUTPUT_DIR" in capsys.readouterr().err
 
 
 def test_the_commands_that_read_a_folder_need_no_torch(tmp_path):

@@ -68,12 +68,19 @@ def _ended(run: Run) -> Iterator[Finding]:
 
 def _taken_back(run: Run) -> Iterator[Finding]:
     back = [event for event in run.events if event["action"] == "rollback"]
-    if back:
+    if back and not run.trust_region:  # what was taken back is in no curve that would show it
+        yield Finding(
+            "rate too large",
+            "the policy broke: the learning rate was too large",
+            f"in step {back[0]['step']}: {back[0]['message']}",
+            "use LR_RULE trust_region, or a much smaller LRATE",
+        )
+    elif back:
         yield Finding(
             "rolled back",
             f"the run collapsed and was taken back to a sound checkpoint, {len(back)} times",
             f"first in step {back[0]['step']}: {back[0]['message']}",
-            "LR_RULE trust_region, or a smaller LRATE (a smaller TRUST_REGION_KL where it is used)",
+            "what that says, or a smaller TRUST_REGION_KL",
         )
 
 

@@ -118,7 +118,8 @@ def read_run(path: Path) -> Run:
     """Raises ConfigError where no run was written."""
     metrics = path / "metrics.jsonl"
     if not metrics.exists():
-        raise ConfigError(f"{metrics} does not exist: name the folder that a run was written to")
+        says = "holds no run" if path.is_dir() else "is not a folder"
+        raise ConfigError(f"{path} {says}: name the OUTPUT_DIR of a run")
     config = path / "config.json"
     keys = json_object(config.read_text(encoding="utf-8")) if config.exists() else {}
     names = ("metrics", "controller", "events", "progress")

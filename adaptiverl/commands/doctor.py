@@ -19,10 +19,19 @@ ORDER = (
     "dead reward", "prompts cut", "one prompt", "temperature", "wrong EOS", "empty completions",
     "KL_COEF too large", "rate too small", "KL explodes", "entropy collapse", "truncated",
     "batch too small",
+    "collapsed", "kl beyond reason", "nan", "rolled back",  # what a run did about it
 )  # fmt: skip
 # Each is listed with the kinds that follow from it, which are left out where it is found
 FOLLOWS = {
-    "rate too large": {"dead reward", "empty completions", "truncated", "batch too small"},
+    "rate too large": {
+        "collapsed",
+        "kl beyond reason",
+        "nan",
+        "dead reward",
+        "empty completions",
+        "truncated",
+        "batch too small",
+    },
     "KL explodes": {"dead reward", "truncated"},
     "entropy collapse": {"dead reward", "truncated"},
     "hacked": {"entropy collapse", "KL explodes"},
@@ -47,7 +56,7 @@ def findings(run: Run, facts: SampleFacts | None = None) -> list[Finding]:
     ]
     kinds = [each.kind for each in found]
     implied = set().union(*(FOLLOWS.get(kind, set()) for kind in kinds))
-    own = [each for each in found if each.kind not in implied]
+    own = {each.kind: each for each in reversed(found) if each.kind not in implied}.values()
     return sorted(own, key=lambda each: ORDER.index(each.kind) if each.kind in ORDER else -1)
 
 

@@ -28,7 +28,9 @@ def explain(folder: Path) -> str:
     if known := run.series("reward"):
         smooth = smoothed([value for _, value in known])
         best = max(range(len(smooth)), key=smooth.__getitem__)
-        lines.append(f"highest      {smooth[best]:.3f} around step {known[best][0]}, smoothed")
+        lines.append(
+            f"highest      reward {smooth[best]:.3f} around step {known[best][0]}, smoothed"
+        )
     lines += [f"WARNING      {each.says}: {each.evidence}" for each in found]
     lines += _rates(run)
     for name in dict.fromkeys(change["hyperparameter"] for change in run.changes):

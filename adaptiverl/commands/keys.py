@@ -1,5 +1,6 @@
-"""All keys of config.json as a table and as a JSON schema, both from their one declaration."""
+"""All keys of config.json: a table, docs/config.md, a JSON schema, from their one declaration."""
 
+import inspect
 import json
 from typing import Any, Literal, get_args, get_origin
 
@@ -25,6 +26,57 @@ def table() -> str:
         name = kind.model_fields["type"].default
         parts += ["", f'Keys of "TYPE": "{name}"', _rows(kind, shared)]
     return "\n".join(parts)
+
+
+SECTIONS = {  # of docs/config.md, by the first key of each
+    "MODEL": "The model",
+    "TRAIN_FILE": "Prompts",
+    "REWARDS": "Rewards",
+    "BATCH_SIZE": "Sampling",
+    "BASELINE": "REINFORCE",
+    "OPTIM": "The optimizer and its learning rate",
+    "STEPS": "The length of a run",
+    "OUTPUT_DIR": "What a run writes",
+}
+PAGE = """# Config
+
+After this page you can look up any key. It is written by `python -m adaptiverl keys --markdown`,
+from the declarations that check a config. `config.json` sets some of these keys to other values
+than their defaults.
+
+- A config is JSON with comments, or YAML. Strings are read as what they stand for: `"5e-5"` is a
+  number.
+- `KEY=VALUE` on the command line wins over the file. Values there are JSON, or plain strings.
+- A required key that is missing, an unknown key, and keys that contradict each other are refused.
+- `config.schema.json`, which `make train` writes, lets editors complete and check a config.
+"""
+
+
+def markdown() -> str:
+    """docs/config.md: the same keys, in sections."""
+    lines = [PAGE]
+    for name, field in RunConfig.model_fields.items():
+        if name in SECTIONS:
+            lines += [f"## {SECTIONS[name]}", "", *_HEAD]
+        if name != "SCHEMA":
+            lines.append(_line(name, field))
+    lines = [f"\n{line}" if line.startswith("## ") else line for line in lines]
+    lines += ["\n## Each entry of REWARDS and HELD_OUT", "", *_HEAD, "| `TYPE` | required | "]
+    lines[-1] += ", ".join(f"`{kind.model_fields['type'].default}`" for kind in REWARD_TYPES) + " |"
+    lines += [_line(name, f) for name, f in Reward.model_fields.items() if name != "type"]
+    for kind in REWARD_TYPES:
+        own = [_line(n, f) for n, f in kind.model_fields.items() if n not in Reward.model_fields]
+        score = inspect.cleandoc(kind.__doc__ or "").split("\n\n")[0].replace("\n", " ")
+        lines += ["", f"### {kind.model_fields['type'].default}", "", score, "", *_HEAD, *own]
+    return "\n".join(lines) + "\n"
+
+
+_HEAD = ["| key | default | meaning |", "|---|---|---|"]
+
+
+def _line(name: str, field: FieldInfo) -> str:
+    meaning = f"{field.description}{_choices(field.annotation)}".replace("|", "\\|")
+    return f"| `{name.upper()}` | `{default_text(field)}` | {meaning} |"
 
 
 def _rows(model: type[BaseModel], without: set[str]) -> str:

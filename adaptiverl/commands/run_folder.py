@@ -33,7 +33,7 @@ class RunReader:
     def __init__(self, path: Path):
         self.path = path.resolve()
         if not self.path.is_dir():
-            raise ConfigError(f"there is no folder {path}: name the OUTPUT_DIR of a run")
+            raise ConfigError(f"{path} is not a folder: name the OUTPUT_DIR of a run")
         if (self.path / "run_config.json").exists():
             raise ConfigError(
                 f"{path} is a checkpoint: name the folder of its run, {self.path.parent}, and "

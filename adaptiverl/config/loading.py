@@ -112,6 +112,7 @@ def _explain(error: Any, schema: type[Config]) -> str:
         return message
     if error["type"] == "value_error":
         return f"{name}: {message}"
+    message = re.sub(", unable to parse string as an? [a-z]+", "", message)
     message = message.replace("Input should be", "it must be").replace("String should", "it must")
     return f"{name} is {json.dumps(error['input'])}: {message}"
 

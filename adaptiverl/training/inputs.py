@@ -53,6 +53,20 @@ def located(model: str) -> str:
     return model if place == path else str(place)
 
 
+@contextmanager
+def _from_hub(name: str, hint: str = "Give a folder, or connect to the hub once") -> Iterator[None]:
+    """Says it plainly where the model `name` is neither a folder, nor cached, nor to be had."""
+    try:
+        yield
+    except OSError as error:
+        if not is_offline_mode() or Path(name).exists():
+            raise
+        raise OSError(
+            f"there is no folder {name}, the cache of the Hugging Face hub does not have it, and "
+            f"the hub cannot be reached. {hint}"
+        ) from error
+
+
 def use_hub(c: RunConfig) -> None:
     """Looks whether the hub can be reached if anything in the config is to come from there."""
     names = [c.MODEL, c.TRAIN_FILE, c.EVAL_FILE]
@@ -118,14 +132,11 @@ def max_prompt_tokens(c: RunConfig) -> int | None:
     with as_config_error(f"MODEL {c.MODEL}"):
         model = located(c.MODEL)
         adapter = adapter_config(model)
-        try:
-            limits = AutoConfig.from_pretrained(_base(c, adapter) if adapter else model)
-        except OSError as error:
-            if not is_offline_mode() or Path(model).exists():
-                raise
-            shipped = RunConfig.model_fields["MODEL"].default
-            hint = f"Without the hub, MODEL={shipped} works: it comes with the program"
-            raise OSError(f"{error} {hint}") from error
+        base = _base(c, adapter) if adapter else model
+        shipped = RunConfig.model_fields["MODEL"].default
+        hint = f"Without the hub, MODEL={shipped} works: it comes with the program"
+        with _from_hub(base, hint):
+            limits = AutoConfig.from_pretrained(base)
     positions = getattr(limits, "max_position_embeddings", None)
     if positions and c.MAXSEQ and positions < c.MAXSEQ:
         raise ConfigError(f"MAXSEQ {c.MAXSEQ} is beyond the {positions} positions of {c.MODEL}")
@@ -167,6 +178,7 @@ def make_rewards(
                 reward.check_columns(set(rows.column_names) - RESERVED, source)
             if reward.one_process and runtime.processes > 1:
                 raise ValueError("people are asked by one training process, not by several")
-            reward.start(runtime.device)
+            with _from_hub(place.get("model", "")):
+                reward.start(runtime.device)
         started.append(reward)
     return CompositeReward(started, reserved=is_own)
