@@ -521,3 +521,30 @@ def test_the_trust_region_inside_trls_trainers(kind, tmp_path):
 def test_the_reward_scheduler_says_what_its_rule_is_called():
     with pytest.raises(TypeError, match="RewardAdaptiveScheduler calls reward_rule rule"):
         RewardAdaptiveScheduler(torch.optim.SGD([torch.zeros(1)], lr=1.0), reward_rule="trend")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_callback_measures_the_ends_of_texts_at_the_trainers_temperature(tmp_path):
+    """Against the KL of each text alone, without padding, at its last tokens."""
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    model, tokenizer, _ = texts(tmp_path)
+    own = ["I saw it with my brother and we", "Yes"]
+    optimizer = AdaptiveOptimizer(SGD(model.parameters(), lr=0.1), "trust_region")
+    callback = TrustRegionCallback(
+        optimizer, tokenizer, lambda: own, length=3, temperature=0.5
+    )  # fmt: skip
+
+    def logprobs():
+        model.eval()
+        ids = [tokenizer(text, return_tensors="pt").input_ids[:, -3:] for text in own]
+        return torch.cat([(model(i).logits[0] / 0.5).log_softmax(-1) for i in ids]).detach()
+
+    before = logprobs()
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    callback.on_pre_optimizer_step(arguments, TrainerState(), TrainerControl(), model=model)
+    with torch.no_grad():
+        model.transformer.wte.weight.mul_(2)
+    now = logprobs()
+    want = (before.exp() * (before - now)).sum(-1).mean().item()
+    assert want > 0.001 and callback.measure_kl() == pytest.approx(want, rel=1e-4)

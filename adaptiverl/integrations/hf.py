@@ -81,7 +81,8 @@ class TrustRegionCallback(TrainerCallback):
                 `RewardTap.texts` are prompts with the completions of the last batch
     informative     says whether any rewards of the step differ (TrustRegion.step); default: always.
                     It is true if it is true in any process
-    count, length       texts per process and tokens of each; default 4 and 64
+    count, length       texts per process and last tokens of each; default 4 and 64
+    temperature     that the trainer samples at; default 1
 
     Log-probabilities of all words are computed at each token before the step, and once or a few
     times within it; KL(before ‖ now) is exact, in nats per token, the mean over all processes. The
@@ -96,8 +97,10 @@ class TrustRegionCallback(TrainerCallback):
         informative: Callable[[], bool] | None = None,
         count: int = 4,
         length: int = 64,
+        temperature: float = 1.0,
     ):
         self.tokenizer, self.texts, self.count, self.length = tokenizer, texts, count, length
+        self.temperature = temperature
         self.optimizer, self.informative = optimizer, informative
         self.model: Any = None
         self.inputs: Any = None
@@ -113,10 +116,10 @@ class TrustRegionCallback(TrainerCallback):
             self.optimizer.informative = mean_over_processes(own, args.device)["share"] > 0
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.inputs = self.tokenizer(
-            texts, return_tensors="pt", padding=True, padding_side="right", truncation=True,
-            max_length=self.length,
-        ).to(args.device)  # fmt: skip
+        ids = [each[-self.length :] for each in self.tokenizer(texts).input_ids]  # completions end it
+        self.inputs = self.tokenizer.pad(
+            {"input_ids": ids}, padding_side="right", return_tensors="pt"
+        ).to(args.device)
         self.old = self._logprobs()
 
     @torch.no_grad()
@@ -125,7 +128,8 @@ class TrustRegionCallback(TrainerCallback):
         self.model.eval()
         logits = self.model(**self.inputs).logits
         self.model.train(was_training)
-        return logits[self.inputs["attention_mask"].bool()].float().log_softmax(-1)
+        kept = logits[self.inputs["attention_mask"].bool()].float()
+        return (kept / self.temperature).log_softmax(-1)
 
     def measure_kl(self) -> float:
         """KL(policy before this step ‖ policy now), nats per token."""
