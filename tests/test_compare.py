@@ -75,7 +75,11 @@ def test_other_prompts_are_not_paired(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("names", "said"),
-    [(["a"], "two runs or more"), (["a", "a"], "named twice"), (["a", "none"], "name the OUTPUT_DIR of a run")],
+    [
+        (["a"], "two runs or more"),
+        (["a", "a"], "named twice"),
+        (["a", "none"], "name the OUTPUT_DIR"),
+    ],
 )
 def test_mistakes_are_one_line(tmp_path, capsys, names, said):
     a_run(tmp_path / "a", 0.2, 1)

@@ -116,7 +116,8 @@ class TrustRegionCallback(TrainerCallback):
             self.optimizer.informative = mean_over_processes(own, args.device)["share"] > 0
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        ids = [each[-self.length :] for each in self.tokenizer(texts).input_ids]  # completions end it
+        # Completions are at the end of the texts
+        ids = [each[-self.length :] for each in self.tokenizer(texts).input_ids]
         self.inputs = self.tokenizer.pad(
             {"input_ids": ids}, padding_side="right", return_tensors="pt"
         ).to(args.device)
