@@ -122,6 +122,25 @@ def test_weights_that_are_not_finite_are_taken_back(main, settings):
     assert "log-probabilities are not finite (NaN)" in events(keys)[0]["message"]
 
 
+@pytest.mark.parametrize("keys", [{}, {"LOAD_4BIT": True}], ids=["LoRA", "4 bits"])
+def test_an_adapter_goes_back_to_the_start(run_parts, settings, keys):
+    """Broken once, it is that of the untrained policy again, and trains on from there."""
+
+    def break_once(parts):
+        adapter = next(p for p in parts.policy.parameters() if p.requires_grad)
+        with torch.no_grad():
+            adapter.fill_(float("nan"))
+        parts.progress.step = 1  # else MODEL would be at fault
+        return parts
+
+    assert run_parts(settings | keys | {"FULLTUNE": False}, break_once) == 0
+    (event,) = events(settings)
+    assert event["kind"] == "nan" and "Rolled back to step 0 (1 of" in event["message"]
+    assert [row["step"] for row in rows(settings)] == [1, 2, 3]
+    first, *_, last = (row["kl"] for row in rows(settings))
+    assert first == pytest.approx(0, abs=1e-5) and abs(last) > 1e-5
+
+
 def test_a_trust_region_is_halved_also_after_a_resume(run_parts, settings):
     """Broken once, in step 2, as by a fault of the machine."""
     sizes = []

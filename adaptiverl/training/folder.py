@@ -271,8 +271,12 @@ class RunFolder:
 def next_commands(path: Path, has_report: bool) -> list[str]:
     """Where the report is, and what to do with a run and its model."""
     program = "adaptiverl" if shutil.which("adaptiverl") else "python -m adaptiverl"
-    first = f"report: {path / 'report.html'}" if has_report else f"next: {program} report {path}"
-    return [first, f"next: {program} doctor {path}", f"      {program} generate {path}"]
+    report = [f"report: {path / 'report.html'}"] if has_report else []
+    follow = ["doctor", "generate"] if has_report else ["report", "doctor", "generate"]
+    heads = ["next:", *["     "] * len(follow)]
+    return report + [
+        f"{head} {program} {name} {path}" for head, name in zip(heads, follow, strict=False)
+    ]
 
 
 def _flat(c: RunConfig) -> dict[str, Any]:
