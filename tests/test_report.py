@@ -355,3 +355,15 @@ def test_it_is_read_in_the_dark_and_on_a_phone(tmp_path, opened, scheme, width):
     assert ratio >= 4.5, where
     dark = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (dark == "rgb(20, 22, 26)") == (scheme == "dark")
+
+
+@needs_browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_so_is_a_comparison(tmp_path, opened, scheme, width):
+    runs = [str(a_run(tmp_path / name)) for name in ("one", "a-run-with-a-long-name" * 4)]
+    assert adaptiverl(["compare", *runs, "--out", str(tmp_path / "compare.html")]) == 0
+    page = opened(tmp_path / "compare.html", width, scheme)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    ratio, where = page.evaluate(CONTRAST)
+    assert ratio >= 4.5, where
