@@ -150,7 +150,9 @@ def _direction(optimizer: Optimizer, group: Group, p: Tensor) -> tuple[Any, floa
         size, correction = denominator(group, state)
         return state["exp_avg"] / (size * correction), float(group["weight_decay"])
     beta1, beta2 = (float(beta) for beta in group["betas"])
-    step = float(state["step"])
-    size = state["exp_avg_sq"].sqrt().div_(math.sqrt(1 - beta2**step)).add_(group["eps"])
+    step = state[
+        "step"
+    ].double()  # where it is: fused, that is the device, which fetching waits for
+    size = state["exp_avg_sq"].sqrt().div_((1 - beta2**step).sqrt()).add_(group["eps"])
     direction = size.mul_(1 - beta1**step).reciprocal_().mul_(state["exp_avg"])  # in one buffer
     return direction, float(group["weight_decay"])
