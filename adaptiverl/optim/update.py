@@ -150,9 +150,13 @@ def _direction(optimizer: Optimizer, group: Group, p: Tensor) -> tuple[Any, floa
         size, correction = denominator(group, state)
         return state["exp_avg"] / (size * correction), float(group["weight_decay"])
     beta1, beta2 = (float(beta) for beta in group["betas"])
-    step = state[
-        "step"
-    ].double()  # where it is: fused, that is the device, which fetching waits for
-    size = state["exp_avg_sq"].sqrt().div_((1 - beta2**step).sqrt()).add_(group["eps"])
-    direction = size.mul_(1 - beta1**step).reciprocal_().mul_(state["exp_avg"])  # in one buffer
+    step = state["step"]
+    size = state["exp_avg_sq"].sqrt().div_(_correction(beta2, step).sqrt()).add_(group["eps"])
+    size.mul_(_correction(beta1, step))
+    direction = size.reciprocal_().mul_(state["exp_avg"])  # in one buffer
     return direction, float(group["weight_decay"])
+
+
+def _correction(beta: float, step: Tensor) -> Tensor:
+    """1 − βᵗ, where `step` is: on the device where AdamW is fused, which fetching would wait for."""
+    return -torch.expm1(step * (math.log(beta) if beta else -math.inf))
