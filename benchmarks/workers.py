@@ -3,6 +3,7 @@
 It answers in JSON lines. `Worker`, at the end, is who asks.
 """
 
+import importlib.util
 import json
 import os
 import resource
@@ -108,7 +109,7 @@ def ours(size: Size, folder: Path, pace: Pace, scratch: Path) -> None:
         "KL_COEF": KL,
         "LRATE": RATE,
         "LR_RULE": "none",  # TRL has nothing like it
-        "BF16": size.device == "cuda",
+        "BF16": size.bf16,
         "STEPS": FOREVER,
         "OUTPUT_DIR": str(scratch / "run"),
         "SAVE_EVERY": 0,
@@ -126,7 +127,7 @@ def ours(size: Size, folder: Path, pace: Pace, scratch: Path) -> None:
             train(c, parts, run_folder, stop)
 
 
-def trl(size: Size, folder: Path, pace: Pace, scratch: Path) -> None:
+def trl(size: Size, folder: Path, pace: Pace, scratch: Path, **more: Any) -> None:
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import RLOOConfig, RLOOTrainer
@@ -153,13 +154,14 @@ def trl(size: Size, folder: Path, pace: Pace, scratch: Path) -> None:
         lr_scheduler_type="constant",
         max_steps=FOREVER,
         use_cpu=size.device == "cpu",
-        bf16=size.device == "cuda",
+        bf16=size.bf16,
         gradient_checkpointing=False,
         disable_dropout=True,
         logging_strategy="no",
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
+        **more,
     )
     trainer = RLOOTrainer(
         model=str(folder),
@@ -191,9 +193,15 @@ def trl(size: Size, folder: Path, pace: Pace, scratch: Path) -> None:
         trainer.train()
 
 
+def trl_with_vllm(size: Size, folder: Path, pace: Pace, scratch: Path) -> None:
+    """vLLM in the same process, on the same card, with a share of its memory that leaves room."""
+    trl(size, folder, pace, scratch, use_vllm=True, vllm_mode="colocate",
+        vllm_gpu_memory_utilization=0.2)  # fmt: skip
+
+
 @torch.no_grad()
 def generate(size: Size, folder: Path, pace: Pace, scratch: Path) -> None:
-    dtype = torch.float32 if size.device == "cpu" else torch.bfloat16
+    dtype = torch.bfloat16 if size.bf16 else torch.float32
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(size.device).eval()
     rows = json.loads((folder / "prompts.json").read_text())[: size.prompts]
     texts = [row["prompt"] for row in rows for _ in range(size.group)]
@@ -209,7 +217,13 @@ def generate(size: Size, folder: Path, pace: Pace, scratch: Path) -> None:
         pace.done(seconds, {"rollout": seconds}, length)
 
 
-KINDS = {"ours": ours, "trl": trl, "generate": generate}
+KINDS = {"ours": ours, "trl": trl, "generate": generate, "trl+vllm": trl_with_vllm}
+
+
+def kinds(size: Size) -> list[str]:
+    """The programs that can be compared: vLLM where it is installed, on a GPU."""
+    has_vllm = size.device == "cuda" and importlib.util.find_spec("vllm") is not None
+    return [kind for kind in KINDS if kind != "trl+vllm" or has_vllm]
 
 
 def work(kind: str, path: Path) -> None:

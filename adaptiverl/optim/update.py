@@ -158,6 +158,6 @@ def _direction(optimizer: Optimizer, group: Group, p: Tensor) -> tuple[Any, floa
 
 
 def _correction(beta: float, step: Tensor) -> Tensor:
-    """1 − βᵗ, where `step` is: fused, that is the device, which fetching a number would wait for."""
+    """1 − βᵗ, where `step` is: if fused, on the device, for which fetching would wait."""
     step = step if step.device.type == "mps" else step.double()  # which Apple's has not
     return -torch.expm1(step * (math.log(beta) if beta else -math.inf))

@@ -110,7 +110,7 @@ class Decoder:
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         # bitsandbytes' int8 product synchronises with the host, which a graph cannot
         synchronises = any(p.dtype == torch.int8 for p in transformer.parameters())
-        if device.type == "cuda" and self.sizes and not synchronises:
+        if static and device.type == "cuda" and self.sizes and not synchronises:
             self._capture()
 
     def __call__(
