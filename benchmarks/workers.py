@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from sizes import ROOT, Size, synchronize
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl_side import trl_config
 
 STATUS = Path("/proc/self/status")  # Linux: what a process holds, and the most it held
 PHASES = ("rollout", "reward", "reference", "update")
@@ -130,7 +131,7 @@ def ours(size: Size, folder: Path, pace: Pace, scratch: Path) -> None:
 def trl(size: Size, folder: Path, pace: Pace, scratch: Path, **more: Any) -> None:
     from datasets import Dataset
     from transformers import TrainerCallback
-    from trl import RLOOConfig, RLOOTrainer
+    from trl import RLOOTrainer
 
     laps: dict[str, float] = {}
 
@@ -142,7 +143,7 @@ def trl(size: Size, folder: Path, pace: Pace, scratch: Path, **more: Any) -> Non
             laps.clear()
             control.should_training_stop = not pace.wait()
 
-    config = RLOOConfig(
+    config = trl_config(
         output_dir=str(scratch),
         model_init_kwargs={"dtype": "float32"},
         per_device_train_batch_size=size.batch,
@@ -155,12 +156,7 @@ def trl(size: Size, folder: Path, pace: Pace, scratch: Path, **more: Any) -> Non
         max_steps=FOREVER,
         use_cpu=size.device == "cpu",
         bf16=size.bf16,
-        gradient_checkpointing=False,
         disable_dropout=True,
-        logging_strategy="no",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
         **more,
     )
     trainer = RLOOTrainer(
