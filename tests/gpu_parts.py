@@ -37,13 +37,13 @@ def everywhere(item: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("device", ["cpu", card])
 
 
-def tokens(device: str) -> TokenSampler:
-    return TokenSampler(torch.tensor([EOS], device=device), EOS)
+def tokens(device: str, **settings: Any) -> TokenSampler:
+    return TokenSampler(torch.tensor([EOS], device=device), EOS, **settings)
 
 
-def kept_backend(policy: Policy) -> StaticCacheBackend:
-    """As on CUDA: its decoder is kept, and has graphs there."""
-    return StaticCacheBackend(policy, tokens(policy.device.type), static=True)
+def kept_backend(policy: Policy, **settings: Any) -> StaticCacheBackend:
+    """As on CUDA: its decoder is kept, and has graphs there. `settings` are TokenSampler's."""
+    return StaticCacheBackend(policy, tokens(policy.device.type, **settings), static=True)
 
 
 def sample(ways: Backend, device: str, rows: int = 8, length: int = 24, seed: int = 0) -> Rollout:

@@ -132,6 +132,27 @@ def test_fewer_completions_than_there_is_room_for_begin_in_a_smaller_graph(rows,
     assert shapes[1] == (first, 1)
 
 
+def test_nothing_that_a_graph_reads_or_writes_is_allocated_anew():
+    """From the warm-up on, whatever the sizes of the calls: graphs have the addresses."""
+    lm = small_gpt2(300)
+    how = TokenSampler(torch.tensor([EOS]), EOS)
+    decoder = Decoder(lm.transformer, lm.lm_head, how, rows=8, length=20, width=30, static=True)
+    with torch.no_grad():
+        decoder._warm_up()
+
+    def addresses() -> list[int]:
+        held = [x for x in vars(decoder).values() if isinstance(x, Tensor)]
+        held += [decoder.projection.buffer, decoder.projection.weight]
+        return [x.data_ptr() for x in (*held, *(slots.held for slots in decoder.caches))]
+
+    before = addresses()
+    assert len(before) > 10 and 0 not in before
+    for rows, length, prompt in ((8, 20, 2), (3, 17, 1), (8, 20, 10)):
+        prompts = torch.ones(1, prompt).long(), torch.ones(1, prompt).long()
+        decoder(*prompts, torch.zeros(rows).long(), uniforms(0, 1, rows, length))
+        assert addresses() == before
+
+
 class Names(TorchDispatchMode):
     """The names of the operations within this."""
 

@@ -7,14 +7,16 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from conftest import ROOT
 from gpu_parts import everywhere, kept_backend, sample, tokens
 from test_decode import EOS, small_gpt2
 
 from adaptiverl import AdamMini, OnlineAdamW, OnlineRMSProp, OnlineSGD
 from adaptiverl.rl.check import allowed_gap, check_policy
-from adaptiverl.rl.loading import load_policy
+from adaptiverl.rl.loading import load_policy, load_tokenizer
 from adaptiverl.rl.policy import Policy
 from adaptiverl.rl.sampling.generate import GenerateBackend
+from adaptiverl.rl.sampling.stop import StopStrings
 
 TYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 OPTIMIZERS = {
@@ -87,6 +89,23 @@ def test_the_same_numbers_give_the_same_samples_with_graphs_and_without(device, 
     assert torch.equal(again.logprobs, first.logprobs) and has_graphs(ways, device)
     assert has_graphs(eager, "cpu"), "the other has none"
     assert rows < 7 or len({len(row) for row in first.tokens()}) > 2, "all ended together"
+
+
+@everywhere("same samples")
+@pytest.mark.parametrize("settings", [{"top_k": 3}, {"top_p": 0.6}, {"stop": ["e", " th"]}])
+def test_filters_and_stop_strings_are_the_same_in_graphs(device, settings):
+    if "stop" in settings:
+        tokenizer = load_tokenizer(str(ROOT / "adaptiverl/assets/policy"))
+        settings = {"stop": StopStrings(tokenizer, settings["stop"], device)}
+    policy = Policy(small_gpt2(4096).to(device))
+    ways, eager = kept_backend(policy, **settings), kept_backend(policy, **settings)
+    sample(eager, device, 7, 40)
+    eager.kept.graphs.clear()
+    own, theirs = (sample(each, device, 7, 40, 1) for each in (ways, eager))
+    assert torch.equal(own.completion_ids, theirs.completion_ids)
+    assert torch.equal(own.logprobs, theirs.logprobs) and has_graphs(ways, device)
+    if "stop" in settings:
+        assert own.completion_mask.sum(-1).min() < 40, "none ended"
 
 
 @everywhere("same samples")

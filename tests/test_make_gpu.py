@@ -1,6 +1,7 @@
 """`make gpu` without a card: its one line, parts that crash, the table from faked results."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -129,3 +130,15 @@ def test_every_row_of_the_table_has_parts_and_every_part_a_row():
     assert calls == sum(
         text.count(f'@everywhere("{i}")') + text.count(f'@on_card("{i}")') for i in ITEMS
     )
+
+
+def test_every_test_that_docs_cuda_md_names_is_there():
+    """Names may be cut short by an ellipsis at their end or beginning."""
+    text = (ROOT / "docs/cuda.md").read_text(encoding="utf-8")
+    sources = {file.name: file.read_text() for file in (ROOT / "tests").glob("test_*.py")}
+    named = re.findall(r"`(test_\w+\.py)(?:::(\w+))?", text)
+    assert len(named) > 30
+    for file, test in named:
+        assert file in sources and f"def {test}" in sources[file] + "def ", f"{file}::{test}"
+    for file in re.findall(r"`((?:rl|training|optim)/[\w/]+\.py)`", text):
+        assert (ROOT / "adaptiverl" / file).exists(), file
