@@ -1,4 +1,5 @@
 # make train: the default run, from nothing.  make test: the whole suite.  make check: lint, types.
+# make gpu: what needs a CUDA card, and its table.  make gpu TORCH=2.11.0: the same with that torch.
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 
@@ -12,6 +13,17 @@ check: .venv/dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+gpu: $(if $(TORCH),.venv/torch-$(TORCH)/dev,.venv/dev)
+	$(dir $<)bin/python benchmarks/gpu.py $(GPU)
+
+# An environment of its own for another torch
+.venv/torch-$(TORCH)/dev: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv $(@D)
+	sed 's/^torch==.*/torch==$(TORCH)/' requirements.txt > $(@D)/all.txt
+	grep -v '^-r' requirements-dev.txt >> $(@D)/all.txt
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $(@D)/all.txt
+	touch $@
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -30,4 +42,4 @@ config.schema.json: adaptiverl/config/schema.py adaptiverl/training/keys.py $(wi
 	touch $@
 
 .DELETE_ON_ERROR:
-.PHONY: train test check
+.PHONY: train test check gpu

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from tabulate import tabulate
+from trl_side import trl_config
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
@@ -53,22 +54,15 @@ def ours(graph: Graph, rate: float, model: Path, scratch: Path) -> Path:
 def trl(graph: Graph, rate: float, model: Path, scratch: Path) -> Path:
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from trl import RLOOConfig, RLOOTrainer
+    from trl import RLOOTrainer
 
-    config = RLOOConfig(
+    config = trl_config(
         output_dir=str(scratch),
         learning_rate=rate,
         per_device_train_batch_size=SETTINGS["BATCH_SIZE"],
         num_generations=SETTINGS["NUM_GENERATIONS"],
         max_completion_length=SETTINGS["MAX_NEW_TOKENS"],
         max_steps=SETTINGS["STEPS"],
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        logging_strategy="no",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
     )
     trainer = RLOOTrainer(
         model=AutoModelForCausalLM.from_pretrained(model),

@@ -42,7 +42,7 @@ def scaling(device: str, rounds: int, tokenizer: Path) -> dict[str, Any]:
         for _ in range(WARM_UP + rounds):
             for worker in workers.values():
                 worker.turn(2)
-            machines.append(measure(device))
+            machines.append(measure(device, bf16=device == "cuda"))
     machine = best(machines)
 
     def point(size: Size, field: str) -> dict[str, Any]:

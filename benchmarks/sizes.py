@@ -36,6 +36,7 @@ class Size:
     group: int = 4
     positions: int = 256
     device: str = "cpu"
+    bf16: bool = False
 
     @property
     def prompts(self) -> int:
@@ -47,11 +48,11 @@ class Size:
 
     @property
     def precision(self) -> int:
-        """Bytes of a number: fp32 on a CPU, bf16 on a GPU."""
-        return 4 if self.device == "cpu" else 2
+        """Bytes of a number."""
+        return 2 if self.bf16 else 4
 
     def __str__(self) -> str:
-        kind = "fp32, CPU" if self.device == "cpu" else "bf16, GPU"
+        kind = f"{'bf16' if self.bf16 else 'fp32'}, {'CPU' if self.device == 'cpu' else 'GPU'}"
         return (
             f"{self.name} ({self.layers} × {self.width}, V = {self.vocab:,}): {self.batch} "
             f"completions of {self.tokens} tokens, {self.group} a prompt of {self.prompt}; {kind}"
@@ -63,7 +64,10 @@ def sizes(device: str) -> dict[str, Size]:
     if device == "cuda":
         gpt2 = replace(gpt2, batch=64, tokens=64, prompt=64)
     embedded, wide = Size("embedded", 4, 192, 4, 4096), Size("4x128", 4, 128, 4, 50257)
-    return {size.name: replace(size, device=device) for size in (embedded, wide, gpt2)}
+    found = [embedded, wide, gpt2]
+    if device == "cpu":
+        return {size.name: size for size in (*found, replace(gpt2, name="gpt2-bf16", bf16=True))}
+    return {size.name: replace(size, device=device, bf16=True) for size in found}
 
 
 @dataclass(frozen=True)
@@ -118,9 +122,9 @@ def memory_estimate(size: Size) -> int:
     return 3 * 4 * size.weights + 12 * size.layers * size.width * tokens * size.precision
 
 
-def measure(device: str) -> Machine:
+def measure(device: str, bf16: bool) -> Machine:
     side, length = (2048, 2**26) if device == "cpu" else (8192, 2**30)
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    dtype = torch.bfloat16 if bf16 else torch.float32
     matrix = torch.randn(side, side, device=device, dtype=dtype)
     numbers = torch.ones(length, device=device)
     return Machine(

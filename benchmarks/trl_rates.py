@@ -42,6 +42,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from lr_report import read  # noqa: E402
 from lr_robustness import GROUP, KL_COEF, TEMPERATURE, TOKENS, Bench, Task  # noqa: E402
+from trl_side import trl_config  # noqa: E402
 
 from adaptiverl import AdamMini, AdaptiveOptimizer  # noqa: E402
 from adaptiverl.integrations.trl import RewardTap, TrustRegionCallback  # noqa: E402
@@ -89,7 +90,8 @@ def make_trainer(
     import trl
     from datasets import Dataset
 
-    config = getattr(trl, f"{kind}Config")(
+    config = trl_config(
+        kind,
         output_dir=folder,
         learning_rate=rate,
         lr_scheduler_type="constant",
@@ -100,13 +102,6 @@ def make_trainer(
         temperature=TEMPERATURE,
         beta=KL_COEF,
         seed=seed,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        logging_strategy="no",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
     )
     model, tokenizer = bench().policy("small", lora=False).lm, bench().tokenizers["small"]
     tap, optimizer = RewardTap(TASKS[task]()), None

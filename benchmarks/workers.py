@@ -3,6 +3,7 @@
 It answers in JSON lines. `Worker`, at the end, is who asks.
 """
 
+import importlib.util
 import json
 import os
 import resource
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from sizes import ROOT, Size, synchronize
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl_side import trl_config
 
 STATUS = Path("/proc/self/status")  # Linux: what a process holds, and the most it held
 PHASES = ("rollout", "reward", "reference", "update")
@@ -108,7 +110,7 @@ def ours(size: Size, folder: Path, pace: Pace, scratch: Path) -> None:
         "KL_COEF": KL,
         "LRATE": RATE,
         "LR_RULE": "none",  # TRL has nothing like it
-        "BF16": size.device == "cuda",
+        "BF16": size.bf16,
         "STEPS": FOREVER,
         "OUTPUT_DIR": str(scratch / "run"),
         "SAVE_EVERY": 0,
@@ -126,10 +128,10 @@ def ours(size: Size, folder: Path, pace: Pace, scratch: Path) -> None:
             train(c, parts, run_folder, stop)
 
 
-def trl(size: Size, folder: Path, pace: Pace, scratch: Path) -> None:
+def trl(size: Size, folder: Path, pace: Pace, scratch: Path, **more: Any) -> None:
     from datasets import Dataset
     from transformers import TrainerCallback
-    from trl import RLOOConfig, RLOOTrainer
+    from trl import RLOOTrainer
 
     laps: dict[str, float] = {}
 
@@ -141,7 +143,7 @@ def trl(size: Size, folder: Path, pace: Pace, scratch: Path) -> None:
             laps.clear()
             control.should_training_stop = not pace.wait()
 
-    config = RLOOConfig(
+    config = trl_config(
         output_dir=str(scratch),
         model_init_kwargs={"dtype": "float32"},
         per_device_train_batch_size=size.batch,
@@ -153,13 +155,9 @@ def trl(size: Size, folder: Path, pace: Pace, scratch: Path) -> None:
         lr_scheduler_type="constant",
         max_steps=FOREVER,
         use_cpu=size.device == "cpu",
-        bf16=size.device == "cuda",
-        gradient_checkpointing=False,
+        bf16=size.bf16,
         disable_dropout=True,
-        logging_strategy="no",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
+        **more,
     )
     trainer = RLOOTrainer(
         model=str(folder),
@@ -191,9 +189,15 @@ def trl(size: Size, folder: Path, pace: Pace, scratch: Path) -> None:
         trainer.train()
 
 
+def trl_with_vllm(size: Size, folder: Path, pace: Pace, scratch: Path) -> None:
+    """vLLM in the same process, on the same card, with a share of its memory that leaves room."""
+    trl(size, folder, pace, scratch, use_vllm=True, vllm_mode="colocate",
+        vllm_gpu_memory_utilization=0.2)  # fmt: skip
+
+
 @torch.no_grad()
 def generate(size: Size, folder: Path, pace: Pace, scratch: Path) -> None:
-    dtype = torch.float32 if size.device == "cpu" else torch.bfloat16
+    dtype = torch.bfloat16 if size.bf16 else torch.float32
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(size.device).eval()
     rows = json.loads((folder / "prompts.json").read_text())[: size.prompts]
     texts = [row["prompt"] for row in rows for _ in range(size.group)]
@@ -209,7 +213,13 @@ def generate(size: Size, folder: Path, pace: Pace, scratch: Path) -> None:
         pace.done(seconds, {"rollout": seconds}, length)
 
 
-KINDS = {"ours": ours, "trl": trl, "generate": generate}
+KINDS = {"ours": ours, "trl": trl, "generate": generate, "trl+vllm": trl_with_vllm}
+
+
+def kinds(size: Size) -> list[str]:
+    """The programs that can be compared: vLLM where it is installed, on a GPU."""
+    has_vllm = size.device == "cuda" and importlib.util.find_spec("vllm") is not None
+    return [kind for kind in KINDS if kind != "trl+vllm" or has_vllm]
 
 
 def work(kind: str, path: Path) -> None:

@@ -116,3 +116,48 @@ def test_the_share_of_the_optimum_is_counted_per_run(rates):
     text = report(rows)
     assert "2 of 4 runs reach 0.99 of the optimum, 2 within 60 s." in text
     assert "| 1 of 2" in text and "0.985" in text
+
+
+def test_the_time_to_a_quality_is_counted_to_its_first_ten_good_steps():
+    """With TRL's sweep counted it has the seconds of all its rates; what never came took longer."""
+    from time_to_quality import Watch, report
+
+    watch = Watch("default", 0.0)
+    assert not any(watch(0.9) for _ in range(9)), "nine are not ten"
+    watch = Watch("default", 0.0)
+    assert not any(watch(0.1) for _ in range(3))
+    assert [watch(0.9) for _ in range(9)].index(True) == 8, "one of 0.1 and nine of 0.9 are 0.82"
+    assert len(watch.times) == len(watch.rewards) == 12
+
+    def row(side: str, rate: float | None, seed: int, seconds: float, reached: bool = True):
+        return {
+            "task": "default", "side": side, "rate": rate, "seed": seed, "level": 0.8,
+            "reached": reached, "steps": 20 if reached else 100, "seconds": seconds,
+            "times": [5.0, seconds], "rewards": [0.5, 0.9],
+        }  # fmt: skip
+
+    rows = []
+    for seed in (0, 1, 2):
+        rows += [row("ours", None, seed, 10.0), row("TRL", None, seed, 90.0, False)]
+        rows += [row("TRL", 1e-4, seed, 40.0), row("TRL", 1e-3, seed, 20.0, reached=seed > 0)]
+    lines = report(rows).splitlines()
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if "|" in line]
+    assert table[2:6] == [
+        ["ours, as it is", "3 of 3", "10.0", "5.0", "20", "1.00"],
+        ["TRL at its best swept rate (0.0001)", "3 of 3", "40.0", "5.0", "20", "4.00"],
+        ["TRL, with the seconds of its sweep", "3 of 3", "60.0", "5.0", "20", "6.00"],
+        ["TRL at its default rate", "0 of 3", "> 90.0", "5.0", "> 100", "> 9.00"],
+    ]
+    assert table[8] == ["ours, as it is", *["open"] * 5], "sparse"
+
+
+def test_both_sides_of_the_time_to_a_quality_have_the_same_rewards():
+    """The noise too: the level is of the first, which is the same without it."""
+    from time_to_quality import LEVELS, Noise, rewards_of
+
+    for task in LEVELS:
+        assert [each["TYPE"] for each in rewards_of(task, 1)][1:] == ["python"] * (task == "noisy")
+    one, two = Noise(3), Noise(3)
+    first, then = one([""] * 500, [""] * 500), one([""], [""])
+    assert first + then == two([""] * 501, [""] * 501)
+    assert abs(sum(first) / 500) < 0.1 and 0.2 < sum(x * x for x in first) / 500 < 0.3

@@ -375,7 +375,7 @@ def test_it_sees_whether_its_updates_lead_downhill(rate, cosine, maximize):
 
 
 def test_nothing_is_fetched_from_the_device_in_a_step(monkeypatch):
-    """On a GPU each of these would wait for it; test_cuda.py asks the device itself."""
+    """On a GPU each would wait for it; test_gpu_training.py asks the device itself."""
     for ours, _, arguments in PAIRS:
         model = net()
         optimizer = lively(ours(model.named_parameters(), lr=1e-3, **arguments))
@@ -387,21 +387,6 @@ def test_nothing_is_fetched_from_the_device_in_a_step(monkeypatch):
                     torch.Tensor, name, lambda *_, name=name: pytest.fail(f"{name} in a step")
                 )
             optimizer.step()
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@each
-def test_no_synchronisation_on_a_gpu(ours, theirs, arguments):
-    model = net().cuda()
-    optimizer = ours(model.named_parameters(), lr=1e-3, **arguments)
-    for step in range(3):
-        model.zero_grad()
-        model(torch.randn(16, 40, device="cuda")).square().mean().backward()
-        torch.cuda.set_sync_debug_mode("error" if step else "default")
-        try:
-            optimizer.step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_its_state_is_small():

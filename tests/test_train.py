@@ -112,10 +112,6 @@ def test_samples_logprobs_are_those_of_an_unpadded_pass_of_the_first_policy(run,
         {"FULLTUNE": False, "LOAD_4BIT": True},
         {"FULLTUNE": False, "LOAD_8BIT": True},
         {"BF16": True},
-        pytest.param(
-            {"FP16": True},
-            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="FP16 needs a GPU"),
-        ),
     ],
     ids=lambda keys: "+".join(keys),
 )

@@ -150,7 +150,14 @@ def _direction(optimizer: Optimizer, group: Group, p: Tensor) -> tuple[Any, floa
         size, correction = denominator(group, state)
         return state["exp_avg"] / (size * correction), float(group["weight_decay"])
     beta1, beta2 = (float(beta) for beta in group["betas"])
-    step = float(state["step"])
-    size = state["exp_avg_sq"].sqrt().div_(math.sqrt(1 - beta2**step)).add_(group["eps"])
-    direction = size.mul_(1 - beta1**step).reciprocal_().mul_(state["exp_avg"])  # in one buffer
+    step = state["step"]
+    size = state["exp_avg_sq"].sqrt().div_(_correction(beta2, step).sqrt()).add_(group["eps"])
+    size.mul_(_correction(beta1, step))
+    direction = size.reciprocal_().mul_(state["exp_avg"])  # in one buffer
     return direction, float(group["weight_decay"])
+
+
+def _correction(beta: float, step: Tensor) -> Tensor:
+    """1 − βᵗ, where `step` is: if fused, on the device, for which fetching would wait."""
+    step = step if step.device.type == "mps" else step.double()  # which Apple's has not
+    return -torch.expm1(step * (math.log(beta) if beta else -math.inf))

@@ -123,7 +123,9 @@ def _in_chunks(
         mean = fp32_product(rounded.t(), project.weight) / by[:, None]
         mean_logit = (project.states(states) * mean).sum(-1)
         if project.bias is not None:
-            mean_logit += torch.mv(relative.t(), project.bias[:, 0]) / total / project.temperature
+            # Not mv, which autocast rounds on CUDA
+            of_bias = fp32_product(relative.t(), project.bias)[:, 0]
+            mean_logit += of_bias / total / project.temperature
         entropy.append(log_z - mean_logit)
         if scales is None:
             continue

@@ -126,8 +126,8 @@ class Policy(nn.Module):
     def as_reference(self) -> Iterator[None]:
         """Within this, the policy is its reference.
 
-        A backend that keeps CUDA graphs must not be used both within and without: a graph keeps
-        the weights and the adapter that it was captured with.
+        A backend that keeps CUDA graphs, used both within and without, captures them anew each
+        time: two backends are faster.
         """
         (reference,) = self._reference
         if reference is not None:

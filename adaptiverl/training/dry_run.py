@@ -4,6 +4,7 @@ import torch
 from tabulate import tabulate
 
 from adaptiverl.files.process import Stopwatch, peak_memory
+from adaptiverl.training.advice import bf16_advice
 from adaptiverl.training.build import Parts
 from adaptiverl.training.keys import RunConfig
 from adaptiverl.training.metrics import cell, prompt_cell
@@ -45,5 +46,7 @@ def dry_run(c: RunConfig, parts: Parts) -> int:
     print(f"peak memory           {peak_memory() / 2**30:.2f} GiB")
     laps = ", ".join(f"{name} {lap:.2f}" for name, lap in clock.laps.items())
     print(f"seconds per step      {sum(clock.laps.values()):.2f} ({laps})")
+    if advice := bf16_advice(c, parts):
+        print(advice)
     print("dry run: nothing was trained")
     return 0

@@ -22,6 +22,7 @@ from adaptiverl.files.console import printable
 from adaptiverl.files.logs import Row, RunLog
 from adaptiverl.files.process import Paused, StopSignal
 from adaptiverl.training import state
+from adaptiverl.training.advice import bf16_advice
 from adaptiverl.training.build import Parts
 from adaptiverl.training.collapse import Collapsed, sound_before
 from adaptiverl.training.inputs import as_config_error
@@ -60,6 +61,8 @@ class RunFolder:
                 if c.RESUME:
                     print(f"no checkpoint in {self.path} to resume from: starting a new run")
                 checkpoint.set_aside(self.path)
+                if advice := bf16_advice(c, parts):
+                    print(advice)
             self._begin_logs()
             resolved = c.model_dump_json(by_alias=True, indent=2)
             (self.path / "config.json").write_text(resolved + "\n")

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from adaptiverl.config.schema import ConfigError
 from adaptiverl.files import checkpoint
@@ -70,10 +72,13 @@ def restore(folder: Path, stateful: Mapping[str, Stateful], mapped: bool) -> Non
     """Continues from the checkpoint in `folder`; the policy was loaded from it already.
 
     `mapped`: processes share the file's memory, and each copies what it needs to its device. On a
-    CPU nothing would be copied, and a run would go on upon a file that is pruned later.
+    CPU nothing would be copied, and a run would go on upon a file that is pruned later; so would
+    the numbers of steps, which optimizers leave on the CPU.
     """
     file = folder / "trainer.pt"
     saved = torch.load(file, weights_only=True, map_location="cpu", mmap=mapped)
+    if mapped:
+        saved = tree_map_only(Tensor, lambda x: x if x.dim() else x.clone(), saved)
     for name, each in stateful.items():
         each.load_state_dict(saved[name])
 

@@ -110,14 +110,15 @@ class Decoder:
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         # bitsandbytes' int8 product synchronises with the host, which a graph cannot
         synchronises = any(p.dtype == torch.int8 for p in transformer.parameters())
-        if device.type == "cuda" and self.sizes and not synchronises:
+        if static and device.type == "cuda" and self.sizes and not synchronises:
             self._capture()
 
     def __call__(
         self, prompt_ids: Tensor, prompt_mask: Tensor, prompt_of: Tensor, uniform: Tensor
     ) -> Rollout:
         """See `Backend`. B, T and P + T may be smaller than `rows`, `length` and `width`."""
-        live, length = self.rows, uniform.shape[1]
+        rows, length = uniform.shape
+        live = self._size(rows)
         with torch.inference_mode():
             self._begin(prompt_ids, prompt_mask, prompt_of, uniform)
             for t in range(1, length):
@@ -129,7 +130,7 @@ class Decoder:
                     self.graphs[live].replay()
                 else:
                     self._step(live, None if self.static else prompt_ids.shape[1] + t)
-        rows, width = len(uniform), max(1, int(self.mask.sum(-1).max()))
+        width = max(1, int(self.mask.sum(-1).max()))
         written = [x[:rows, :width].clone() for x in (self.tokens, self.mask, self.logprobs)]
         return Rollout(prompt_ids, prompt_mask, prompt_of, *written)
 
@@ -169,7 +170,8 @@ class Decoder:
         self.tokens[at] = token.where(live, self.token_sampler.pad_id)
         self.mask[at] = live.long()
         self.logprobs[at] = logprob.where(live, 0.0)
-        live &= ~torch.isin(token, self.token_sampler.eos_ids)
+        # Not by isin, which sorts where there are ten ids or more, and then waits for the device
+        live &= (token[:, None] != self.token_sampler.eos_ids).all(-1)
         if stop := self.token_sampler.stop:
             recent = self.recent[:n]
             recent.copy_(torch.cat([recent[:, 1:], token[:, None]], 1))
@@ -195,10 +197,7 @@ class Decoder:
     def _compact(self, n: int) -> int:
         """Moves the last live of `n` slots into free ones; returns how many are still needed."""
         live = self.live[:n]
-        alive = int(live.sum())
-        rest = min(n, -(-alive // self.round_to) * self.round_to)
-        if self.static and alive:
-            rest = min(size for size in self.sizes if size >= alive)
+        rest = min(n, self._size(int(live.sum())))
         free, moving = (~live[:rest]).nonzero()[:, 0], rest + live[rest:].nonzero()[:, 0]
         if len(moving):
             free = free[: len(moving)]
@@ -207,6 +206,12 @@ class Decoder:
             for slots in self.caches:
                 slots.held[:, free] = slots.held[:, moving]
         return rest
+
+    def _size(self, alive: int) -> int:
+        """How many slots a step computes of which `alive` are needed."""
+        if self.static and alive:
+            return min((size for size in self.sizes if size >= alive), default=self.rows)
+        return min(self.rows, -(-alive // self.round_to) * self.round_to)
 
     def _cast(self, transformer: GPT2Model) -> GPT2Model:
         """A copy with matrices in autocast's type: cast once per rollout, not once per token."""
