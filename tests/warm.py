@@ -6,6 +6,7 @@ arguments, variables, streams and signals, runs its program as `__main__`, and e
 """
 
 import fcntl
+import gc
 import json
 import os
 import runpy
@@ -166,4 +167,5 @@ if __name__ == "__main__":
     sys.path.append(str(ROOT))
     import train  # noqa: F401, and all that it imports
 
+    gc.freeze()  # else each process looks through all that was imported, and copies it
     run(next_process(socket.socket(fileno=int(sys.argv[1]))))
