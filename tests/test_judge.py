@@ -10,7 +10,6 @@ import random
 import signal
 import socket
 import sqlite3
-import subprocess
 import sys
 import threading
 import time
@@ -793,33 +792,37 @@ def parrot(tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_real_server_that_speaks_openais_protocol(parrot, tmp_path, monkeypatch):
+def test_a_real_server_that_speaks_openais_protocol(parrot, tmp_path, monkeypatch, warm):
     """`transformers serve FOLDER`, on loopback."""
     monkeypatch.setenv("OPENAI_API_KEY", "any")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [Path(sys.executable).with_name("transformers"), "serve", str(parrot)]
-    server = subprocess.Popen(
-        [*command, "--port", str(port), "--device", "cpu"],
-        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    try:
+    program = str(Path(sys.executable).with_name("transformers"))
+    command = [sys.executable, program, "serve", str(parrot), "--port", str(port)]
+    reads, writes = os.pipe()
+    server = warm.start([*command, "--device", "cpu"], ENVIRONMENT, output=writes)
+    os.close(writes)
+    with os.fdopen(reads) as printed:
         said = []
-        for line in server.stdout:
+        for line in printed:
             said.append(line)
             if "Uvicorn running" in line:
                 break
         assert server.poll() is None, "".join(said)
-        threading.Thread(target=server.stdout.read, daemon=True).start()  # a full pipe blocks
-        judge = JudgeReward(
-            model=str(parrot), rubric="Is it good?", base_url=f"http://127.0.0.1:{port}/v1",
-            cache=str(tmp_path / "judge.sqlite"), timeout=60.0, concurrency=2, structured=False,
-        )  # fmt: skip
-        assert ask(judge, ["a film", "another film", "a third"]) == [6 / 9] * 3
-    finally:
-        server.terminate()
-        server.communicate(timeout=60)
+        rest = threading.Thread(target=printed.read)  # a full pipe blocks
+        rest.start()
+        try:
+            judge = JudgeReward(
+                model=str(parrot), rubric="Is it good?", base_url=f"http://127.0.0.1:{port}/v1",
+                cache=str(tmp_path / "judge.sqlite"), timeout=60.0, concurrency=2,
+                structured=False,
+            )  # fmt: skip
+            assert ask(judge, ["a film", "another film", "a third"]) == [6 / 9] * 3
+        finally:
+            server.send_signal(signal.SIGTERM)
+            server.wait(timeout=60)
+            rest.join()
 
 
 # In a run
