@@ -3,13 +3,14 @@
 import asyncio
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any
 
 from rewards.base import Reward
 
 Column = list[float | None]
+SIGNALS_EVERY = 0.5  # seconds between looks for Ctrl-C, at most
 
 
 def begin_calls(
@@ -54,7 +55,14 @@ def begin_calls(
 
     future = thread.submit(everything)
     thread.shutdown(wait=False)  # takes nothing more, and ends by itself
-    return future.result
+
+    def answer() -> dict[str, Column]:
+        # Ctrl-C does not end a wait that begins just after it, or that it reaches in another thread
+        while not wait([future], timeout=SIGNALS_EVERY).done:
+            pass
+        return future.result()
+
+    return answer
 
 
 def _is_async(reward: Callable) -> bool:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import hypothesis
 import pytest
 import torch
+from warm import Process, Server
 
 if TYPE_CHECKING:
     from adaptiverl.rl.rollout import Rollout
@@ -85,21 +86,35 @@ def settings(tiny: Path, tmp_path: Path) -> dict[str, Any]:
     }
 
 
+@pytest.fixture(scope="session")
+def warm() -> Iterator[Server]:
+    """Starts what is asked in ENVIRONMENT, torch and transformers already imported."""
+    server = Server(ENVIRONMENT)
+    yield server
+    server.close()
+
+
 @pytest.fixture
-def start(tmp_path: Path) -> Callable[..., subprocess.Popen]:
-    """Starts `python train.py` on a dict of keys, or on a config file."""
+def start(tmp_path: Path, warm: Server) -> Callable[..., subprocess.Popen | Process]:
+    """Starts `python train.py` on a dict of keys, or on a config file.
+
+    From an interpreter that has imported torch, unless a `fresh` one is asked for.
+    """
 
     def run(
         config: dict | Path,
         *arguments: str,
         launcher: tuple[str, ...] = (sys.executable,),
         program: str = "train.py",
+        fresh: bool = False,
     ):
         if isinstance(config, dict):
             path = tmp_path / "config.json"
             path.write_text(json.dumps(config))
             config = path
         command = [*launcher, program, str(config), *arguments]
+        if not fresh and warm.fits(ENVIRONMENT):
+            return warm.start(command, ENVIRONMENT)
         return subprocess.Popen(
             command,
             cwd=ROOT,

@@ -15,7 +15,7 @@ from conftest import ROOT, in_this_process, read_jsonl, without_clock
 from datasets import Dataset
 from jinja2 import Environment
 from safetensors.torch import load_file
-from test_distributed import TORCHRUN
+from test_distributed import TWO_PROCESSES
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
@@ -239,7 +239,7 @@ def test_two_processes_sample_what_one_does(main, run, keys, tmp_path):
     keys |= {"SYSTEM": SYSTEM, "STOP": ["the"], "STEPS": 2, "OPTIM": "sgd", "LRATE": 1e-2}
     one, two = str(tmp_path / "one"), str(tmp_path / "two")
     assert main(keys | {"OUTPUT_DIR": one}) == 0
-    result = run(keys | {"OUTPUT_DIR": two}, launcher=TORCHRUN)
+    result = run(keys | {"OUTPUT_DIR": two}, launcher=TWO_PROCESSES)
     assert result.returncode == 0, result.stderr
     names = ("prompt", "completion", "completion_ids")
     samples = [read_jsonl(Path(each) / "samples.jsonl") for each in (one, two)]

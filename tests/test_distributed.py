@@ -76,6 +76,8 @@ sys.exit(train.run(config, parts))
 """
 
 
+# What torchrun does for two processes, without an import in each of them.
+TWO_PROCESSES = (sys.executable, str(ROOT / "tests/launch.py"))
 # --standalone finds a port that is free, also while another suite runs.
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
@@ -180,7 +182,7 @@ def test_processes_that_see_different_signals_move_alike(start, settings, tmp_pa
     """A loss of 0.5 and 1.5 is one of 1; a reward that is NaN in one process is the other's."""
     script = tmp_path / "apart.py"
     script.write_text(APART.format(root=str(ROOT), folder=str(tmp_path)))
-    process = start(settings, launcher=TORCHRUN, program=str(script))
+    process = start(settings, launcher=TWO_PROCESSES, program=str(script))
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     both = [json.loads((tmp_path / f"apart{rank}.json").read_text()) for rank in (0, 1)]
@@ -214,7 +216,7 @@ def keys(settings):
 def test_two_processes_give_the_losses_of_one(run, main, keys):
     out = Path(keys["OUTPUT_DIR"])
     assert main(keys | {"OUTPUT_DIR": f"{out}-one"}) == 0
-    result = run(keys | {"OUTPUT_DIR": f"{out}-two"}, launcher=TORCHRUN)
+    result = run(keys | {"OUTPUT_DIR": f"{out}-two"}, launcher=TORCHRUN, fresh=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("Step 1/4 |") == 1, "one process writes"
 
@@ -234,7 +236,7 @@ def test_both_processes_have_the_same_metrics_and_hyperparameters(start, keys, t
     """To the last bit, seconds included: what one of them adapts, the other adapts too."""
     spy = tmp_path / "spy.py"
     spy.write_text(SPY.format(root=str(ROOT), folder=str(tmp_path)))
-    process = start(keys, "STEPS=6", launcher=TORCHRUN, program=str(spy))
+    process = start(keys, "STEPS=6", launcher=TWO_PROCESSES, program=str(spy))
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     first, second = (read_jsonl(tmp_path / f"rank{rank}.jsonl") for rank in (0, 1))
@@ -253,11 +255,11 @@ def test_killed_in_the_middle_two_processes_resume_exactly(start, keys):
     """SIGKILL to both workers and their launcher, then the same command with RESUME."""
     out = Path(keys["OUTPUT_DIR"])
     keys |= {"STEPS": 30, "SAVE_EVERY": 3, "OPTIM": "adamw", "LRATE": 1e-3, "LOG_EVERY": 1}
-    whole = start(keys | {"OUTPUT_DIR": f"{out}-whole"}, launcher=TORCHRUN)
+    whole = start(keys | {"OUTPUT_DIR": f"{out}-whole"}, launcher=TWO_PROCESSES)
     _, err = whole.communicate(timeout=300)
     assert whole.returncode == 0, err
 
-    killed = start(keys, launcher=TORCHRUN)
+    killed = start(keys, launcher=TWO_PROCESSES)
     for line in killed.stdout:
         if line.startswith("Step 8/30 |"):
             break
@@ -267,7 +269,7 @@ def test_killed_in_the_middle_two_processes_resume_exactly(start, keys):
     reached = len(read_jsonl(out / "metrics.jsonl"))
     assert 8 <= reached < 30, "killed in the middle"
 
-    resumed = start(keys, "RESUME=auto", launcher=TORCHRUN)
+    resumed = start(keys, "RESUME=auto", launcher=TWO_PROCESSES)
     _, err = resumed.communicate(timeout=300)
     assert resumed.returncode == 0, err
     rows = [read_jsonl(Path(f"{out}{name}") / "metrics.jsonl") for name in ("-whole", "")]
@@ -284,7 +286,7 @@ def test_a_sharded_policy_does_what_a_whole_one_does(run, main, keys, tmp_path):
     script.write_text(SHARDED.format(root=str(ROOT)))
     keys |= {"SAVE_EVERY": 2, "GRAD_ACCUM": 2}
     assert main(keys | {"OUTPUT_DIR": f"{out}-one"}) == 0
-    result = run(keys, launcher=TORCHRUN, program=str(script))
+    result = run(keys, launcher=TWO_PROCESSES, program=str(script))
     assert result.returncode == 0, result.stderr
     one, two = (read_jsonl(folder / "metrics.jsonl") for folder in (Path(f"{out}-one"), out))
     for left, right in zip(without_clock(one), without_clock(two), strict=True):
@@ -298,7 +300,7 @@ def test_a_sharded_policy_does_what_a_whole_one_does(run, main, keys, tmp_path):
     final = (out / "final/model.safetensors").read_bytes()
     for later in ("final", "step-000004"):
         shutil.rmtree(out / later)
-    result = run(keys, "RESUME=auto", launcher=TORCHRUN, program=str(script))
+    result = run(keys, "RESUME=auto", launcher=TWO_PROCESSES, program=str(script))
     assert result.returncode == 0, result.stderr
     assert without_clock(read_jsonl(out / "metrics.jsonl")) == without_clock(two)
     assert (out / "final/model.safetensors").read_bytes() == final
@@ -309,14 +311,14 @@ def test_fsdp_gives_the_gradient_of_any_loss_and_casts_no_tensor_of_a_rollout(st
     script = tmp_path / "measured.py"
     model = ROOT / "adaptiverl/assets/policy"
     script.write_text(MEASURED.format(root=str(ROOT), model=str(model)))
-    process = start({}, launcher=TORCHRUN, program=str(script))
+    process = start({}, launcher=TWO_PROCESSES, program=str(script))
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
 
 
 def test_prompts_that_cannot_be_shared_are_refused(run, settings):
     """Three prompts for two processes."""
-    result = run(settings | {"BATCH_SIZE": 6, "NUM_GENERATIONS": 2}, launcher=TORCHRUN)
+    result = run(settings | {"BATCH_SIZE": 6, "NUM_GENERATIONS": 2}, launcher=TWO_PROCESSES)
     assert result.returncode != 0
     assert "3 prompts per step cannot be shared by 2 processes" in result.stderr
 

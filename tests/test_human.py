@@ -8,7 +8,6 @@ import random
 import re
 import select
 import signal
-import subprocess
 import sys
 import termios
 import threading
@@ -18,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ENVIRONMENT, ROOT, read_jsonl
+from warm import Server
 
 from rewards import CompositeReward, HumanReward, Interrupted, Reward
 from rewards.head import MIN_LABELS, RidgeHead
@@ -428,21 +428,18 @@ def test_a_scale_of_numbers_says_which_end_is_good(pseudo):
 class Typist:
     """train.py on a terminal of its own: what it shows, and fingers."""
 
-    LAUNCH = (
-        "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
-        "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
-    )
-
-    def __init__(self, *arguments: str):
+    def __init__(self, warm: Server, *arguments: str):
         self.master, self.slave = os.openpty()
         fcntl.ioctl(self.slave, termios.TIOCSWINSZ, b"\x28\x00\x50\x00" + bytes(4))  # 40 × 80
         self.modes = termios.tcgetattr(self.slave)
         self.shown = ""
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", self.LAUNCH, "train.py", *arguments],
-            cwd=ROOT, env=ENVIRONMENT | {"NO_COLOR": "1"}, start_new_session=True,
-            stdin=self.slave, stdout=self.slave, stderr=self.slave,
-        )  # fmt: skip
+        self.process = warm.start(
+            [sys.executable, "train.py", *arguments],
+            ENVIRONMENT | {"NO_COLOR": "1"},
+            stdin=self.slave,
+            output=self.slave,
+            start_new_session=True,
+        )
 
     def until(self, pattern: str) -> str:
         """What is shown from here on, up to the first match of `pattern`."""
@@ -475,7 +472,7 @@ class Typist:
 
 
 @pytest.fixture
-def typist(tmp_path):
+def typist(tmp_path, warm):
     made = []
 
     def start(keys: dict | Path, *arguments: str) -> Typist:
@@ -483,7 +480,7 @@ def typist(tmp_path):
         if isinstance(keys, dict):
             path = tmp_path / "config.json"
             path.write_text(json.dumps(keys))
-        made.append(Typist(str(path), *arguments))
+        made.append(Typist(warm, str(path), *arguments))
         return made[-1]
 
     yield start
@@ -554,15 +551,13 @@ def test_the_recipe_runs(typist, tmp_path):
     assert "human/head_error" in last and "human/agreement/classifier" in last
 
 
-def test_no_terminal(settings, tmp_path):
+def test_no_terminal(settings, tmp_path, warm):
     (tmp_path / "config.json").write_text(json.dumps(asked_keys(settings, tmp_path)))
-    result = subprocess.run(
-        [sys.executable, "train.py", str(tmp_path / "config.json")],
-        cwd=ROOT, env=ENVIRONMENT, start_new_session=True, stdin=subprocess.DEVNULL,
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert result.returncode == 2
-    assert result.stderr.endswith(
+    command = [sys.executable, "train.py", str(tmp_path / "config.json")]
+    process = warm.start(command, ENVIRONMENT, start_new_session=True)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 2
+    assert err.endswith(
         "error: REWARDS.0: people cannot be asked: this process has no terminal; "
         '"WHERE": "web" needs none\n'
     )

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import ENVIRONMENT, ROOT, read_jsonl
 
+from adaptiverl.training.keys import RunConfig
+
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
@@ -58,28 +60,38 @@ def command(installed, tmp_path):
     return run
 
 
-def test_it_trains_and_explains_with_what_comes_in_the_package(command, tmp_path):
-    result = command("adaptiverl", "train", "config.json", "STEPS=2")
-    assert result.returncode == 0, result.stderr
-    assert "finished: 2 steps" in result.stdout
-    rows = read_jsonl(tmp_path / "run/metrics.jsonl")
-    assert [row["step"] for row in rows] == [1, 2] and rows[-1]["update_kl"] > 0
-    explained = command("adaptiverl", "explain", "run")
-    assert explained.returncode == 0, explained.stderr
-    assert "What moved lr" in explained.stdout
-
-
-def test_modules_of_the_working_directory_are_rewards_and_never_ours(command, tmp_path):
-    """A user's train.py and rewards.py stand in the way of nothing, and FUNCTION finds theirs."""
+@pytest.fixture
+def of_the_user(tmp_path) -> str:
+    """Rewards: that of the package, and one of the folder, in which are modules named as ours."""
     for name in ("train", "rewards"):
         (tmp_path / f"{name}.py").write_text("raise RuntimeError('of the user')\n")
     (tmp_path / "mine.py").write_text(
         "def short(completions, **columns):\n    return [-len(text) for text in completions]\n"
     )
-    reward = 'REWARDS=[{"TYPE": "python", "FUNCTION": "mine:short"}]'
-    for program in (("adaptiverl",), ("python", "-m", "adaptiverl")):
-        result = command(*program, "train", "config.json", "STEPS=2", reward, "--dry-run")
-        assert result.returncode == 0, result.stderr
+    (packaged,) = RunConfig().model_dump(by_alias=True, mode="json")["REWARDS"]
+    return f"REWARDS={json.dumps([packaged, {'TYPE': 'python', 'FUNCTION': 'mine:short'}])}"
+
+
+def test_it_trains_and_explains_with_what_comes_in_the_package(command, of_the_user, tmp_path):
+    """A user's train.py and rewards.py stand in the way of nothing, and FUNCTION finds theirs."""
+    result = command("adaptiverl", "train", "config.json", "STEPS=2", of_the_user)
+    assert result.returncode == 0, result.stderr
+    assert "finished: 2 steps" in result.stdout
+    rows = read_jsonl(tmp_path / "run/metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2] and rows[-1]["update_kl"] > 0
+    assert rows[-1]["rewards/short/mean"] < 0 < rows[-1]["rewards/classifier/mean"]
+    explained = command("adaptiverl", "explain", "run")
+    assert explained.returncode == 0, explained.stderr
+    assert "What moved lr" in explained.stdout
+
+
+def test_modules_of_the_working_directory_are_never_ours_as_a_module(command, of_the_user):
+    """`python -m` puts that folder before all others."""
+    result = command(
+        "python", "-m", "adaptiverl", "train", "config.json", "STEPS=2", of_the_user, "--dry-run"
+    )
+    assert result.returncode == 0, result.stderr
+    assert "short" in result.stdout
 
 
 def test_keys_and_schema_are_printed_without_a_run(command):

@@ -10,7 +10,6 @@ import random
 import signal
 import socket
 import sqlite3
-import subprocess
 import sys
 import threading
 import time
@@ -586,19 +585,39 @@ def test_what_is_under_way_at_an_interrupt_is_booked(server, judge, monkeypatch)
     assert ask(judge(), ["a b"]) == [1 / 9] and len(server.seen) == 1
 
 
+def to_process() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def to_thread() -> None:
+    """What waits for the judge is not woken, as where the signal comes just before it waits."""
+    signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+
+
+@pytest.fixture
+def ctrl_c():
+    """What SIGINT does in a terminal, also where the suite runs in a shell's background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("press", [to_process, to_thread])
 @pytest.mark.parametrize("dry", [False, True])
 def test_ctrl_c_while_a_judge_wants_hours(
-    server, settings, tmp_path, main, capsys, monkeypatch, once_it_waits, dry
+    server, settings, tmp_path, main, capsys, monkeypatch, once_it_waits, ctrl_c, dry, press
 ):
     scripted(monkeypatch, LATER)
-    once_it_waits(lambda: os.kill(os.getpid(), signal.SIGINT))
+    once_it_waits(press)
     arguments = ["--dry-run"] if dry else []
     keys = keys_of(settings, server, tmp_path, RETRIES=3)
     assert main(keys, *arguments) == 128 + signal.SIGINT
     said = "stopped before the first step" if dry else (
         "paused before step 1: stopped while a judge was asked. Saved in "
     )  # fmt: skip
-    assert said in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert said in err
+    assert "1 retries" not in out, "it has waited to the end"
     for thread in threading.enumerate():
         if thread.name.startswith("ThreadPoolExecutor"):
             thread.join(60)
@@ -607,20 +626,20 @@ def test_ctrl_c_while_a_judge_wants_hours(
 
 def test_a_refusal_books_what_was_paid_for(server, judge, monkeypatch, tmp_path):
     """Six are under way when one is refused."""
-    real, arrived, refused = Handler.answer, threading.Barrier(6), threading.Event()
+    real, arrived = Handler.answer, threading.Barrier(6)
+    one = judge(concurrency=6, timeout=60.0)
 
     def answer(self, body, fault):
         arrived.wait(60)
         if fields(body["messages"][-1]["content"])["text"] == "bad":
-            self.reply(401, {"error": {"message": "no credit"}}, {})
-            return refused.set()
-        refused.wait(60)
-        time.sleep(0.1)  # so that the refusal is there first
+            return self.reply(401, {"error": {"message": "no credit"}}, {})
+        while "401" not in one.trouble:  # the refusal is there first
+            time.sleep(0.001)
         return real(self, body, fault)
 
     monkeypatch.setattr(Handler, "answer", answer)
     with pytest.raises(FatalJudgeError, match=r"the judge answers 401: .*no credit"):
-        ask(judge(concurrency=6, timeout=60.0), ["a", "a b", "bad", "c", "d", "e", "f", "g"])
+        ask(one, ["a", "a b", "bad", "c", "d", "e", "f", "g"])
     assert len(server.seen) == 6, "no further request"
     with sqlite3.connect(tmp_path / "judge.sqlite") as base:
         assert base.execute("SELECT calls FROM accounts").fetchall() == [(5,)]
@@ -773,33 +792,37 @@ def parrot(tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_real_server_that_speaks_openais_protocol(parrot, tmp_path, monkeypatch):
+def test_a_real_server_that_speaks_openais_protocol(parrot, tmp_path, monkeypatch, warm):
     """`transformers serve FOLDER`, on loopback."""
     monkeypatch.setenv("OPENAI_API_KEY", "any")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [Path(sys.executable).with_name("transformers"), "serve", str(parrot)]
-    server = subprocess.Popen(
-        [*command, "--port", str(port), "--device", "cpu"],
-        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    try:
+    program = str(Path(sys.executable).with_name("transformers"))
+    command = [sys.executable, program, "serve", str(parrot), "--port", str(port)]
+    reads, writes = os.pipe()
+    server = warm.start([*command, "--device", "cpu"], ENVIRONMENT, output=writes)
+    os.close(writes)
+    with os.fdopen(reads) as printed:
         said = []
-        for line in server.stdout:
+        for line in printed:
             said.append(line)
             if "Uvicorn running" in line:
                 break
         assert server.poll() is None, "".join(said)
-        threading.Thread(target=server.stdout.read, daemon=True).start()  # a full pipe blocks
-        judge = JudgeReward(
-            model=str(parrot), rubric="Is it good?", base_url=f"http://127.0.0.1:{port}/v1",
-            cache=str(tmp_path / "judge.sqlite"), timeout=60.0, concurrency=2, structured=False,
-        )  # fmt: skip
-        assert ask(judge, ["a film", "another film", "a third"]) == [6 / 9] * 3
-    finally:
-        server.terminate()
-        server.communicate(timeout=60)
+        rest = threading.Thread(target=printed.read)  # a full pipe blocks
+        rest.start()
+        try:
+            judge = JudgeReward(
+                model=str(parrot), rubric="Is it good?", base_url=f"http://127.0.0.1:{port}/v1",
+                cache=str(tmp_path / "judge.sqlite"), timeout=60.0, concurrency=2,
+                structured=False,
+            )  # fmt: skip
+            assert ask(judge, ["a film", "another film", "a third"]) == [6 / 9] * 3
+        finally:
+            server.send_signal(signal.SIGTERM)
+            server.wait(timeout=60)
+            rest.join()
 
 
 # In a run

@@ -4,7 +4,6 @@ import json
 import os
 import pty
 import signal
-import subprocess
 import sys
 import termios
 from dataclasses import replace
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT, around_steps, read_jsonl, with_samples
+from conftest import ENVIRONMENT, around_steps, read_jsonl, with_samples
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -425,13 +424,13 @@ def test_tensorboard_gets_the_metrics(main, settings):
     assert logged == pytest.approx([row["reward"] for row in rows])
 
 
-def test_a_terminal_gets_a_progress_bar(settings, tmp_path):
+def test_a_terminal_gets_a_progress_bar(settings, tmp_path, warm):
     config = tmp_path / "config.json"
     config.write_text(json.dumps(settings | {"STEPS": 2}))
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 100))
     command = [sys.executable, "train.py", str(config)]
-    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=theirs, stderr=theirs)
+    process = warm.start(command, ENVIRONMENT, output=theirs)
     os.close(theirs)
     screen = b""
     while True:

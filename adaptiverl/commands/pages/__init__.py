@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,21 @@ from markupsafe import Markup
 HERE = Path(__file__).parent
 
 
-def write_page(template: str, out: Path, values: dict[str, Any]) -> Path:
-    """Renders `template` to `out`, which is there whole or as it was before. Text is escaped."""
-    environment = jinja2.Environment(
+@cache  # it keeps the templates that it has compiled
+def environment() -> jinja2.Environment:
+    made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "ensure_ascii": False}
+    made.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "ensure_ascii": False}
+    return made
+
+
+def write_page(template: str, out: Path, values: dict[str, Any]) -> Path:
+    """Renders `template` to `out`, which is there whole or as it was before. Text is escaped."""
     style, script = ((HERE / name).read_text("utf-8") for name in ("style.css", "page.js"))
     # The browser runs this script alone, whatever a sample says
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -30,7 +36,7 @@ def write_page(template: str, out: Path, values: dict[str, Any]) -> Path:
         "script": Markup(script),
         "script_hash": Markup(f"sha256-{digest}"),
     }
-    text = environment.get_template(template).render(values | own)
+    text = environment().get_template(template).render(values | own)
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     # a lone surrogate, which a model may write, is no UTF-8
     try:
