@@ -6,6 +6,7 @@ nobody gave.
 """
 
 import asyncio
+import importlib.util
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -70,6 +71,10 @@ class HumanReward(Reward):
         self._queue = LabelQueue(self._labels, self.scale)
         self._compared = deque(maxlen=AGREEMENT_WINDOW)
         if self.where == "terminal":
+            if importlib.util.find_spec("termios") is None:  # on Windows
+                raise ValueError(
+                    'this system has no termios, which reads single keys; "WHERE": "web" needs none'
+                )
             from rewards.terminal import Terminal
 
             self._front_end = Terminal(self._queue, self.question)
