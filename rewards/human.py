@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from rewards.base import Reward
+from rewards.base import Reward, require
 from rewards.label_queue import FrontEnd, LabelQueue, Question
 from rewards.labels import Labels
 from rewards.messages import Text, texts_of, transcripts_of
@@ -79,6 +79,7 @@ class HumanReward(Reward):
 
             self._front_end = Terminal(self._queue, self.question)
         else:
+            require("web", "fastapi", "uvicorn")
             from rewards.web import Page  # a second to import
 
             self._front_end = Page(
