@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from adaptiverl.optim.schedulers import AdaptiveScheduler, RewardAdaptiveScheduler
     from adaptiverl.optim.trust_region import TrustRegion, UpdateInfo
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "AdamMini",
     "AdaptiveOptimizer",

@@ -148,7 +148,7 @@ def pretrain(
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     rows = [{"prompt": start} for start in graph.starts]
-    (folder / "prompts.json").write_text(json.dumps(rows))
+    (folder / "prompts.json").write_text(json.dumps(rows), "utf-8")
 
 
 def reinforce(graph: Graph, model: Path, output: Path, *overrides: str) -> Path:
@@ -161,7 +161,7 @@ def reinforce(graph: Graph, model: Path, output: Path, *overrides: str) -> Path:
         "OUTPUT_DIR": str(output),
     }
     config = output.with_suffix(".json")
-    config.write_text(json.dumps(keys | SETTINGS, indent=2))
+    config.write_text(json.dumps(keys | SETTINGS, indent=2), "utf-8")
     status = train.main(read_command([str(config), *overrides]))
     if status:
         raise SystemExit(status)

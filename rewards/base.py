@@ -3,6 +3,7 @@
 The class of a reward is its config schema, its constructor and its section of docs/config.md.
 """
 
+import importlib.util
 import inspect
 from collections.abc import Sequence, Set
 from typing import Annotated, Any, ClassVar, Literal
@@ -145,3 +146,10 @@ class Reward(BaseModel):
 
     def check_columns(self, columns: Set[str], source: str) -> None:
         """Raises ValueError where prompts with these columns, from `source`, cannot be scored."""
+
+
+def require(extra: str, *modules: str) -> None:
+    """Raises ValueError where one of `modules`, which `extra` installs, is not there."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"not installed (the extra {extra!r}): pip install {' '.join(missing)}")

@@ -6,13 +6,14 @@ nobody gave.
 """
 
 import asyncio
+import importlib.util
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from rewards.base import Reward
+from rewards.base import Reward, require
 from rewards.label_queue import FrontEnd, LabelQueue, Question
 from rewards.labels import Labels
 from rewards.messages import Text, texts_of, transcripts_of
@@ -70,10 +71,15 @@ class HumanReward(Reward):
         self._queue = LabelQueue(self._labels, self.scale)
         self._compared = deque(maxlen=AGREEMENT_WINDOW)
         if self.where == "terminal":
+            if importlib.util.find_spec("termios") is None:  # on Windows
+                raise ValueError(
+                    'this system has no termios, which reads single keys; "WHERE": "web" needs none'
+                )
             from rewards.terminal import Terminal
 
             self._front_end = Terminal(self._queue, self.question)
         else:
+            require("web", "fastapi", "uvicorn")
             from rewards.web import Page  # a second to import
 
             self._front_end = Page(

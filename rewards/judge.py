@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
-from rewards.base import KEYS, FatalJudgeError, Interrupted, Reward
+from rewards.base import KEYS, FatalJudgeError, Interrupted, Reward, require
 from rewards.endpoint import KEY_ENV, Reply, ask, secret
 from rewards.judge_cache import JudgeCache
 from rewards.judge_limits import Budget, RateLimiter
@@ -120,6 +120,7 @@ class JudgeReward(Reward):
         return self
 
     def _load(self, device: Any) -> None:
+        require("judge", "openai")
         secret(self.key_env, self.base_url)  # raises where there is none
         self._prompt = JudgePrompt(
             self.rubric, self.low, self.high, self._examples(), self.pairwise, self.structured

@@ -105,7 +105,8 @@ def _set_base(adapter: Path, base: str) -> None:
     """A relative path would be another folder to who loads the adapter elsewhere."""
     file = adapter / "adapter_config.json"
     config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    file.write_text(json.dumps(config | {"base_model_name_or_path": base}, indent=2) + "\n")
+    text = json.dumps(config | {"base_model_name_or_path": base}, indent=2) + "\n"
+    file.write_text(text, "utf-8")
 
 
 def _write_whole(folder: Path, write: Callable[[Path], None]) -> None:

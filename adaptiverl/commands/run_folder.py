@@ -68,7 +68,9 @@ class RunReader:
         for name in ("step-*", "best", "final"):
             for manifest in self.path.glob(f"{name}/{MANIFEST}"):
                 try:
-                    found[manifest.parent.name] = int(json.loads(manifest.read_text())["step"])
+                    found[manifest.parent.name] = int(
+                        json.loads(manifest.read_text("utf-8"))["step"]
+                    )
                 except (OSError, ValueError, KeyError) as error:
                     logging.warning("%s is damaged: %s", manifest.parent, error)
         return dict(sorted(found.items(), key=lambda item: item[1]))

@@ -1,4 +1,4 @@
-"""From a config file to a Config: JSON with comments, KEY=VALUE, mistakes in the file's words."""
+"""From a config file to a Config: JSON with comments or YAML, KEY=VALUE, mistakes in its words."""
 
 import difflib
 import json
@@ -18,20 +18,17 @@ ConfigT = TypeVar("ConfigT", bound=Config)
 def load_config(
     path: str | Path, overrides: Sequence[str] = (), *, schema: type[ConfigT]
 ) -> ConfigT:
-    """The config at `path` with KEY=VALUE `overrides`; a VALUE that is no JSON is a string."""
+    """The config at `path` with KEY=VALUE `overrides`; a VALUE that is no JSON is a string.
+
+    A name that ends in .yaml or .yml is YAML, any other JSON with comments.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ConfigError(f"cannot read the config {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from error
-    try:
-        read = json5.loads(text, allow_duplicate_keys=False) if text.strip() else None
-        values = json.loads(json.dumps(read))  # joins the halves of "\ud83d\ude00": json5 does not
-    except ValueError as error:
-        raise ConfigError(f"{path}{_said_by_json5(str(error))}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold one JSON object, {{ ... }}")
+    values = _read_yaml(path, text) if Path(path).suffix in (".yaml", ".yml") else _read(path, text)
     typed: dict[str, Any] = {}
     for override in overrides:
         key, equals, value = override.partition("=")
@@ -52,6 +49,31 @@ def load_config(
                 said_at.setdefault(_place(each, path, typed), []).append(_explain(each, schema))
         parts = [f"{place}: " + "; ".join(wrong) for place, wrong in said_at.items() if wrong]
         raise ConfigError("; ".join(parts)) from error
+
+
+def _read(path: str | Path, text: str) -> dict[str, Any]:
+    """The object of a file of JSON with comments."""
+    try:
+        read = json5.loads(text, allow_duplicate_keys=False) if text.strip() else None
+        values = json.loads(json.dumps(read))  # joins the halves of "\ud83d\ude00": json5 does not
+    except ValueError as error:
+        raise ConfigError(f"{path}{_said_by_json5(str(error))}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold one JSON object, {{ ... }}")
+    return values
+
+
+def _read_yaml(path: str | Path, text: str) -> dict[str, Any]:
+    """The mapping of a YAML file."""
+    from adaptiverl.config.yaml12 import loads  # 30 ms, which a config in JSON need not wait for
+
+    try:
+        values = json.loads(json.dumps(loads(text)))  # an alias may stand inside of what it names
+    except ValueError as error:
+        raise ConfigError(f"{path}, {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold keys with their values, KEY: value")
+    return values
 
 
 def _said_by_json5(message: str) -> str:

@@ -39,9 +39,9 @@ def save(folder: Path, step: int, write: Callable[[Path], None]) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     write(temporary)
-    files = {str(file.relative_to(temporary)): _sha256(file) for file in _files(temporary)}
+    files = {file.relative_to(temporary).as_posix(): _sha256(file) for file in _files(temporary)}
     manifest = {"step": step, "files": files}
-    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2))
+    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2), "utf-8")
     for path in [*_files(temporary), temporary]:
         _sync(path)
     replaced = folder.with_name(f".old-{folder.name}")
@@ -74,7 +74,7 @@ def _found(output_dir: Path) -> list[tuple[int, bool, Path, dict[str, Any]]]:
         folder = path.parent
         if not folder.name.startswith(".new-") and folder.name.removeprefix(".old-") != BEST:
             try:
-                manifest = json.loads(path.read_text())
+                manifest = json.loads(path.read_text("utf-8"))
                 found.append((int(manifest["step"]), folder.name == "final", folder, manifest))
             except (ValueError, KeyError) as error:
                 log.warning("%s is damaged (%s: %s): not used", folder, MANIFEST, error)
@@ -168,7 +168,7 @@ def step_name(step: int) -> str:
 def damage(folder: Path) -> str | None:
     """What is wrong with the checkpoint in `folder`; None if it is whole."""
     try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
+        files = json.loads((folder / MANIFEST).read_text("utf-8"))["files"]
     except (OSError, ValueError, KeyError) as error:
         return f"{MANIFEST}: {error}"
     return _damage(folder, files)
@@ -214,7 +214,7 @@ def _sha256(file: Path) -> str:
 def _sync(path: Path) -> None:
     if os.name == "nt" and path.is_dir():  # Windows cannot, and orders renames by itself
         return
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # Windows writes
     try:
         os.fsync(descriptor)
     finally:

@@ -166,7 +166,9 @@ def make_accelerator(c: RunConfig, kind: Callable[..., Accelerator] = Accelerato
     if c.FP16 and not torch.cuda.is_available():
         raise ConfigError("FP16 needs a GPU, and there is none: use BF16 or neither")
     result = kind(
-        cpu=not torch.cuda.is_available(),  # said, or CPU processes do not find each other
+        # Said, or CPU processes do not find each other. Apple's GPUs have no float64, by which
+        # tokens are drawn, so a Mac uses its CPU.
+        cpu=not torch.cuda.is_available(),
         mixed_precision="bf16" if c.BF16 else "fp16" if c.FP16 else "no",
         log_with=c.TRACKERS or None,
         project_dir=Path(c.OUTPUT_DIR, "tensorboard"),

@@ -65,7 +65,7 @@ class RunFolder:
                     print(advice)
             self._begin_logs()
             resolved = c.model_dump_json(by_alias=True, indent=2)
-            (self.path / "config.json").write_text(resolved + "\n")
+            (self.path / "config.json").write_text(resolved + "\n", "utf-8")
         parts.runtime.accelerator.wait_for_everyone()
         if parts.runtime.accelerator.log_with:
             parts.runtime.accelerator.init_trackers("adaptiverl", config=_flat(c))
@@ -133,11 +133,13 @@ class RunFolder:
             def write(where: Path) -> None:
                 parts.sampler.policy.save(where, weights)
                 parts.sampler.tokenizer.save_pretrained(where)
-                (where / "run_config.json").write_text(self.config.model_dump_json(by_alias=True))
+                resolved = self.config.model_dump_json(by_alias=True)
+                (where / "run_config.json").write_text(resolved, "utf-8")
                 torch.save(saved, where / "trainer.pt")
                 if evaluation is not None:
                     shown = {k: v for k, v in evaluation.items() if k.startswith("eval/")}
-                    (where / "best.json").write_text(json.dumps({"step": step} | shown, indent=2))
+                    text = json.dumps({"step": step} | shown, indent=2)
+                    (where / "best.json").write_text(text, "utf-8")
 
             checkpoint.save(folder, step, write)
             spare = parts.guards.needed(step) if self.config.ON_COLLAPSE == "rollback" else ()
@@ -231,7 +233,7 @@ class RunFolder:
         file = self.path / checkpoint.BEST / "best.json"
         if not self.log or not file.exists():
             return []
-        row = json.loads(file.read_text())
+        row = json.loads(file.read_text("utf-8"))
         score = f"eval/score {row['eval/score']:.3f}"
         return [f"best: step {row['step']} ({score}), the model is in {file.parent}"]
 

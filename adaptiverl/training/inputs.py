@@ -47,7 +47,11 @@ def located(model: str) -> str:
     path = place = Path(model)
     if model.startswith(ASSETS) and not path.exists():
         place = Path(adaptiverl.__file__).parents[1] / model
-    local = model.startswith(("/", ".")) or (len(path.parts) > 1 and path.parent.exists())
+    local = (
+        path.is_absolute()
+        or model.startswith(("/", "."))
+        or (len(path.parts) > 1 and path.parent.exists())
+    )
     if (local or place != path) and not place.exists():
         raise ValueError(f"there is no folder {model}")
     return model if place == path else str(place)

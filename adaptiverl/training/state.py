@@ -96,7 +96,7 @@ def among(c: RunConfig, runtime: Runtime, steps: Collection[int] | None = None) 
 
 def refuse_changes(folder: Path, c: RunConfig) -> None:
     """Raises ConfigError where a run that continues from `folder` would be another one."""
-    before = json.loads((folder / "run_config.json").read_text())
+    before = json.loads((folder / "run_config.json").read_text("utf-8"))
     now = json.loads(c.model_dump_json(by_alias=True))
     for keys in (before, now):
         for name in ("REWARDS", "HELD_OUT"):

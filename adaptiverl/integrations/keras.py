@@ -1,0 +1,153 @@
+"""Keras: a callback that moves the rate by loss and reward, and the rules of time as a schedule.
+
+Any backend of Keras 3. Momentum, betas and weight decay are left out: Keras compiles them in.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import keras
+from keras import ops
+
+from adaptiverl.integrations.hyperparameters import Hyperparameters, make_controller
+from adaptiverl.optim.constants import CONSTANTS, lr_bounds
+from adaptiverl.optim.controller import Controller
+from adaptiverl.optim.rules import ARGUMENTS, Value, parse_rules
+
+
+class AdaptiveCallback(keras.callbacks.Callback):
+    """After each batch the rules move the learning rate of the model's optimizer.
+
+        model.fit(x, y, callbacks=[AdaptiveCallback("trend+variance", reward_rule="trend",
+                                                    reward_fn=lambda batch: latest_reward())])
+
+    lr_rule, reward_rule    as of adaptiverl.AdaptiveScheduler, but for those that need a KL
+    reward_fn       gives the reward after batch `batch`, or None where there is none
+    constants       of the rules, and min_lr and max_lr
+
+    The loss is that of the batch, not Keras' mean over the epoch: the model must have been compiled
+    with a loss. One batch is one step of time, also where Keras accumulates gradients over several.
+    The rate must be a number: a schedule is refused by Keras. The log has the rate at the end of
+    each epoch as `learning_rate`. `controller.state_dict()` is what a checkpoint needs.
+    """
+
+    def __init__(
+        self,
+        lr_rule: Value = "none",
+        reward_rule: Value = "none",
+        *,
+        reward_fn: Callable[[int], float | None] | None = None,
+        **constants: Any,
+    ):
+        super().__init__()
+        if other := sorted(constants.keys() & set(ARGUMENTS)):
+            raise TypeError(f"{', '.join(other)}: this callback moves the learning rate alone")
+        for rule, _ in parse_rules("lr_rule", lr_rule) + parse_rules("reward_rule", reward_rule):
+            if rule.reads == "grad_norm":
+                raise ValueError("lr_rule grad_norm: Keras shows a callback no gradient")
+        self.arguments = {"lr_rule": lr_rule, "reward_rule": reward_rule} | constants
+        unbounded = {k: v for k, v in self.arguments.items() if k not in ("min_lr", "max_lr")}
+        make_controller(Hyperparameters(lr=1e-3), **unbounded)  # refuses what is wrong now
+        self.reward_fn = reward_fn
+        self.controller: Controller | None = None
+        self.seen = (0.0, 0.0)  # sum and count of the losses of the epoch so far
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        rate = self._rate()
+        if self.controller is None:
+            self.controller = make_controller(Hyperparameters(lr=rate), **self.arguments)
+        if self.controller.reads("loss") and self._tracker() is None:
+            raise ValueError("a rule reads the loss, and the model was compiled without one")
+        self.model.optimizer.learning_rate = rate  # Keras refuses it where the rate is a schedule
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self.seen = (0.0, 0.0)
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        assert self.controller is not None
+        reward = self.reward_fn(batch) if self.reward_fn else None
+        group = self.controller.optimizer.param_groups[0]
+        if not math.isclose(group["lr"], rate := self._rate(), rel_tol=1e-6):
+            group["lr"] = rate  # something else has set it, which the controller refuses
+        self.controller.observe(loss=self._loss(), reward=reward)
+        self.controller.tick()
+        self.model.optimizer.learning_rate = group["lr"]
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        if logs is not None:
+            logs["learning_rate"] = self._rate()
+
+    def _rate(self) -> float:
+        return float(ops.convert_to_numpy(self.model.optimizer.learning_rate))
+
+    def _tracker(self) -> Any:
+        """Keras' mean of the losses of an epoch."""
+        means = [m for m in self.model.metrics if isinstance(m, keras.metrics.Mean)]
+        return next((mean for mean in means if mean.name == "loss"), None)
+
+    def _loss(self) -> float | None:
+        """Of the batches since the last call."""
+        tracker = self._tracker()
+        if tracker is None:
+            return None
+        total, count = (float(ops.convert_to_numpy(x)) for x in (tracker.total, tracker.count))
+        new, size = total - self.seen[0], count - self.seen[1]
+        self.seen = total, count
+        return new / size if size else None
+
+
+@keras.saving.register_keras_serializable(package="adaptiverl")
+class TimeSchedule(keras.optimizers.schedules.LearningRateSchedule):
+    """The rules of time as a schedule: cyclical, cosine, cosine_restart, or several joined by "+".
+
+        keras.optimizers.Adam(TimeSchedule(1e-3, "cosine_restart", cycle_length=500))
+
+    learning_rate   the rate that the rules scale
+    rule            as lr_rule of adaptiverl.AdaptiveScheduler
+    constants       cycle_length, cycle_mult, eta_min_scale, min_lr and max_lr
+    """
+
+    def __init__(self, learning_rate: float, rule: Value = "cosine_restart", **constants: Any):
+        make_controller(Hyperparameters(lr=learning_rate), lr_rule=rule, **constants)  # checks them
+        self.given = {"learning_rate": learning_rate, "rule": rule} | constants
+        self.learning_rate = learning_rate
+        self.bounds = lr_bounds(constants.get("min_lr"), constants.get("max_lr"))
+        self.rules: list[tuple[str, dict[str, Any]]] = []
+        for found, own in parse_rules("lr_rule", rule):
+            if found.kind != "schedule":
+                raise ValueError(f"{found.name} reads the {found.reads}: use AdaptiveCallback")
+            defaults = {name: CONSTANTS[name].default for name in found.constants}
+            shared = {k: v for k, v in constants.items() if k in defaults}
+            self.rules.append((found.name, defaults | shared | own))
+
+    def __call__(self, step: Any) -> Any:
+        rate = self.learning_rate
+        for name, c in self.rules:
+            height = HEIGHTS[name](ops.cast(step, "float32"), c)
+            rate = rate * (c["eta_min_scale"] + (1 - c["eta_min_scale"]) * height)
+        return ops.clip(rate, *self.bounds)
+
+    def get_config(self) -> dict[str, Any]:
+        return dict(self.given)
+
+
+def _cyclical(step: Any, c: dict[str, Any]) -> Any:
+    return ops.abs(1 - 2 * ops.mod(step, c["cycle_length"]) / c["cycle_length"])
+
+
+def _cosine(step: Any, c: dict[str, Any]) -> Any:
+    place = ops.mod(step, 2 * c["cycle_length"]) / c["cycle_length"]
+    return (1 + ops.cos(math.pi * place)) / 2
+
+
+def _cosine_restart(step: Any, c: dict[str, Any]) -> Any:
+    step, length = ops.while_loop(
+        lambda step, length: step >= length,
+        lambda step, length: (ops.floor(step - length), ops.floor(length * c["cycle_mult"])),
+        (step, ops.full_like(step, c["cycle_length"])),
+    )
+    return (1 + ops.cos(math.pi * step / length)) / 2
+
+
+HEIGHTS = {"cyclical": _cyclical, "cosine": _cosine, "cosine_restart": _cosine_restart}

@@ -1,0 +1,54 @@
+"""The line search of the trust region in jax: TrustRegion.line_search as a pure function."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from adaptiverl.optim.trust_region import KL_TOLERANCE, MAX_MEASUREMENTS, MAX_RESCALE
+
+
+def line_search(
+    measure_kl: Callable[[Any], Any],
+    target: Any,
+    initialized: Any = False,
+    max_scale: Any = jnp.inf,
+) -> tuple[Any, Any, Any]:
+    """TrustRegion.line_search: the factor on the rate, the one on the update, and its KL.
+
+    measure_kl(s)   gives the KL of the update times s, in jax
+    initialized     whether an update has met the target before; the first is also scaled up
+    max_scale       largest factor
+
+    The factor on the update is 0 where no scale brings it within bounds, and else that on the rate.
+    """
+
+    def body(search: tuple[Any, ...]) -> tuple[Any, ...]:
+        count, scale, kl, within, kl_within, beyond, _ = search
+        far = ~(kl <= KL_TOLERANCE * target)  # NaN is far
+        short = jnp.logical_not(initialized) & (kl < target / KL_TOLERANCE) & (scale < max_scale)
+        beyond = jnp.where(far, scale, beyond)
+        within, kl_within = jnp.where(far, within, scale), jnp.where(far, kl_within, kl)
+        ratio = jnp.where(jnp.isnan(kl), 0.0, jnp.where(kl > 0, target / kl, jnp.inf))
+        change = jnp.clip(jnp.sqrt(ratio), 1 / MAX_RESCALE, MAX_RESCALE)
+        change = jnp.minimum(change, max_scale / scale)
+        outside = (within > 0) & ~((within < scale * change) & (scale * change < beyond))
+        change = jnp.where(outside, jnp.sqrt(within * beyond) / scale, change)
+        more = far | short
+        scale = jnp.where(more, scale * change, scale)
+        kl = jax.lax.cond(more, lambda: _like(measure_kl(scale), kl), lambda: kl)
+        return count + 1, scale, kl, within, kl_within, beyond, more
+
+    one = jnp.ones_like(jnp.asarray(target, float))
+    first = _like(measure_kl(one), one)
+    search = (0, one, first, 0 * one, 0 * one, jnp.inf * one, jnp.asarray(True))
+    search = jax.lax.while_loop(lambda s: (s[0] < MAX_MEASUREMENTS) & s[-1], body, search)
+    _, scale, kl, within, kl_within, *_ = search
+    failed = ~(kl <= KL_TOLERANCE * target)
+    applied, kl = jnp.where(failed, within, scale), jnp.where(failed, kl_within, kl)
+    return jnp.where(failed & (within > 0), within, scale), applied, kl
+
+
+def _like(value: Any, other: Any) -> Any:
+    return jnp.asarray(value, other.dtype)
