@@ -3,7 +3,7 @@
     python benchmarks/gpu.py [--minutes 10] [--tokenizer FOLDER] [--report]
 
 Runs the tests marked `gpu` (tests/test_gpu_*.py), then `throughput.py` on the card, and writes
-gpu.json and the table in docs/cuda.md; --report only writes that table, from gpu.json. The parts are
+gpu.json and the table in docs/cuda.md; --report only writes that table. The parts are
 independent: after one that fails, the rest goes on in a new process, because an error of the device
 breaks the process that it happens in. What does not fit into the minutes is said to be left out.
 Without a card it says so in one line, and changes nothing. Leaves out the parts themselves.

@@ -1,4 +1,4 @@
-"""The table of `make gpu` in docs/cuda.md, from gpu.json; a row that no card has run says "open"."""
+"""The table of `make gpu` in docs/cuda.md, from gpu.json; a row that no card ran says "open"."""
 
 import json
 from pathlib import Path

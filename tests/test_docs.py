@@ -2,10 +2,12 @@
 
 Each page is gone through in order, in a folder of its own: files that it shows are written, configs
 are checked, commands and snippets run. Runs are cut to two steps where their length is not said.
-What cannot run says why, in `<!-- not run: … -->` before the block.
+What cannot run says why, in `<!-- not run: … -->` before the block, and `<!-- needs … -->` names a
+module without which it is left out.
 """
 
 import contextlib
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -24,7 +26,10 @@ from adaptiverl.training.keys import RunConfig
 from rewards import REWARD_TYPES
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-FENCE = re.compile(r"(?:^<!-- not run: (.*) -->\n)?^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(
+    r"(?:^<!-- (?:not run: ([^\n]+)|needs (\w+)) -->\n)?^```(\w*)\n(.*?)^```",
+    re.MULTILINE | re.DOTALL,
+)
 TEXT = {"", "jinja"}  # what a command prints, and what other tests read
 HELD_BY_CI = "make train    # environment"
 NAMED = re.compile(r"^(?:#|//) ([\w/]+\.\w+)\n")  # a block that is a file says so first
@@ -32,6 +37,7 @@ NAMED = re.compile(r"^(?:#|//) ([\w/]+\.\w+)\n")  # a block that is a file says 
 
 class Block(NamedTuple):
     not_run: str
+    needs: str
     language: str
     code: str
 
@@ -123,7 +129,8 @@ def test_every_block_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     reader = Reader(monkeypatch)
     for block in blocks(page):
-        if block.not_run or block.code.startswith(HELD_BY_CI):
+        lacks = block.needs and importlib.util.find_spec(block.needs) is None
+        if block.not_run or lacks or block.code.startswith(HELD_BY_CI):
             continue
         getattr(reader, block.language)(block.code)
     sys.modules.pop("my_rewards", None)
