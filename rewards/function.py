@@ -2,8 +2,11 @@
 
 import importlib
 import inspect
-from collections.abc import Callable, Sequence, Set
+import sys
+from collections.abc import Callable, Iterator, Sequence, Set
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
@@ -32,11 +35,13 @@ class PythonReward(Reward):
     def _load(self, device: Any) -> None:
         module, _, name = self.function.partition(":")
         try:
-            found = getattr(importlib.import_module(module), name, None)
+            with _working_directory_first():
+                source = importlib.import_module(module)
         except SyntaxError as error:
             raise ValueError(f"{error.filename}, line {error.lineno}: {error.msg}") from error
-        if not callable(found):
-            raise ValueError(f"module {module} has no function {name}")
+        if not callable(found := getattr(source, name, None)):
+            file = getattr(source, "__file__", None) or "built in"
+            raise ValueError(f"module {module} ({file}) has no function {name}")
         makes_rewards = isinstance(found, type) or not (_has_columns(found) or _reads(found))
         self._check_args(found, complete=makes_rewards)
         if makes_rewards:
@@ -104,6 +109,17 @@ class PythonReward(Reward):
     def close(self) -> None:
         if self._started and isinstance(self._function, Reward):
             self._function.close()
+
+
+@contextmanager
+def _working_directory_first() -> Iterator[None]:
+    """Within this, modules of the working directory hide those of the program's own folder."""
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)  # the first one
 
 
 def _signature(function: Callable[..., Any]) -> inspect.Signature | None:

@@ -142,3 +142,12 @@ def test_a_page_holds_no_lone_surrogate(tmp_path):
     out = tmp_path / "page.html"
     assert adaptiverl(["compare", str(run), str(other), "--out", str(out)]) == 0
     assert json.dumps(out.read_bytes().decode("utf-8"))
+
+
+def test_a_file_of_prompts_that_has_changed_in_between_is_not_paired(tmp_path, capsys):
+    """It has the same name: samples.jsonl says what was in it."""
+    runs = [a_run(tmp_path / name, 0.2, seed) for seed, name in enumerate("ab")]
+    for run, prompt in zip(runs, ("one", "two"), strict=True):
+        (run / "samples.jsonl").write_text(json.dumps({"step": 1, "prompt": prompt}) + "\n")
+    assert adaptiverl(["compare", *map(str, runs), "--out", str(tmp_path / "page.html")]) == 0
+    assert "on the same prompts" not in capsys.readouterr().out

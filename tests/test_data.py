@@ -167,12 +167,12 @@ def test_a_malformed_file_is_told_by_the_first_line_of_the_cause(tmp_path, monke
 @pytest.mark.parametrize(
     ("prompts", "row", "value"),
     [
-        (["This", ""], 1, "''"),
-        (["", "This"], 0, "''"),
-        (["This", "That", None], 2, "None"),
-        ([3, 4], 0, "3"),
-        ([["This"]], 0, "['This']"),
-        ([{"role": "user"}], 0, "{'role': 'user'}"),
+        (["This", ""], 1, "is '', not text"),
+        (["", "This"], 0, "is '', not text"),
+        (["This", "That", None], 2, "is missing"),
+        ([3, 4], 0, "is 3, not text"),
+        ([["This"]], 0, "is ['This'], not text"),
+        ([{"role": "user"}], 0, "is {'role': 'user'}, not text"),
     ],
 )
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
@@ -181,7 +181,7 @@ def test_a_prompt_that_is_not_text(tmp_path, suffix, prompts, row, value):
     with pytest.raises(ValueError) as caught:
         load_prompts(str(path), "prompt")
     assert str(caught.value).startswith(
-        f"{path}: row {row} of column 'prompt' is {value}, not text (to start from nothing, "
+        f"{path}: row {row} of column 'prompt' {value} (to start from nothing, "
     )
 
 
@@ -298,3 +298,16 @@ def test_the_shuffle_leaves_torchs_random_numbers_alone():
     before = torch.get_rng_state()
     assert sorted(indices_at(0, 7, 7, 1)) == list(range(7))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_comma_in_a_text_that_is_not_quoted_is_told(tmp_path):
+    """pandas would take `Hello` for an index, and ` my friend` for the prompt."""
+    path = tmp_path / "comma.csv"
+    path.write_text("prompt,genre\nHello, my friend,drama\nfoo,b\n")
+    with pytest.raises(ValueError, match=r"line 2 has 3 fields, and the first line names 2: put"):
+        load_prompts(str(path), "prompt")
+    path.write_text('prompt,genre\n"Hello, my\nfriend",drama\nfoo,b\n')
+    assert load_prompts(str(path), "prompt")["prompt"] == ["Hello, my\nfriend", "foo"]
+    path.write_text("prompt;genre\nfoo;b\n")
+    with pytest.raises(ValueError, match="only prompt;genre; columns of a"):
+        load_prompts(str(path), "prompt")

@@ -220,8 +220,14 @@ def test_a_model_that_is_neither_folder_nor_hub_id(mistake, model):
             {"TYPE": "python", "FUNCTION": "no_such_module:score"},
             "No module named 'no_such_module'",
         ),
-        ({"TYPE": "python", "FUNCTION": "json:score"}, "module json has no function score"),
-        ({"TYPE": "python", "FUNCTION": "json:__name__"}, "module json has no function __name__"),
+        (
+            {"TYPE": "python", "FUNCTION": "json:score"},
+            f"module json ({json.__file__}) has no function score",
+        ),
+        (
+            {"TYPE": "python", "FUNCTION": "json:__name__"},
+            f"module json ({json.__file__}) has no function __name__",
+        ),
         ({"TYPE": "cosine", "COLUMN": "answer"}, "{TRAIN_FILE} has no column 'answer' (COLUMN)"),
     ],
 )

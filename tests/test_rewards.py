@@ -458,7 +458,9 @@ def test_python_reward_by_name(tmp_path, monkeypatch):
     assert reward.name == "vowels"
     assert reward(prompts=["p"] * 2, completions=["aie", "xyz"]) == [3, 0]
     for name in ("missing", "NUMBER"):
-        with pytest.raises(ValueError, match=f"module my_own_reward has no function {name}"):
+        with pytest.raises(
+            ValueError, match=rf"module my_own_reward \(.*\) has no function {name}"
+        ):
             PythonReward(function=f"my_own_reward:{name}").start()
     with pytest.raises(ModuleNotFoundError, match="no_such_module"):
         PythonReward(function="no_such_module:vowels").start()
@@ -990,3 +992,17 @@ def test_prompts_and_completions_of_different_numbers_are_refused():
     reward = CompositeReward([LengthReward(max=3)])
     with pytest.raises(ValueError, match="2 prompts for 1 completions"):
         reward(prompts=["a", "b"], completions=["c"])
+
+
+def test_a_module_of_the_working_directory_hides_another_of_its_name(tmp_path, monkeypatch):
+    """`python ../program/train.py` puts the program's folder first."""
+    for place, value in (("program", 1.0), ("mine", 2.0)):
+        (tmp_path / place).mkdir()
+        text = f"def score(completions, **_):\n    return [{value}] * len(completions)\n"
+        (tmp_path / place / "of_two_places.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path / "program")
+    monkeypatch.chdir(tmp_path / "mine")
+    before = list(sys.path)
+    reward = PythonReward(function="of_two_places:score")
+    assert reward(["a"], ["b"]) == [2.0] and sys.path == before
+    sys.modules.pop("of_two_places")

@@ -14,6 +14,7 @@ from tabulate import tabulate
 from adaptiverl.commands.charts import Chart, Series, chart, number
 from adaptiverl.commands.curves import Run, change, read_run, smoothed
 from adaptiverl.commands.pages import write_page
+from adaptiverl.commands.sample_facts import steps_of
 from adaptiverl.config.schema import ConfigError
 
 FIGURES = ("reward", "kl_per_completion", "entropy", "completions/mean_length", "eval/reward")
@@ -93,8 +94,10 @@ def paired(run: Run, other: Run, name: str) -> tuple[float, float, int] | None:
 
 
 def are_paired(run: Run, other: Run) -> bool:
-    """Whether both see the same prompts in the same steps."""
-    return all(run.config.get(key) == other.config.get(key) for key in PAIRED_BY)
+    """Whether both see the same prompts in the same steps; a file may have changed in between."""
+    same_keys = all(run.config.get(key) == other.config.get(key) for key in PAIRED_BY)
+    first, others = ([row["prompt"] for row in next(steps_of(each), [])] for each in (run, other))
+    return same_keys and first == others
 
 
 def _names(folders: list[Path]) -> list[str]:

@@ -136,6 +136,8 @@ def _explain(error: Any, schema: type[Config]) -> str:
         return f"{name}: {message}"
     message = re.sub(", unable to parse string as an? [a-z]+", "", message)
     message = message.replace("Input should be", "it must be").replace("String should", "it must")
+    if error["type"] == "list_type" and isinstance(error["input"], str):
+        message += f", such as {json.dumps([error['input']])}"
     return f"{name} is {json.dumps(error['input'])}: {message}"
 
 

@@ -1,5 +1,6 @@
 """Prompts: loading them through `datasets`, and which of them each step trains on."""
 
+import csv
 import glob
 import logging
 from collections.abc import Iterator
@@ -34,6 +35,8 @@ def load_prompts(source: str, column: str, split: str = "train") -> Dataset:
             raise FileNotFoundError(f"there is no file {source}")
         if path.stat().st_size == 0:
             raise ValueError(f"{source} is empty")
+        if path.suffix == ".csv":
+            _check_fields(path)
         name = glob.escape(str(path))
         try:
             with _silent():
@@ -54,18 +57,45 @@ def load_prompts(source: str, column: str, split: str = "train") -> Dataset:
     if not rows.num_rows:
         raise ValueError(f"{source} has no rows")
     if column not in rows.column_names:
-        raise ValueError(f"{source} has no column {column!r}, only {', '.join(rows.column_names)}")
+        only = ", ".join(rows.column_names)
+        odd = len(rows.column_names) == 1 and any(sign in only for sign in ";\t|")
+        hint = "; columns of a .csv are separated by commas" if odd else ""
+        raise ValueError(f"{source} has no column {column!r}, only {only}{hint}")
     if holds_chats(rows, column):
         found = ((row, mistake(prompt, column)) for row, prompt in enumerate(rows[column]))
         wrong = next(((row, why) for row, why in found if why), None)
     elif (row := _not_text(rows, column)) is not None:
         beginning = "(to start from nothing, write the model's beginning-of-text token)"
-        wrong = row, f"is {rows[row][column]!r}, not text {beginning}"
+        value = rows[row][column]
+        told = "is missing" if value is None else f"is {value!r}, not text"
+        wrong = row, f"{told} {beginning}"
     else:
         wrong = None
     if wrong:
-        raise ValueError(f"{source}: row {wrong[0]} of column {column!r} {wrong[1]}")
+        raise ValueError(
+            f"{source}: row {wrong[0]} of column {column!r} {wrong[1]}. The first row is 0"
+        )
     return rows
+
+
+def _check_fields(path: Path) -> None:
+    """Raises ValueError for a line with more fields than the first.
+
+    pandas takes its first field for an index, and shifts the others. What cannot be read at all is
+    left to `datasets`, which says why.
+    """
+    with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
+        lines = csv.reader(file)
+        try:
+            head = len(next(lines, []))
+            wrong = next(((lines.line_num, len(row)) for row in lines if len(row) > head), None)
+        except csv.Error:
+            return
+    if wrong:
+        raise ValueError(
+            f"{path}: line {wrong[0]} has {wrong[1]} fields, and the first line names {head}: put "
+            'a text that has a comma in it into quotes, "like, this"'
+        )
 
 
 def holds_chats(rows: Dataset, column: str) -> bool:

@@ -5,6 +5,7 @@ Single files are files/'s.
 
 import json
 import logging
+import shlex
 import shutil
 import signal
 import sys
@@ -57,6 +58,8 @@ class RunFolder:
             checkpoint.put_back(self.path)
             if parts.resumed:
                 print(f"resumed after step {step} from {parts.resumed}")
+                if step >= c.STEPS:
+                    print(f"nothing is left to do: it has {step} steps, and STEPS is {c.STEPS}")
             else:
                 if c.RESUME:
                     print(f"no checkpoint in {self.path} to resume from: starting a new run")
@@ -280,7 +283,8 @@ def next_commands(path: Path, has_report: bool) -> list[str]:
     follow = ["doctor", "generate"] if has_report else ["report", "doctor", "generate"]
     heads = ["next:", *["     "] * len(follow)]
     return report + [
-        f"{head} {program} {name} {path}" for head, name in zip(heads, follow, strict=False)
+        f"{head} {program} {name} {shlex.quote(str(path))}"
+        for head, name in zip(heads, follow, strict=False)
     ]
 
 

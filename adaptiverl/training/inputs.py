@@ -52,6 +52,8 @@ def located(model: str) -> str:
         or model.startswith(("/", "."))
         or (len(path.parts) > 1 and path.parent.exists())
     )
+    if (place / "metrics.jsonl").exists():
+        raise ValueError(f"{model} is the folder of a run: name a model in it, {model}/final")
     if (local or place != path) and not place.exists():
         raise ValueError(f"there is no folder {model}")
     return model if place == path else str(place)
