@@ -1,16 +1,11 @@
 """Tables and a plot of what lr_robustness.py measured: interquartile means, intervals."""
 
-import json
 import random
 import statistics
 from pathlib import Path
 from typing import Any
 
 from lr_methods import METHODS, ONLINE, OURS, START
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def middle(scores: list[float]) -> float:

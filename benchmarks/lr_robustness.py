@@ -32,8 +32,9 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 from lr_methods import METHODS, ONLINE, REGIMES, Method, ScheduleFree  # noqa: E402
-from lr_report import plot, read, report, report_collapse, report_online  # noqa: E402
+from lr_report import plot, report, report_collapse, report_online  # noqa: E402
 from regimes import BASE, Regime, cells, regime_of, report_regimes  # noqa: E402
+from rows import publish, read  # noqa: E402
 
 from adaptiverl.rl.loading import load_policy, load_tokenizer  # noqa: E402
 from adaptiverl.rl.policy import Policy  # noqa: E402
@@ -276,12 +277,9 @@ def main() -> None:
     ]
     if not args.report:
         run_all(jobs, results, args.processes)
-    rows = read(results)
-    text = tell(rows)
-    results.with_suffix(".md").write_text(text)
+    publish(results, tell)
     if args.suite == "rates":
-        plot(rows, results.with_suffix(".png"))
-    print(text)
+        plot(read(results), results.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rows import publish, read
 from tabulate import tabulate
 from trl_side import trl_config
 
@@ -106,10 +107,6 @@ def run(models: Path, job: tuple[int, float, str]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def read(results: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in results.open()] if results.exists() else []
-
-
 def run_all(jobs: list[tuple[int, float, str]], results: Path, processes: int) -> None:
     """Runs what `results` lacks and appends it."""
     done = {(row["graph"], row["rate"], row["method"]) for row in read(results)}
@@ -174,9 +171,7 @@ def main() -> None:
     ]
     if not args.report:
         run_all(jobs, args.results, args.processes)
-    text = report(read(args.results))
-    args.results.with_suffix(".md").write_text(text)
-    print(text)
+    publish(args.results, report)
 
 
 if __name__ == "__main__":

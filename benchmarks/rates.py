@@ -30,7 +30,7 @@ def one_run(overrides: list[str]) -> dict[str, list[float]]:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "train.py", "config.json", *overrides, "REPORT=false"]
         command += [f"OUTPUT_DIR={folder}", "SAVE_EVERY=0"]
-        subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL)  # a broken policy ends early
+        subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
         rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").open()]
     return {key: [round(row[key], 4) for row in rows] for key in ("reward", "kl_per_completion")}
 

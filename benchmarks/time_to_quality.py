@@ -38,7 +38,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 
-from lr_report import read  # noqa: E402
+from rows import publish, read  # noqa: E402
 from trl_side import trl_config  # noqa: E402
 
 RESULTS = HERE / "time_to_quality.jsonl"
@@ -291,9 +291,7 @@ def main() -> None:
     jobs = [(t, side, rate, s) for s in args.seeds for t in args.tasks for side, rate in sides]
     if not args.report:
         run_all(jobs, args.steps, args.results)
-    text = report(read(args.results))
-    args.results.with_suffix(".md").write_text(text)
-    print(text)
+    publish(args.results, report)
 
 
 if __name__ == "__main__":

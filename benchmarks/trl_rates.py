@@ -40,8 +40,8 @@ from tabulate import tabulate
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from lr_report import read  # noqa: E402
 from lr_robustness import GROUP, KL_COEF, TEMPERATURE, TOKENS, Bench, Task  # noqa: E402
+from rows import publish, read  # noqa: E402
 from trl_side import trl_config  # noqa: E402
 
 from adaptiverl import AdamMini, AdaptiveOptimizer  # noqa: E402
@@ -215,9 +215,7 @@ def main() -> None:
     ]
     if not args.report:
         run_all(jobs, args.results, args.processes)
-    text = report(read(args.results))
-    args.results.with_suffix(".md").write_text(text)
-    print(text)
+    publish(args.results, report)
 
 
 if __name__ == "__main__":

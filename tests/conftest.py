@@ -113,7 +113,7 @@ def start(tmp_path: Path, warm: Server) -> Callable[..., subprocess.Popen | Proc
             path.write_text(json.dumps(config))
             config = path
         command = [*launcher, program, str(config), *arguments]
-        if not fresh and warm.fits(ENVIRONMENT):
+        if not fresh and os.name != "nt" and warm.fits(ENVIRONMENT):  # Windows has no fork
             return warm.start(command, ENVIRONMENT)
         return subprocess.Popen(
             command,

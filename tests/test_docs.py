@@ -6,7 +6,6 @@ What cannot run says why, in `<!-- not run: … -->` before the block, and `<!--
 module without which it is left out.
 """
 
-import contextlib
 import importlib.util
 import re
 import shlex
@@ -115,7 +114,7 @@ class Reader:
         run = next((Path(word) for word in words[1:] if word == "checkpoints"), None)
         if run and not run.exists():
             self.train(["config.json", "FULLTUNE=false"])
-        with in_this_process(), contextlib.suppress(SystemExit):
+        with in_this_process():
             status = adaptiverl(words)
             assert status == 0 or (words[0], status) == ("doctor", 1), words
 
@@ -148,6 +147,8 @@ def test_the_reader_fails_where_a_page_is_wrong(tmp_path, monkeypatch):
         reader.json('{"REWARDS": [{"TYPE": "classifier"}], "STEPZ": 3}')
     with pytest.raises(AssertionError):
         reader.after(["explain", "nowhere"])
+    with pytest.raises(SystemExit):
+        reader.after(["report", "--no-such-option"])
     with pytest.raises(pytest.fail.Exception):
         reader.bash("curl example.org")
 

@@ -39,14 +39,14 @@ def test_what_is_forked_has_no_threads(warm):
 
 
 PROGRAM = """
-import signal, sys, time
+import signal, sys
 assert "torch" in sys.modules and __name__ == "__main__"
 print(sys.argv[1:], sys.stdin.read(), flush=True)
 if sys.argv[1] == "wait":
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
     print("waits", flush=True)
-    time.sleep(600)
+    signal.pause()
 print("x" * 1_000_000, file=sys.stderr)
 sys.exit(int(sys.argv[1]))
 """
