@@ -16,7 +16,7 @@ from adaptiverl.config.loading import load_config
 from adaptiverl.config.schema import LR_BOUNDS, Config, ConfigError
 from adaptiverl.optim.constants import BOUNDS
 from adaptiverl.optim.rules import ARGUMENTS, names
-from adaptiverl.rl.reinforce import BASELINES
+from adaptiverl.rl.reinforce import BASELINES, PER_PROMPT
 from adaptiverl.rl.sampling.sampler import BACKENDS
 from adaptiverl.training.build import ARGUMENTS as OF_THE_OPTIMIZER
 from adaptiverl.training.build import adaptive, base_optimizer, try_rules
@@ -568,10 +568,6 @@ def test_an_unknown_key_of_a_reward_names_the_nearest_of_that_reward(mistake):
             {"MAXSEQ": 32, "MAX_NEW_TOKENS": 32},
             "MAXSEQ leaves no room for a prompt before MAX_NEW_TOKENS",
         ),
-        (
-            {"BASELINE": "rloo", "BATCH_SIZE": 1, "NUM_GENERATIONS": 1},
-            "BASELINE rloo compares completions: BATCH_SIZE 1 has only one",
-        ),
         ({"KL_COEF": 0, "KL_COEF_TARGET": 1}, "KL_COEF_TARGET needs a KL_COEF above 0"),
         ({"KL_COEF": 0, "KL_ESTIMATOR": "k3"}, "KL_ESTIMATOR needs a KL_COEF above 0"),
         ({"EVAL_EVERY": 5}, "EVAL_EVERY needs an EVAL_FILE or EVAL_SPLIT"),
@@ -612,6 +608,13 @@ def test_an_unknown_key_of_a_reward_names_the_nearest_of_that_reward(mistake):
 )
 def test_contradictions(mistake, keys, part):
     assert part in mistake(keys)
+
+
+@pytest.mark.parametrize("baseline", sorted(PER_PROMPT))
+def test_what_compares_completions_needs_two(mistake, baseline):
+    assert mistake({"BASELINE": baseline, "BATCH_SIZE": 1, "NUM_GENERATIONS": 1}) == (
+        f"config.json: BASELINE {baseline} compares completions: BATCH_SIZE 1 has only one"
+    )
 
 
 @pytest.mark.parametrize(
@@ -826,5 +829,5 @@ def test_the_nearest_key_of_a_reward_is_not_its_type(mistake):
 
 def test_keys_are_listed_with_their_choices():
     text = commands.table()
-    assert "(none, ema, batch, rloo)" in text and "(aim, clearml, comet_ml" in text
+    assert "(linear, constant)" in text and "(aim, clearml, comet_ml" in text
     assert "(tokens, words)" in text

@@ -14,6 +14,7 @@ import torch
 from conftest import ENVIRONMENT, ROOT
 
 from adaptiverl import AdaptiveScheduler
+from adaptiverl.optim import rules
 from adaptiverl.optim.controller import Controller
 
 if importlib.util.find_spec("keras") is None:
@@ -120,7 +121,7 @@ def test_rates_are_those_of_the_torch_library(backend):
 
 def test_what_is_refused(monkeypatch):
     monkeypatch.setenv("KERAS_BACKEND", "torch")
-    from adaptiverl.integrations.keras import AdaptiveCallback, TimeSchedule
+    from adaptiverl.integrations.keras import HEIGHTS, AdaptiveCallback, TimeSchedule
 
     with pytest.raises(ValueError, match="there is no rule 'tend'"):
         AdaptiveCallback("tend")
@@ -130,5 +131,11 @@ def test_what_is_refused(monkeypatch):
         AdaptiveCallback("grad_norm")
     with pytest.raises(ValueError, match="trend reads the loss: use AdaptiveCallback"):
         TimeSchedule(0.1, "trend")
+    for rule in (rule.name for rule in rules.RULES if rule.kind == "schedule"):
+        if rule in HEIGHTS:
+            assert 0 < float(TimeSchedule(0.1, rule)(3)) < 0.1
+        else:
+            with pytest.raises(ValueError, match=f"{rule} is not written .* use AdaptiveCallback"):
+                TimeSchedule(0.1, rule)
     with pytest.raises(ValueError, match="is outside its bounds"):
         TimeSchedule(0.1, "cosine", max_lr=0.01)

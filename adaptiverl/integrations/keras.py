@@ -117,6 +117,8 @@ class TimeSchedule(keras.optimizers.schedules.LearningRateSchedule):
         for found, own in parse_rules("lr_rule", rule):
             if found.kind != "schedule":
                 raise ValueError(f"{found.name} reads the {found.reads}: use AdaptiveCallback")
+            if found.name not in HEIGHTS:
+                raise ValueError(f"{found.name} is not written for Keras: use AdaptiveCallback")
             defaults = {name: CONSTANTS[name].default for name in found.constants}
             shared = {k: v for k, v in constants.items() if k in defaults}
             self.rules.append((found.name, defaults | shared | own))
@@ -150,4 +152,5 @@ def _cosine_restart(step: Any, c: dict[str, Any]) -> Any:
     return (1 + ops.cos(math.pi * step / length)) / 2
 
 
+# Rules of time in operations that Keras can compile; AdaptiveCallback has the others
 HEIGHTS = {"cyclical": _cyclical, "cosine": _cosine, "cosine_restart": _cosine_restart}

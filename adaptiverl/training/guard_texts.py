@@ -26,9 +26,9 @@ CONSTANT = (
 )
 STUCK = (
     "rewards differ between prompts, but the {group} completions of one prompt have had equal "
-    "rewards for {steps} steps in a row, and BASELINE rloo compares only these: {trains}. Raise "
-    "NUM_GENERATIONS, or say BASELINE batch; else change REWARDS so that they tell completions of "
-    "a prompt apart"
+    "rewards for {steps} steps in a row, and BASELINE {baseline} compares only these: {trains}. "
+    "Raise NUM_GENERATIONS, or say BASELINE batch; else change REWARDS so that they tell "
+    "completions of a prompt apart"
 )
 DETERMINISTIC = (
     "the policy has hardly any choice from the first step on (entropy {entropy:.2f} nats per "

@@ -163,7 +163,8 @@ class Guards:
         elif self.flat_steps >= min(limit, self.last_step):
             text = say.STUCK if self.varied and group > 1 else say.CONSTANT
             kind = "stuck" if text is say.STUCK else "constant"
-            yield kind, text.format(steps=self.flat_steps, group=group, trains=trains)
+            values = {"steps": self.flat_steps, "group": group, "baseline": c.BASELINE}
+            yield kind, text.format(trains=trains, **values)
 
     def _collapsed(self, metrics: Metrics) -> Finding | None:
         """Of a step in which all rewards that are compared are equal."""

@@ -49,7 +49,7 @@ def adaptive(
 
     inner           made by optax.inject_hyperparams; its learning_rate, momentum, b1, b2, decay
                     (RMSprop's, which torch calls alpha) and weight_decay are moved. Its rate must
-                    not be a schedule: the rules cyclical, cosine and cosine_restart are schedules
+                    not be a schedule: the rules that read time are schedules
     lr_rule and the other arguments     those of adaptiverl.AdaptiveOptimizer, but for trust_region
                     and learned: `trust_region` is a transformation of its own
 
