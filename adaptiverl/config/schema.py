@@ -6,7 +6,7 @@ FP16 on a CPU) is checked by training/build.py.
 """
 
 import importlib.util
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
@@ -33,6 +33,14 @@ class Config(BaseModel, Generic[RewardT]):
     """Keys of config.json. Strings are read as the type they stand for: "5e-5" is 5e-5."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    # Keys that a run may change when it is resumed
+    free_keys: ClassVar[frozenset[str]] = frozenset({
+        "$schema", "STEPS", "EPOCHS", "OUTPUT_DIR", "RESUME", "SAVE_EVERY", "KEEP_CHECKPOINTS",
+        "LOG_EVERY", "REPORT", "DYNAMICS_EVERY", "EVAL_EVERY", "EVAL_FILE", "SAMPLES_EVERY",
+        "TRACKERS", "SAMPLER", "VLLM_SERVER", "HELD_OUT", "ON_COLLAPSE", "STOP_PATIENCE", "STOP_KL",
+        "STOP_REWARD",
+    })  # fmt: skip
 
     SCHEMA: str | None = Field(None, alias="$schema", description="For editors; a run ignores it")
 

@@ -19,12 +19,6 @@ from adaptiverl.training.keys import RunConfig
 from adaptiverl.training.runtime import Runtime
 from rewards import REWARD_TYPES
 
-# Keys that may differ between a run and its continuation, and those of a reward
-FREE_KEYS = {
-    "$schema", "STEPS", "EPOCHS", "OUTPUT_DIR", "RESUME", "SAVE_EVERY", "KEEP_CHECKPOINTS",
-    "LOG_EVERY", "REPORT", "DYNAMICS_EVERY", "EVAL_EVERY", "EVAL_FILE", "SAMPLES_EVERY", "TRACKERS",
-    "SAMPLER", "VLLM_SERVER", "HELD_OUT", "ON_COLLAPSE", "STOP_PATIENCE", "STOP_KL", "STOP_REWARD",
-}  # fmt: skip
 FREE_OF_REWARD = frozenset().union(*(kind.free_keys for kind in REWARD_TYPES))
 
 
@@ -104,7 +98,7 @@ def refuse_changes(folder: Path, c: RunConfig) -> None:
                 {key: value for key, value in reward.items() if key not in FREE_OF_REWARD}
                 for reward in keys.get(name, [])
             ]
-    for key in now.keys() - FREE_KEYS:
+    for key in now.keys() - c.free_keys:
         if before.get(key) != now[key]:
             raise ConfigError(
                 f"RESUME: {key} was {before.get(key)} in {folder} and is {now[key]} now. A resumed "
