@@ -15,6 +15,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from adaptiverl.rl.data import load_prompts
+from adaptiverl.training.hub import go_offline_without_it
 
 LEAST = 200  # characters of a text, as in TRL's notebook
 
@@ -46,10 +47,15 @@ def main() -> None:
     parser.add_argument("--rows", type=int, help="of the data set, drawn at random; default: all")
     parser.add_argument("--half", action="store_true", help="the end of the first half of a text")
     given = parser.parse_args()
-    rows = load_prompts(given.source, given.column).shuffle(seed=0)
+    if not (Path(given.source).exists() and Path(given.tokenizer).exists()):
+        go_offline_without_it()
+    try:
+        rows = load_prompts(given.source, given.column).shuffle(seed=0)
+        tokenizer = AutoTokenizer.from_pretrained(given.tokenizer)
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"error: {error}\n")
     if given.rows:
         rows = rows.select(range(min(given.rows, len(rows))))
-    tokenizer = AutoTokenizer.from_pretrained(given.tokenizer)
     made = prompts(rows[given.column], tokenizer, given.low, given.high, given.half)
     given.output.parent.mkdir(parents=True, exist_ok=True)
     with given.output.open("w", encoding="utf-8") as file:

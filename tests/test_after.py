@@ -548,15 +548,16 @@ def test_rewards_that_cost_or_cannot_score_are_left_out_and_named(copy, command)
     ]  # fmt: skip
     (copy / "config.json").write_text(json.dumps(config))
     status, out, err = command("generate", copy, "This", "-n", 2)
-    assert status == 0 and "(regex " in out and "judge" not in out
+    partial = "reward without judge, human, cosine"  # no figure that one takes for the run's
+    assert status == 0 and out.count(f"\n    {partial} ") == out.count("(regex ") == 2
     for name in ("judge", "human"):
         assert f"left out  {name}: it asks people or a paid service; --all-rewards" in err
     assert "left out  cosine: a prompt that is typed has no column 'reference' (COLUMN)" in err
     assert not (copy / "judge.sqlite").exists() and not (copy / "labels.sqlite").exists()
     assert command("evaluate", copy, "-n", 4)[0] == 0
-    assert set(json.loads((copy / "evaluation.json").read_text())["left_out"]) == {
-        "judge", "human", "cosine",
-    }  # fmt: skip
+    written = json.loads((copy / "evaluation.json").read_text())
+    assert set(written["left_out"]) == {"judge", "human", "cosine"}
+    assert partial in written["figures"] and "reward" not in written["figures"]
     status, _, err = command("generate", copy, "This", "-n", 2, "--all-rewards")
     assert status == 2 and "judge" in err  # nobody listens at port 9
 

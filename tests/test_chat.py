@@ -38,7 +38,7 @@ from adaptiverl.rl.data import load_prompts
 from adaptiverl.rl.loading import load_policy, load_tokenizer
 from adaptiverl.rl.rollout import Rollout, uniforms
 from adaptiverl.rl.sampling.generate import GenerateBackend
-from adaptiverl.rl.sampling.sampler import Sampler, eos_ids
+from adaptiverl.rl.sampling.sampler import BACKENDS, Sampler, eos_ids
 from adaptiverl.rl.sampling.static_cache import StaticCacheBackend
 from adaptiverl.rl.sampling.stop import StopStrings
 from adaptiverl.rl.sampling.tokens import TokenSampler
@@ -433,7 +433,7 @@ def test_stop_strings_end_masks_at_the_right_token(sampler, kind):
         assert (begin in sizes) == (kind != "begins and ends inside tokens")
         assert (begin + len(string) in sizes) == ("ends inside" not in kind)
         assert (ends[own] == 1) == (kind == "the first token")
-    for way in ("generate", "static_cache", "static"):
+    for way in (*BACKENDS, "static"):
         rollout, texts = stopped(way, chat, [string, "another§"], prompts, numbers)
         assert rollout.tokens() == [row[:end] for row, end in zip(ids, ends, strict=True)], way
         full = [tokenizer.decode(row, skip_special_tokens=True) for row in rollout.tokens()]
@@ -486,15 +486,16 @@ def test_a_stop_string_begins_in_its_own_completion(sampler):
         assert rollout.tokens() == free.tokens() and ours.decode(rollout) == chat.decode(free)
 
 
-def test_the_same_samples_by_both_backends(main, keys, models, tmp_path):
+def test_the_same_samples_by_all_backends(main, keys, models, tmp_path):
     keys |= {"MODEL": models("gpt2"), "STOP": ["th", "e "], "STEPS": 1, "SYSTEM": SYSTEM}
     rows = []
-    for name in ("static_cache", "generate"):
+    for name in BACKENDS:
         assert main(keys | {"SAMPLER": name, "OUTPUT_DIR": str(tmp_path / name)}) == 0
         rows.append(read_jsonl(tmp_path / name / "samples.jsonl"))
-    for one, other in zip(*rows, strict=True):
-        assert one["logprobs"] == pytest.approx(other["logprobs"], abs=1e-4)
-        assert {**one, "logprobs": 0} == {**other, "logprobs": 0}
+    for one, *others in zip(*rows, strict=True):
+        for other in others:
+            assert one["logprobs"] == pytest.approx(other["logprobs"], abs=1e-4)
+            assert {**one, "logprobs": 0} == {**other, "logprobs": 0}
     lengths = {len(row["completion_ids"]) for row in rows[0]}
     assert len(lengths) > 1 and min(lengths) < 8, "some ended early"
 

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import random
@@ -396,3 +397,19 @@ def test_resuming_with_another_setting_is_refused(main, settings, capsys):
     error = capsys.readouterr().err.splitlines()[-1]
     assert "LRATE was 0.001" in error and "0.005 now" in error and "OUTPUT_DIR" in error
     assert main(settings | {"RESUME": "auto", "STEPS": 4, "LOG_EVERY": 1, "$schema": "any"}) == 0
+
+
+def test_a_run_of_a_version_without_a_key_goes_on_at_its_default(main, settings, tmp_path, capsys):
+    settings |= {"REWARDS": [{"TYPE": "regex", "PATTERNS": "e"}], "STEPS": 2}
+    assert main(settings) == 0
+    file = Path(settings["OUTPUT_DIR"], "final/run_config.json")
+    keys = json.loads(file.read_text())
+    del keys["TOP_P"], keys["REWARDS"][0]["MATCH"]
+    file.write_text(json.dumps(keys))
+    manifest = file.with_name("manifest.json")
+    written = json.loads(manifest.read_text())
+    written["files"][file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    manifest.write_text(json.dumps(written))
+    assert main(settings | {"RESUME": "auto", "STEPS": 3, "TOP_P": 0.9}) == 2
+    assert "TOP_P was 1.0" in capsys.readouterr().err
+    assert main(settings | {"RESUME": "auto", "STEPS": 3}) == 0

@@ -181,7 +181,7 @@ def test_readme_is_short_and_leads_to_every_page():
 
 def test_the_page_of_keys_is_that_of_the_declarations():
     page = (ROOT / "docs/config.md").read_text(encoding="utf-8")
-    assert page == markdown(), "run `python -m adaptiverl keys --markdown > docs/config.md`"
+    assert page == markdown(), "run `make docs`"
     assert SECTIONS.keys() <= RunConfig.model_fields.keys()
     for key in RunConfig.model_fields.keys() - {"SCHEMA"}:
         assert f"\n| `{key}` | " in page

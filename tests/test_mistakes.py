@@ -81,10 +81,21 @@ def test_a_model_of_the_hub_where_there_is_no_network(run, settings, tmp_path, m
     assert told(result.returncode, result.stderr, settings)
 
 
-def test_a_mistake_in_the_config_is_told_before_anything_heavy_is_imported():
+NOWHERE = '[{"TYPE": "python", "FUNCTION": "nowhere.rewards:mine"}]'
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("STEPS=ten", 'the command line: STEPS is "ten": it must be a '),
+        ("TRAIN_FILE=nowhere.csv", "TRAIN_FILE: there is no file nowhere.csv\n"),
+        (f"HELD_OUT={NOWHERE}", "HELD_OUT.0: No module named 'nowhere'\n"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_heavy_is_imported(override, message):
     code = (
         "import runpy, sys\n"
-        "sys.argv = ['train.py', 'config.json', 'STEPS=ten']\n"
+        f"sys.argv = ['train.py', 'config.json', {override!r}]\n"
         "try:\n"
         "    runpy.run_path('train.py', run_name='__main__')\n"
         "except SystemExit as end:\n"
@@ -94,7 +105,7 @@ def test_a_mistake_in_the_config_is_told_before_anything_heavy_is_imported():
         [sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
     )
     assert result.stdout == "2 []\n"
-    assert result.stderr.startswith('error: the command line: STEPS is "ten": it must be a ')
+    assert result.stderr.startswith(f"error: {message}")
 
 
 # In this process

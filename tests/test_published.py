@@ -87,3 +87,13 @@ def test_lengths_of_prompts():
     (end,) = published_prompts.prompts([review(0)], tokenizer, 8, 8, half=True)
     words = review(0).split(" ")
     assert " ".join(words[: len(words) // 2]).endswith(end.strip())
+
+
+def test_without_the_hub_the_prompts_are_refused_in_a_line(tmp_path, monkeypatch, capsys):
+    words = ["published_prompts", "no-one/no-data", EMBEDDED, "2", "8", str(tmp_path / "out.jsonl")]
+    monkeypatch.setattr("sys.argv", words)
+    with pytest.raises(SystemExit) as end:
+        published_prompts.main()
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and err.startswith("error: ") and "no-one/no-data" in err
+    assert not (tmp_path / "out.jsonl").exists()

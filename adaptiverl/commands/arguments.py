@@ -3,11 +3,14 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from adaptiverl.config.loading import load_config
 from adaptiverl.config.schema import ConfigError
+from adaptiverl.rl.formats import check_file
 from adaptiverl.training.keys import RunConfig
+from rewards import PythonReward
 
 Command = tuple[RunConfig, bool]  # and whether it is a dry run
 
@@ -35,7 +38,24 @@ def read_command(words: Sequence[str] | None = None, program: str = "python trai
         path, *overrides = given.words
         if "=" in path and not Path(path).exists():
             raise ConfigError(f"the config comes first: {program} config.json {path}")
-        return load_config(path, overrides, schema=RunConfig), given.dry_run
+        config = load_config(path, overrides, schema=RunConfig)
+        _check_files(config)
+        return config, given.dry_run
     except ConfigError as mistake:
         print(f"error: {mistake}", file=sys.stderr)
         sys.exit(2)
+
+
+def _check_files(c: RunConfig) -> None:
+    """Raises ConfigError for a file of prompts, or a module of a reward, that is not there."""
+    for key in ("TRAIN_FILE", "EVAL_FILE"):
+        try:
+            check_file(getattr(c, key) or "")
+        except FileNotFoundError as error:
+            raise ConfigError(f"{key}: {error}") from error
+    for key in ("REWARDS", "HELD_OUT"):
+        for i, reward in enumerate(getattr(c, key)):
+            if isinstance(reward, PythonReward):
+                name = reward.function.partition(":")[0].partition(".")[0]
+                if find_spec(name) is None:
+                    raise ConfigError(f"{key}.{i}: No module named {name!r}")

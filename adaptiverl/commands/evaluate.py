@@ -90,7 +90,7 @@ def measure(
             if who == "trained":
                 kl.append(_kl(model, rollout))
     scores = rewards.wait(pending["trained"] + pending["start"])
-    both = {"reward": _total(rewards, scores, count)} if rewards.trained.names else {}
+    both = {rewards.sum_name: _total(rewards, scores, count)} if rewards.trained.names else {}
     both |= rewards.columns(scores)
     both["completions/mean_length"] = torch.tensor(
         [len(each) for who in MODELS for each in ids[who]]

@@ -76,7 +76,8 @@ def movers(run: Run, name: str) -> list[str]:
     by_rule = defaultdict(list)
     for change in run.changes:
         if change["hyperparameter"] == name:
-            by_rule[change["rule"]].append(change)
+            up = change["rule"] == "line_search" and factor(change) > 0
+            by_rule[change["rule"] + " up" * up].append(change)
     lines = []
     for rule, own in by_rule.items():
         total = math.exp(sum(factor(change) for change in own))

@@ -137,20 +137,20 @@ class Answers:
                     yield f"[{number}] {texts[i][row].strip()}"
                     at = i * rows + row
                     if by_reward:
-                        yield f"    {_scores(total, by_reward, at)}"
+                        scored = _scores(by_reward, at)
+                        yield f"    {self.rewards.sum_name} {_shown(total[at])} ({scored})"
 
         return printable("\n".join(lines()))
 
 
-def _scores(total: Tensor, by_reward: dict[str, Tensor], row: int) -> str:
-    """`reward 0.93 (sentiment 0.93, length 0.41)`, of one completion."""
-
-    def shown(value: Tensor) -> str:
-        return cell(None if value.isnan() else value.item())
-
-    parts = ", ".join(
+def _scores(by_reward: dict[str, Tensor], row: int) -> str:
+    """`sentiment 0.93, length 0.41`, of one completion."""
+    return ", ".join(
         f"{name.removeprefix('rewards/').replace('held_out/rewards/', 'held out: ')} "
-        f"{shown(column[row])}"
+        f"{_shown(column[row])}"
         for name, column in by_reward.items()
     )
-    return f"reward {shown(total[row])} ({parts})"
+
+
+def _shown(value: Tensor) -> str:
+    return cell(None if value.isnan() else value.item())

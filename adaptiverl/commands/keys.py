@@ -54,7 +54,7 @@ than their defaults.
 
 def markdown() -> str:
     """docs/config.md: the same keys, in sections."""
-    lines = [PAGE]
+    lines = [PAGE.rstrip()]
     for name, field in RunConfig.model_fields.items():
         if name in SECTIONS:
             lines += [f"## {SECTIONS[name]}", "", *_HEAD]

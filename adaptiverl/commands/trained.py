@@ -152,6 +152,13 @@ class RunRewards:
         except Paused as reason:
             raise ConfigError(str(reason)) from reason
 
+    @property
+    def sum_name(self) -> str:
+        """What `total` is: `reward`, or `reward without judge` where that one is left out."""
+        declared = [reward.name for reward in self.scoring.config.REWARDS]
+        missing = ", ".join(name for name in declared if name in self.left_out)
+        return f"reward without {missing}" if missing else "reward"
+
     def total(self, scores: Scores, groups: int) -> Tensor:
         """[B]: the weighted sum, as eval/reward is made; NaN without any reward."""
         if not self.trained.names:

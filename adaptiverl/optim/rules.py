@@ -203,9 +203,14 @@ def names(argument: str) -> list[str]:
 
 
 def reason(label: str, moves: str = "lr") -> str:
-    """Why the rule `label` of a record has moved the hyperparameter `moves`, in one line."""
-    if label == "line_search":
-        return "an update went too far, or the first one fell short, and was scaled at once"
+    """Why the rule `label` of a record has moved the hyperparameter `moves`, in one line.
+
+    Of the line search: "line_search up" where it scaled up.
+    """
+    if label.startswith("line_search"):
+        if label.endswith("up"):
+            return "the first update fell short, and was scaled up at once"
+        return "an update went too far, and was scaled down at once"
     return next(rule.reason for rule in RULES if (rule.label, rule.moves) == (label, moves))
 
 

@@ -18,8 +18,7 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.utils.logging import disable_progress_bar, get_verbosity, set_verbosity
 
 from adaptiverl.rl.chat import mistake
-
-FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+from adaptiverl.rl.formats import FORMATS, check_file
 
 
 def load_prompts(source: str, column: str, split: str = "train") -> Dataset:
@@ -30,9 +29,8 @@ def load_prompts(source: str, column: str, split: str = "train") -> Dataset:
     """
     disable_progress_bar()
     path = Path(source)
+    check_file(source)
     if path.suffix in FORMATS:
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no file {source}")
         if path.stat().st_size == 0:
             raise ValueError(f"{source} is empty")
         if path.suffix == ".csv":

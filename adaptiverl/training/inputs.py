@@ -18,7 +18,8 @@ from transformers import AutoConfig
 import adaptiverl
 from adaptiverl.config.schema import ConfigError
 from adaptiverl.files import checkpoint
-from adaptiverl.rl.data import FORMATS, load_prompts, split_prompts
+from adaptiverl.rl.data import load_prompts, split_prompts
+from adaptiverl.rl.formats import FORMATS
 from adaptiverl.rl.loading import adapter_config
 from adaptiverl.training.hub import go_offline_without_it
 from adaptiverl.training.keys import RunConfig

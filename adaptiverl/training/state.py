@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from pydantic import BaseModel
+from pydantic_core import to_jsonable_python
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
@@ -90,13 +92,15 @@ def among(c: RunConfig, runtime: Runtime, steps: Collection[int] | None = None) 
 
 def refuse_changes(folder: Path, c: RunConfig) -> None:
     """Raises ConfigError where a run that continues from `folder` would be another one."""
-    before = json.loads((folder / "run_config.json").read_text("utf-8"))
+    before = _with_defaults(RunConfig, json.loads((folder / "run_config.json").read_text("utf-8")))
     now = json.loads(c.model_dump_json(by_alias=True))
+    kinds = {kind.model_fields["type"].default: kind for kind in REWARD_TYPES}
     for keys in (before, now):
         for name in ("REWARDS", "HELD_OUT"):
+            rewards = [_with_defaults(kinds[reward["TYPE"]], reward) for reward in keys[name]]
             keys[name] = [
                 {key: value for key, value in reward.items() if key not in FREE_OF_REWARD}
-                for reward in keys.get(name, [])
+                for reward in rewards
             ]
     for key in now.keys() - c.free_keys:
         if before.get(key) != now[key]:
@@ -105,3 +109,13 @@ def refuse_changes(folder: Path, c: RunConfig) -> None:
                 f"run continues as it was. For another run, start a new one with MODEL={folder} "
                 "and another OUTPUT_DIR"
             )
+
+
+def _with_defaults(model: type[BaseModel], keys: dict[str, Any]) -> dict[str, Any]:
+    """`keys`, as written, with those that the version that wrote them did not have."""
+    defaults = {
+        field.alias or name: to_jsonable_python(field.get_default(call_default_factory=True))
+        for name, field in model.model_fields.items()
+        if not field.is_required() and (field.alias or name) not in keys
+    }
+    return defaults | keys
