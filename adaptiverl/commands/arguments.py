@@ -57,5 +57,5 @@ def _check_files(c: RunConfig) -> None:
         for i, reward in enumerate(getattr(c, key)):
             if isinstance(reward, PythonReward):
                 name = reward.function.partition(":")[0].partition(".")[0]
-                if find_spec(name) is None:
+                if name not in sys.modules and find_spec(name) is None:
                     raise ConfigError(f"{key}.{i}: No module named {name!r}")
