@@ -1,36 +1,29 @@
 """Reward by a judge: a chat model behind any OpenAI-compatible endpoint.
 
-Every completion is a request of its own; answers are kept in SQLite as they come, so none is paid
-for twice. A judgement that fails is missing (None), never 0. A judge in this process, without
-network: local_judge.py.
+The declaration, and what scores become of its answers; how it is asked is judge_asking.py's. A
+judgement that fails is missing (None), never 0. A judge in this process, without network:
+local_judge.py.
 """
 
 import asyncio
 import hashlib
 import json
-import logging
-import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, field
 from itertools import permutations
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
-from rewards.base import KEYS, FatalJudgeError, Interrupted, Reward, require
-from rewards.endpoint import KEY_ENV, Reply, ask, secret
+from rewards.base import KEYS, Interrupted, Reward, require
+from rewards.endpoint import KEY_ENV, secret
+from rewards.judge_asking import Asker, Batch
 from rewards.judge_cache import JudgeCache
 from rewards.judge_limits import Budget, RateLimiter
-from rewards.judge_prompt import JudgePrompt, token_count
+from rewards.judge_prompt import JudgePrompt
 from rewards.messages import Text, texts_of, transcripts_of
-
-log = logging.getLogger(__name__)
-ANSWER_TOKENS = 10  # of one answer, about
-LONG_WAIT = 10.0  # seconds: a server that asks for more is named in the log
-GRACE = 1.0  # seconds that answers under way have left once the run is to stop
 
 
 class JudgeExample(BaseModel):
@@ -100,14 +93,10 @@ class JudgeReward(Reward):
     max_cost: float | None = Field(None, ge=0, description="Their cost at PRICES")
     prices: tuple[float, float] = Field((0, 0), description="Of 1e6 tokens, in and out")
     max_missing: float = Field(0.5, ge=0, le=1, description="Beyond this share a run pauses")
-    _prompt: JudgePrompt
-    _rate: RateLimiter
-    _budget: Budget
+    _asker: Asker
     _totals: Counter  # of all calls
-    _random: random.Random  # its own: a run's must not depend on a network's moods
     _running: set[tuple[asyncio.AbstractEventLoop, asyncio.Task]]
     _stopped: bool = False
-    _trouble: str = ""
 
     @model_validator(mode="after")
     def _scale(self) -> "JudgeReward":
@@ -122,12 +111,22 @@ class JudgeReward(Reward):
     def _load(self, device: Any) -> None:
         require("judge", "openai")
         secret(self.key_env, self.base_url)  # raises where there is none
-        self._prompt = JudgePrompt(
-            self.rubric, self.low, self.high, self._examples(), self.pairwise, self.structured
+        self._asker = Asker(
+            self.model,
+            JudgePrompt(
+                self.rubric, self.low, self.high, self._examples(), self.pairwise, self.structured
+            ),
+            RateLimiter(self.requests_per_minute, self.tokens_per_minute),
+            Budget(self.max_calls, self.max_cost, self.prices),
+            key_env=self.key_env,
+            base_url=self.base_url,
+            concurrency=self.concurrency,
+            timeout=self.timeout,
+            retries=self.retries,
+            backoff=self.backoff,
+            max_wait=self.max_wait,
         )
-        self._rate = RateLimiter(self.requests_per_minute, self.tokens_per_minute)
-        self._budget = Budget(self.max_calls, self.max_cost, self.prices)
-        self._totals, self._random, self._running = Counter(), random.Random(), set()
+        self._totals, self._running = Counter(), set()
 
     def _examples(self) -> list[dict[str, Any]]:
         return [example.model_dump(by_alias=False) for example in self.examples]
@@ -135,7 +134,7 @@ class JudgeReward(Reward):
     @property
     def trouble(self) -> str:
         """What the last request that failed met; empty if none has."""
-        return self._trouble
+        return self._asker.trouble if self._started else ""
 
     @property
     def compares(self) -> bool:
@@ -146,7 +145,7 @@ class JudgeReward(Reward):
             return None
         return (
             f"{missing:.0%} of the judgements of {self.name!r} are missing, more than its "
-            f"MAX_MISSING of {self.max_missing:.0%}; the last: {self._trouble or 'unknown here'}"
+            f"MAX_MISSING of {self.max_missing:.0%}; the last: {self.trouble or 'unknown here'}"
         )
 
     async def __call__(
@@ -165,16 +164,20 @@ class JudgeReward(Reward):
         prompts, completions = transcripts_of(prompts), texts_of(completions)
         account = json.dumps([self.model, self.base_url, self.rubric])
         with self._interruptible(), closing(JudgeCache(Path(self.cache), account)) as cache:
-            batch = Batch(cache)
-            if self.pairwise:
-                result = await self._compare(prompts, completions, batch)
-            else:
-                texts = list(zip(prompts, completions, strict=True))
-                found = await self._answers([{"prompt": p, "text": c} for p, c in texts], batch)
-                span = self.high - self.low
-                result = [None if score is None else (score - self.low) / span for score in found]
-        for what, value in batch.counts.items():
-            if log_metric:
+            batch = Batch(cache, Path(self.cache).resolve())
+            try:
+                if self.pairwise:
+                    result = await self._compare(prompts, completions, batch)
+                else:
+                    texts = zip(prompts, completions, strict=True)
+                    found = await self._answers([{"prompt": p, "text": c} for p, c in texts], batch)
+                    span = self.high - self.low
+                    result = [None if x is None else (x - self.low) / span for x in found]
+            finally:
+                counts = batch.counts(with_cost=any(self.prices))
+                self._totals.update(counts)
+        if log_metric:
+            for what, value in counts.items():
                 log_metric(f"{self.name}/{what}", value)
         return result
 
@@ -182,6 +185,7 @@ class JudgeReward(Reward):
         self._stopped = True
         if not self._started:
             return
+        self._asker.stopped = True
         for loop, task in list(self._running):
             with suppress(RuntimeError):  # its loop has just ended
                 loop.call_soon_threadsafe(task.cancel)
@@ -214,7 +218,7 @@ class JudgeReward(Reward):
             self._running.discard(here)
 
     async def _compare(
-        self, prompts: Sequence[str], completions: Sequence[str], batch: "Batch"
+        self, prompts: Sequence[str], completions: Sequence[str], batch: Batch
     ) -> list[float | None]:
         groups: dict[str, list[int]] = {}
         for row, prompt in enumerate(prompts):
@@ -228,108 +232,8 @@ class JudgeReward(Reward):
                 points[b].append(1 - won)
         return [sum(own) / len(own) if own else None for own in points]
 
-    async def _answers(self, cases: list[dict[str, str]], batch: "Batch") -> list[float | None]:
-        from openai import AsyncOpenAI
-
-        keys = [self._key(case) for case in cases]
-        missing = {
-            key: case for key, case in zip(keys, cases, strict=True) if batch.cache.get(key) is None
-        }
-        gate = asyncio.Semaphore(self.concurrency)
-        async with AsyncOpenAI(
-            api_key=secret(self.key_env, self.base_url),
-            base_url=self.base_url,
-            timeout=self.timeout,
-            max_retries=0,  # ours, so that limits and budget count every try
-        ) as client:
-
-            async def one(key: str, case: dict[str, str]) -> None:
-                async with gate:
-                    await self._judge(client, key, case, batch)
-
-            tasks = [asyncio.ensure_future(one(key, case)) for key, case in missing.items()]
-            try:
-                await asyncio.gather(*tasks)
-            finally:
-                for task in tasks:
-                    task.cancel()
-                with suppress(TimeoutError):  # what is under way is paid for: it is booked
-                    async with asyncio.timeout(GRACE if self._stopped else self.timeout):
-                        await asyncio.gather(*batch.under_way, return_exceptions=True)
-                self._count(batch, sum(key not in missing for key in keys))
-        in_all = set.intersection(*(set(case.values()) for case in missing.values() or [{}]))
-        text = in_all and batch.has_answered()  # it may be what all have in common
-        if batch.rejected and batch.rejected == len(set(keys)) and not text:
-            raise FatalJudgeError(f"the judge rejects every request; the last: {self._trouble}")
-        return [batch.cache.get(key) for key in keys]
-
-    async def _judge(self, client: Any, key: str, case: dict[str, str], batch: "Batch") -> None:
-        """Asks until there is an answer that is kept, tries are used up, or the budget is.
-
-        By hand, because tenacity would have to be told of the budget, of the batch's end and of the
-        wait that the server asks for, which is all that there is to it.
-        """
-        request = self._prompt.request(self.model, case)
-        tokens = token_count(request)
-        for attempt in range(self.retries + 1):
-            if self._budget.is_spent(batch.cache, Path(self.cache).resolve()):
-                return
-            batch.retries += attempt > 0
-            with self._budget.in_flight(self._budget.cost(tokens, ANSWER_TOKENS)):
-                await self._rate.acquire(tokens)
-                if batch.ended:
-                    return
-                trying = asyncio.ensure_future(self._try(client, key, request, batch))
-                batch.under_way.add(trying)
-                trying.add_done_callback(batch.under_way.discard)
-                reply, answer = await asyncio.shield(trying)
-            if answer is not None:
-                return
-            self._trouble = reply.fault or f"its answer was {reply.text[:60]!r}"
-            if reply.kind == "refused":
-                batch.ended = True
-                raise FatalJudgeError(self._trouble.replace("it answered", "the judge answers", 1))
-            if reply.kind == "foreign" and not batch.has_answered():
-                batch.ended = True
-                raise FatalJudgeError(f"{self._trouble}: is BASE_URL right?")
-            if reply.kind == "rejected":
-                batch.rejected += 1
-                return
-            if attempt < self.retries:
-                await asyncio.sleep(self._wait(attempt, reply, batch))
-
-    def _wait(self, attempt: int, reply: Reply, batch: "Batch") -> float:
-        """Seconds before the next try."""
-        backoff = min(self.backoff * 2**attempt, 30.0) * self._random.uniform(0.5, 1.0)
-        wait = min(max(reply.wait, backoff), self.max_wait)
-        if reply.wait > LONG_WAIT and not batch.warned:
-            batch.warned = True
-            log.warning(
-                "the judge asks for %.0f s before it is asked again, and gets %.0f: %s",
-                reply.wait,
-                wait,
-                self._trouble,
-            )
-        return wait
-
-    async def _try(
-        self, client: Any, key: str, request: dict[str, Any], batch: "Batch"
-    ) -> tuple[Reply, float | None]:
-        """One try; an answer is booked before anything else happens."""
-        reply = await ask(client, request, self.timeout)
-        if reply.kind != "answer":
-            return reply, None
-        answer = self._prompt.parse(reply.text)
-        batch.cache.add(key, answer, *reply.tokens)
-        batch.calls += 1
-        batch.cost += self._budget.cost(*reply.tokens)
-        return reply, answer
-
-    def _count(self, batch: "Batch", cached: int) -> None:
-        batch.counts = {"calls": batch.calls, "retries": batch.retries, "cached": cached}
-        if any(self.prices):
-            batch.counts["cost"] = batch.cost
-        self._totals.update(batch.counts)
+    async def _answers(self, cases: list[dict[str, str]], batch: Batch) -> list[float | None]:
+        return await self._asker.answers([self._key(case) for case in cases], cases, batch)
 
     def _key(self, case: dict[str, str]) -> str:
         asked = [
@@ -342,22 +246,3 @@ class JudgeReward(Reward):
             case,
         ]
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
-
-
-@dataclass
-class Batch:
-    """What one call of a judge has asked, and what came of it."""
-
-    cache: JudgeCache
-    under_way: set[asyncio.Task] = field(default_factory=set)
-    calls: int = 0
-    retries: int = 0
-    rejected: int = 0
-    ended: bool = False  # nothing more is to be asked
-    cost: float = 0.0
-    warned: bool = False  # that a server asks for a long wait
-    counts: dict[str, float] = field(default_factory=dict)
-
-    def has_answered(self) -> bool:
-        """Whether the endpoint has answered before: then its address is right."""
-        return self.cache.spent[0] > 0

@@ -542,11 +542,11 @@ def once_it_waits():
 
     def then(press) -> None:
         handlers.append(Interrupting(press))
-        logging.getLogger("rewards.judge").addHandler(handlers[-1])
+        logging.getLogger("rewards.judge_asking").addHandler(handlers[-1])
 
     yield then
     for handler in handlers:
-        logging.getLogger("rewards.judge").removeHandler(handler)
+        logging.getLogger("rewards.judge_asking").removeHandler(handler)
 
 
 def test_an_interrupt_ends_the_waiting(server, judge, monkeypatch, once_it_waits):

@@ -1,0 +1,169 @@
+"""How a judge is asked: concurrently, within its limits, with retries, and each answer kept.
+
+Every case is a request of its own; answers go to the cache as they come, so none is paid for twice.
+What is asked, and what becomes of the answers, is judge.py's; one request is endpoint.py's.
+"""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from rewards.base import FatalJudgeError
+from rewards.endpoint import Reply, ask, secret
+from rewards.judge_cache import JudgeCache
+from rewards.judge_limits import Budget, RateLimiter
+from rewards.judge_prompt import JudgePrompt, token_count
+
+log = logging.getLogger(__name__)
+ANSWER_TOKENS = 10  # of one answer, about
+LONG_WAIT = 10.0  # seconds: a server that asks for more is named in the log
+GRACE = 1.0  # seconds that answers under way have left once the run is to stop
+
+
+@dataclass
+class Batch:
+    """What one call of a judge has asked, and what came of it."""
+
+    cache: JudgeCache
+    cache_path: Path
+    under_way: set[asyncio.Task] = field(default_factory=set)
+    calls: int = 0
+    retries: int = 0
+    cached: int = 0
+    rejected: int = 0
+    ended: bool = False  # nothing more is to be asked
+    cost: float = 0.0
+    warned: bool = False  # that a server asks for a long wait
+
+    def has_answered(self) -> bool:
+        """Whether the endpoint has answered before: then its address is right."""
+        return self.cache.spent[0] > 0
+
+    def counts(self, with_cost: bool) -> dict[str, float]:
+        """What the call took."""
+        counts = {"calls": self.calls, "retries": self.retries, "cached": self.cached}
+        return counts | ({"cost": self.cost} if with_cost else {})
+
+
+@dataclass
+class Asker:
+    """Asks one model at one endpoint; arguments are the keys of JudgeReward."""
+
+    model: str
+    prompt: JudgePrompt
+    rate: RateLimiter
+    budget: Budget
+    key_env: str
+    base_url: str | None
+    concurrency: int
+    timeout: float
+    retries: int
+    backoff: float
+    max_wait: float
+    trouble: str = ""  # what the last request that failed met
+    stopped: bool = False  # whether the run is to stop: answers under way have GRACE
+    chance: Random = field(default_factory=Random)  # its own: a run must not depend on a network
+
+    async def answers(
+        self, keys: Sequence[str], cases: Sequence[dict[str, str]], batch: Batch
+    ) -> list[float | None]:
+        """The answer to each case, under its key in the cache; None where there is none."""
+        from openai import AsyncOpenAI
+
+        missing = {
+            key: case for key, case in zip(keys, cases, strict=True) if batch.cache.get(key) is None
+        }
+        gate = asyncio.Semaphore(self.concurrency)
+        async with AsyncOpenAI(
+            api_key=secret(self.key_env, self.base_url),
+            base_url=self.base_url,
+            timeout=self.timeout,
+            max_retries=0,  # ours, so that limits and budget count every try
+        ) as client:
+
+            async def one(key: str, case: dict[str, str]) -> None:
+                async with gate:
+                    await self._judge(client, key, case, batch)
+
+            tasks = [asyncio.ensure_future(one(key, case)) for key, case in missing.items()]
+            try:
+                await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:
+                    task.cancel()
+                with suppress(TimeoutError):  # what is under way is paid for: it is booked
+                    async with asyncio.timeout(GRACE if self.stopped else self.timeout):
+                        await asyncio.gather(*batch.under_way, return_exceptions=True)
+                batch.cached = sum(key not in missing for key in keys)
+        in_all = set.intersection(*(set(case.values()) for case in missing.values() or [{}]))
+        text = in_all and batch.has_answered()  # it may be what all have in common
+        if batch.rejected and batch.rejected == len(set(keys)) and not text:
+            raise FatalJudgeError(f"the judge rejects every request; the last: {self.trouble}")
+        return [batch.cache.get(key) for key in keys]
+
+    async def _judge(self, client: Any, key: str, case: dict[str, str], batch: Batch) -> None:
+        """Asks until there is an answer that is kept, tries are used up, or the budget is.
+
+        By hand, because tenacity would have to be told of the budget, of the batch's end and of the
+        wait that the server asks for, which is all that there is to it.
+        """
+        request = self.prompt.request(self.model, case)
+        tokens = token_count(request)
+        for attempt in range(self.retries + 1):
+            if self.budget.is_spent(batch.cache, batch.cache_path):
+                return
+            batch.retries += attempt > 0
+            with self.budget.in_flight(self.budget.cost(tokens, ANSWER_TOKENS)):
+                await self.rate.acquire(tokens)
+                if batch.ended:
+                    return
+                trying = asyncio.ensure_future(self._try(client, key, request, batch))
+                batch.under_way.add(trying)
+                trying.add_done_callback(batch.under_way.discard)
+                reply, answer = await asyncio.shield(trying)
+            if answer is not None:
+                return
+            self.trouble = reply.fault or f"its answer was {reply.text[:60]!r}"
+            if reply.kind == "refused":
+                batch.ended = True
+                raise FatalJudgeError(self.trouble.replace("it answered", "the judge answers", 1))
+            if reply.kind == "foreign" and not batch.has_answered():
+                batch.ended = True
+                raise FatalJudgeError(f"{self.trouble}: is BASE_URL right?")
+            if reply.kind == "rejected":
+                batch.rejected += 1
+                return
+            if attempt < self.retries:
+                await asyncio.sleep(self._wait(attempt, reply, batch))
+
+    def _wait(self, attempt: int, reply: Reply, batch: Batch) -> float:
+        """Seconds before the next try."""
+        backoff = min(self.backoff * 2**attempt, 30.0) * self.chance.uniform(0.5, 1.0)
+        wait = min(max(reply.wait, backoff), self.max_wait)
+        if reply.wait > LONG_WAIT and not batch.warned:
+            batch.warned = True
+            log.warning(
+                "the judge asks for %.0f s before it is asked again, and gets %.0f: %s",
+                reply.wait,
+                wait,
+                self.trouble,
+            )
+        return wait
+
+    async def _try(
+        self, client: Any, key: str, request: dict[str, Any], batch: Batch
+    ) -> tuple[Reply, float | None]:
+        """One try; an answer is booked before anything else happens."""
+        reply = await ask(client, request, self.timeout)
+        if reply.kind != "answer":
+            return reply, None
+        answer = self.prompt.parse(reply.text)
+        batch.cache.add(key, answer, *reply.tokens)
+        batch.calls += 1
+        batch.cost += self.budget.cost(*reply.tokens)
+        return reply, answer
