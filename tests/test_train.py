@@ -424,6 +424,33 @@ def test_tensorboard_gets_the_metrics(main, settings):
     assert logged == pytest.approx([row["reward"] for row in rows])
 
 
+def test_a_tracker_that_fails_does_not_end_the_run(main, settings, monkeypatch, caplog):
+    def log(self, values, step, **_):
+        if step == 2:
+            raise RuntimeError("the server is gone")
+
+    monkeypatch.setattr("accelerate.tracking.TensorBoardTracker.log", log)
+    assert main(settings | {"TRACKERS": ["tensorboard"], "STEPS": 3}) == 0
+    out = Path(settings["OUTPUT_DIR"])
+    said = "the tracker tensorboard failed and gets nothing more: the server is gone"
+    assert caplog.text.count(said) == 1
+    event = {"step": 2, "kind": "tracker", "message": said, "action": "warn"}
+    assert event in read_jsonl(out / "events.jsonl")
+    assert len(read_jsonl(out / "metrics.jsonl")) == 3
+
+
+def test_a_tracker_that_cannot_start_is_told_in_a_line(main, settings, monkeypatch, capsys):
+    def store_init_configuration(self, values):
+        assert "$schema" not in values, "mlflow takes no such name"
+        raise RuntimeError("no such server")
+
+    monkeypatch.setattr(
+        "accelerate.tracking.TensorBoardTracker.store_init_configuration", store_init_configuration
+    )
+    assert main(settings | {"TRACKERS": ["tensorboard"]}) == 2
+    assert capsys.readouterr().err == "error: TRACKERS tensorboard: no such server\n"
+
+
 def test_a_terminal_gets_a_progress_bar(settings, tmp_path, warm):
     config = tmp_path / "config.json"
     config.write_text(json.dumps(settings | {"STEPS": 2}))

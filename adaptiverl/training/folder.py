@@ -30,7 +30,7 @@ from adaptiverl.training.inputs import as_config_error
 from adaptiverl.training.keys import RunConfig
 from adaptiverl.training.metrics import Metrics, dynamics_lines, interval_means, step_line
 from adaptiverl.training.progress import progress_rows
-from adaptiverl.training.trackers import log_samples
+from adaptiverl.training.trackers import end_trackers, log_step, start_trackers
 
 
 class RunFolder:
@@ -71,7 +71,7 @@ class RunFolder:
             (self.path / "config.json").write_text(resolved + "\n", "utf-8")
         parts.runtime.accelerator.wait_for_everyone()
         if parts.runtime.accelerator.log_with:
-            parts.runtime.accelerator.init_trackers("adaptiverl", config=_flat(c))
+            start_trackers(parts.runtime.accelerator, c)
         if not parts.resumed:  # a checkpoint comes with what was written before it
             for kind, said in parts.checked.notes:
                 parts.guards.note(step, kind, said, "warn")
@@ -105,11 +105,10 @@ class RunFolder:
         if due and log:
             log.say(step_line(step, last, interval_means(self.interval)) + log.time_left())
         accelerator = self.parts.runtime.accelerator
-        if accelerator.trackers:
-            numbers = {name: value for name, value in metrics.items() if value is not None}
-            accelerator.log(numbers, step=step)
-            if due:
-                log_samples(accelerator, samples, step)
+        for failure in log_step(accelerator, metrics, samples if due else [], step):
+            self.parts.guards.event(step, "tracker", failure, "warn")
+            if log:
+                log.replace(checkpoint.EVENTS, self.parts.guards.events)
         if due or not c.LOG_EVERY:
             self.interval.clear()
         self._show_progress()
@@ -250,6 +249,8 @@ class RunFolder:
             self.log.close()
             self._report()
             print(said, file=where)
+        for failure in end_trackers(self.parts.runtime.accelerator):
+            logging.warning("%s", failure)
         self.parts.runtime.accelerator.end_training()
 
     def _report(self) -> None:
@@ -286,9 +287,3 @@ def next_commands(path: Path, has_report: bool) -> list[str]:
         f"{head} {program} {name} {shlex.quote(str(path))}"
         for head, name in zip(heads, follow, strict=False)
     ]
-
-
-def _flat(c: RunConfig) -> dict[str, Any]:
-    """The config as trackers take it: numbers and strings."""
-    values = c.model_dump(by_alias=True)
-    return {k: v if isinstance(v, int | float | str) else json.dumps(v) for k, v in values.items()}
