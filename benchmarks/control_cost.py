@@ -2,8 +2,9 @@
 
     python benchmarks/control_cost.py        writes control_cost.json, prints a line each
 
-1. A step of the default run, and the trust region's share of it: the optimizer's step less that of
-   the AdamW inside, so the pass over an eighth of the completions, the alignment and the scaling.
+1. A step of the default run, with 32 completions and with 8, and the trust region's share of it:
+   the optimizer's step less that of the AdamMini inside, so the pass over an eighth of the
+   completions, the alignment and the scaling.
 2. A step of fused AdamW on GPT-2's 148 tensors, bare and inside AdaptiveOptimizer with rules for
    rate, betas and weight decay, in turn: the wrapper's overhead. And one without rules.
 3. The same beside OnlineAdamW, fused too, which learns as it goes.
@@ -49,8 +50,8 @@ def ratio(one: Callable[[], float], other: Callable[[], float], pairs: int) -> d
     }
 
 
-def training_step(steps: int) -> dict[str, float]:
-    """The default run's; two of them would write different texts, so the parts are timed."""
+def training_step(steps: int, batch: int) -> dict[str, float]:
+    """The default run's, with `batch` completions; two of them would write different texts, so the parts are timed."""
     spent: list[float] = []
 
     def timed(optimizer: torch.optim.Optimizer, sign: int) -> None:
@@ -62,6 +63,7 @@ def training_step(steps: int) -> dict[str, float]:
 
     with tempfile.TemporaryDirectory() as place:
         keys = [f"OUTPUT_DIR={place}", "STEPS=100", "SAVE_EVERY=0", "LOG_EVERY=0"]
+        keys.append(f"BATCH_SIZE={batch}")
         config = load_config(ROOT / "config.json", keys, schema=RunConfig)
         parts, stop = build(config), StopSignal()
         timed(parts.optimizer, 1)
@@ -119,7 +121,8 @@ def main() -> None:
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "date": str(datetime.date.today()),
         "torch": torch.__version__,
-        "training step": training_step(args.pairs),
+        "training step": training_step(args.pairs, 32),
+        "training step, batch 8": training_step(args.pairs, 8),
         "fused AdamW, rules": optimizer_step(args.pairs, **rules),
         "fused AdamW, no rule": optimizer_step(args.pairs),
         "fused OnlineAdamW": optimizer_step(args.pairs, online=True),
