@@ -20,8 +20,8 @@ from contextlib import closing
 import torch
 
 from adaptiverl.config.schema import ConfigError
-from adaptiverl.files.checkpoint import BEST
-from adaptiverl.files.console import Console, printable
+from adaptiverl.files.checkpoint import BEST, is_full
+from adaptiverl.files.console import Console, forgiving_console, printable
 from adaptiverl.files.process import Paused, StopSignal, Stopwatch
 from adaptiverl.rl.reinforce import (
     adapt_kl_coef,
@@ -155,6 +155,7 @@ def run(c: RunConfig, parts: Parts) -> int:
             roll_back(c, folder, collapse)
 
 
+@forgiving_console("stdout cannot be written to: the run goes on, and its folder has everything")
 def main(command: Command | None = None) -> int:
     """Does what `command` says, or else the command line; the exit status."""
     config, only_try = command or read_command()
@@ -176,6 +177,11 @@ def main(command: Command | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped before the first step", file=sys.stderr)
         return 130
+    except Exception as error:
+        if not is_full(error):
+            raise
+        print(f"error: {error}. Make room; RESUME=auto goes on from a checkpoint", file=sys.stderr)
+        return 3
 
 
 if __name__ == "__main__":

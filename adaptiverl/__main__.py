@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from adaptiverl.commands.run_folder import RunReader
 from adaptiverl.config.schema import ConfigError
-from adaptiverl.files.console import Console, printable
+from adaptiverl.files.console import Console, forgiving_console, printable
 
 # What a command does is imported by it: most need seconds, and a mistake is told before
 
@@ -193,6 +193,7 @@ COMMANDS = {
 }
 
 
+@forgiving_console()
 def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     if words[:1] == ["train"]:

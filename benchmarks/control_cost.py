@@ -51,7 +51,10 @@ def ratio(one: Callable[[], float], other: Callable[[], float], pairs: int) -> d
 
 
 def training_step(steps: int, batch: int) -> dict[str, float]:
-    """The default run's, with `batch` completions; two of them would write different texts, so the parts are timed."""
+    """The default run's, with `batch` completions.
+
+    Two runs would write different texts, so the parts of one are timed.
+    """
     spent: list[float] = []
 
     def timed(optimizer: torch.optim.Optimizer, sign: int) -> None:

@@ -2,9 +2,8 @@
 
 import asyncio
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from typing import Any
 
 from rewards.base import Reward
@@ -21,8 +20,8 @@ def begin_calls(
     """Calls `rewards` with the keyword arguments `given`; what is returned waits for the answers.
 
     Coroutine functions run together in a thread of their own; the others have run on return. Those
-    that come `after_others` are called last. `check(name, answer)` makes each answer a column. What
-    a reward raises has a note that names it.
+    that come `after_others` are called last. Each has lists of its own, which it may change.
+    `check(name, answer)` makes each answer a column. What a reward raises has a note that names it.
     """
     later = [name for name, reward in rewards.items() if _after_others(reward)]
     order = sorted(rewards.items(), key=lambda item: not _is_async(item[1]))
@@ -34,12 +33,12 @@ def begin_calls(
             continue
         if first is None and not _is_async(reward):
             first = _started(thread, answers)
-        with _named(name):
-            answers[name] = reward(**given)
+        with _Named(name):
+            answers[name] = reward(**_copied(given))
     second = _started(thread, answers)
 
     def checked(name: str, answer: Any) -> Column:
-        with _named(name):
+        with _Named(name):
             return check(name, answer)
 
     def everything() -> dict[str, Column]:
@@ -49,7 +48,7 @@ def begin_calls(
         known = {name: checked(name, answer) for name, answer in answers.items()}
         if later:
             asked = given | {"scores": dict(known)}
-            last = asyncio.run(_gather({name: rewards[name](**asked) for name in later}))
+            last = asyncio.run(_gather({name: rewards[name](**_copied(asked)) for name in later}))
             known |= {name: checked(name, last[name]) for name in later}
         return {name: known[name] for name in rewards}
 
@@ -85,17 +84,48 @@ def _started(thread: ThreadPoolExecutor, answers: dict[str, Any]) -> Future | No
 
 async def _gather(waiting: dict[str, Any]) -> dict[str, list]:
     async def one(name: str) -> Any:
-        with _named(name):
-            return await waiting[name]
+        try:
+            with _Named(name):
+                return await waiting[name]
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task and task.cancelling():  # because another reward has failed
+                raise
+            raise _as_failure(error, name) from error
 
     return dict(zip(waiting, await asyncio.gather(*map(one, waiting)), strict=True))
 
 
-@contextmanager
-def _named(name: str) -> Iterator[None]:
-    """Notes on what a reward raises whose it is."""
-    try:
-        yield
-    except Exception as error:
-        error.add_note(f"reward {name!r}")
-        raise
+def _copied(value: Any) -> Any:
+    """Lists and dicts of its own, for a reward that changes what it is given."""
+    if type(value) is list:
+        return [_copied(each) for each in value]
+    if type(value) is dict:
+        return {key: _copied(each) for key, each in value.items()}
+    return value
+
+
+class _Named:
+    """Notes on what a reward raises whose it is; what would end the program is a failure, too."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, frames: Any) -> None:
+        if isinstance(error, SystemExit | GeneratorExit | StopIteration):
+            raise _as_failure(error, self.name) from error
+        if isinstance(error, Exception):
+            error.add_note(_note(self.name))
+
+
+def _as_failure(error: BaseException, name: str) -> RuntimeError:
+    failure = RuntimeError(f"it raised {type(error).__name__}({error})")
+    failure.add_note(_note(name))
+    return failure.with_traceback(error.__traceback__)
+
+
+def _note(name: str) -> str:
+    return f"reward {name!r}"

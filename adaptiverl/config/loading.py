@@ -40,6 +40,12 @@ def load_config(
             typed[key] = json.loads(value)
         except json.JSONDecodeError:
             typed[key] = value
+    for place, given in ((str(path), values), ("the command line", typed)):
+        for key, value in given.items():
+            try:
+                json.dumps({key: value}, ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:
+                raise ConfigError(f"{place}: {key} is not UTF-8: {error.reason}") from error
     try:
         return schema.model_validate(values | typed, by_alias=True, by_name=False)
     except ValidationError as error:

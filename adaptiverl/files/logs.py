@@ -20,6 +20,8 @@ from tqdm import tqdm
 from adaptiverl.files.checkpoint import FILES
 
 Row = dict[str, Any]
+# Half of a character, as a file's name or a server's JSON may have, becomes its escape in JSON
+ESCAPED = "backslashreplace"
 
 
 class RunLog:
@@ -38,7 +40,7 @@ class RunLog:
         self.files = {}
         for name in files:
             _keep_until(output_dir / name, step)
-            self.files[name] = (output_dir / name).open("a", encoding="utf-8")
+            self.files[name] = (output_dir / name).open("a", encoding="utf-8", errors=ESCAPED)
         # disable=None: a bar on a terminal, nothing in a file or a pipe
         self.bar = tqdm(total=last_step, initial=step, disable=None, unit="step")
 
@@ -58,7 +60,7 @@ class RunLog:
             path.unlink(missing_ok=True)
             new.unlink(missing_ok=True)
             return
-        with new.open("w", encoding="utf-8") as file:
+        with new.open("w", encoding="utf-8", errors=ESCAPED) as file:
             file.writelines(map(_line, rows))
             file.flush()
             os.fsync(file.fileno())

@@ -25,7 +25,7 @@ from adaptiverl.training.hub import go_offline_without_it
 from adaptiverl.training.keys import RunConfig
 from adaptiverl.training.metrics import is_own
 from adaptiverl.training.runtime import Runtime
-from adaptiverl.training.scoring import RESERVED
+from adaptiverl.training.scoring import RESERVED, own_torch_settings
 from rewards import CompositeReward
 
 ASSETS = "adaptiverl/assets/"  # what begins so is in the installed package, if not a folder here
@@ -91,7 +91,8 @@ def use_hub(c: RunConfig) -> None:
 def output_folder(c: RunConfig) -> Path:
     """OUTPUT_DIR, which may not exist yet but must be possible."""
     path = Path(c.OUTPUT_DIR)
-    nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
+    with as_config_error("OUTPUT_DIR"):  # a name that is too long
+        nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
     if not nearest.is_dir():
         raise ConfigError(f"OUTPUT_DIR: {nearest} is not a folder")
     if not os.access(nearest, os.W_OK):
@@ -178,10 +179,12 @@ def make_rewards(
     """All of REWARDS or HELD_OUT, started; `files` are the prompts by the name of their source."""
     started = []
     for i, declared in enumerate(getattr(c, key)):
-        with as_config_error(f"{key}.{i}"):
+        with as_config_error(f"{key}.{i}"), own_torch_settings():
             place = {"model": located(declared.model)} if declared.loads_model else {}
             reward = declared.model_copy(update=place)  # a config may be used for several runs
             for source, rows in files.items():
+                if "self" in rows.column_names:
+                    raise ValueError(f"{source} has a column self: no reward can take that name")
                 reward.check_columns(set(rows.column_names) - RESERVED, source)
             if reward.one_process and runtime.processes > 1:
                 raise ValueError("people are asked by one training process, not by several")

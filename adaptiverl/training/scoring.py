@@ -7,8 +7,9 @@ become one number is rewards/composite.py's.
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace, TracebackType
@@ -84,10 +85,11 @@ class Scoring:
         prompts = batch["prompt"]
         handed = [completion_of(*pair) for pair in zip(prompts, completions, strict=True)]
         try:
-            trained, held_out = (
-                rewards.begin(prompts, handed, **columns)
-                for rewards in (self.rewards, self.held_out)
-            )
+            with own_torch_settings():
+                trained, held_out = (
+                    rewards.begin(prompts, handed, **columns)
+                    for rewards in (self.rewards, self.held_out)
+                )
         except Exception as error:
             failure = error  # raised in `wait`, where all processes hear of it
 
@@ -106,7 +108,8 @@ class Scoring:
         own: list[Scores] = []
         failure = None
         try:
-            own = [scores() for scores in pending]
+            with own_torch_settings():
+                own = [scores() for scores in pending]
         except Interrupted as stopped:
             failure = str(stopped)
         except Exception as error:
@@ -145,6 +148,17 @@ class Scoring:
         """Gives back what rewards hold: a terminal, a port."""
         for rewards in (self.rewards, self.held_out):
             rewards.close()
+
+
+@contextmanager
+def own_torch_settings() -> Iterator[None]:
+    """Undoes what a reward, or its module, sets for itself: gradients off, another dtype."""
+    grad, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
+    try:
+        yield
+    finally:
+        torch.set_grad_enabled(grad)
+        torch.set_default_dtype(dtype)
 
 
 def _own_frames(error: Exception) -> TracebackType | None:

@@ -1,0 +1,237 @@
+"""What is not ours may fail or misbehave: the console, the disk, a reward's code and its texts."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ENVIRONMENT, ROOT, read_jsonl
+
+from adaptiverl.__main__ import main as adaptiverl
+from adaptiverl.files.console import forgiving_console
+from rewards import CompositeReward
+
+NUMBERS = count()  # a module is imported once
+
+
+@pytest.fixture
+def rewards_file(tmp_path, monkeypatch) -> Callable[..., list[dict]]:
+    """Writes a module of rewards; the entries of REWARDS for those of its functions."""
+
+    def write(code: str, *names: str) -> list[dict]:
+        module = f"foreign_{next(NUMBERS)}"
+        (tmp_path / f"{module}.py").write_text(code)
+        monkeypatch.syspath_prepend(tmp_path)
+        return [{"TYPE": "python", "FUNCTION": f"{module}:{name}"} for name in names]
+
+    return write
+
+
+def out_of(settings: dict) -> Path:
+    return Path(settings["OUTPUT_DIR"])
+
+
+# The console
+
+
+def test_a_run_goes_on_when_nobody_reads_its_output(start, settings):
+    process = start(settings | {"STEPS": 40, "LOG_EVERY": 1})
+    line = process.stdout.readline()
+    assert line.startswith("Step 1/40"), process.stderr.read()
+    process.stdout.close()  # as `| head -1` does
+    with process.stderr:
+        err = process.stderr.read()
+    assert process.wait(timeout=120) == 0
+    said = "stdout cannot be written to: the run goes on, and its folder has everything\n"
+    assert err.count(said) == 1 and "Traceback" not in err
+    assert len(read_jsonl(out_of(settings) / "metrics.jsonl")) == 40
+    assert (out_of(settings) / "final/model.safetensors").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_commands_end_quietly_where_their_output_cannot_be_written():
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(
+            [sys.executable, "-m", "adaptiverl", "keys"],
+            cwd=ROOT, env=ENVIRONMENT, stdout=full, stderr=subprocess.PIPE,
+        )  # fmt: skip
+    assert (result.returncode, result.stderr) == (0, b"")
+
+
+def test_a_terminal_without_unicode_gets_question_marks(main, settings, monkeypatch):
+    assert main(settings) == 0
+    console = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", console)
+    assert adaptiverl(["keys"]) == 0
+    assert adaptiverl(["explain", settings["OUTPUT_DIR"]]) == 0
+    assert sys.stdout is console, "as it was"
+    text = console.buffer.getvalue().decode("ascii")
+    assert "TRUST_REGION_KL" in text and "? 0." in text  # ±
+
+
+def test_what_cannot_be_written_is_dropped_from_then_on(tmp_path, capfd):
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as pipe:
+        before, sys.stdout = sys.stdout, pipe
+        try:
+            with forgiving_console("nobody reads"):
+                for _ in range(3):
+                    print("a line", flush=True)
+        finally:
+            sys.stdout = before
+    assert capfd.readouterr().err == "nobody reads\n"
+
+
+# The disk
+
+
+@pytest.mark.skipif(os.name == "nt", reason="limits of POSIX")
+def test_a_full_disk_is_told_in_a_line(settings, tmp_path):
+    import resource
+
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(settings | {"REPORT": False}))
+    result = subprocess.run(
+        [sys.executable, "train.py", str(config)],
+        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000)),
+    )  # fmt: skip
+    assert result.returncode == 3 and "Traceback" not in result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("error: ") and "File too large" in last
+    assert last.endswith("Make room; RESUME=auto goes on from a checkpoint")
+
+
+def test_a_name_that_is_too_long(main, settings, tmp_path, capsys):
+    assert main(settings | {"OUTPUT_DIR": str(tmp_path / ("x" * 300))}) == 2
+    assert "error: OUTPUT_DIR: " in capsys.readouterr().err
+
+
+# A reward's code
+
+
+ENDS = """
+import asyncio, sys
+
+def leaves(prompts, completions, trainer_state=None, **columns):
+    if trainer_state.global_step == 2:
+        sys.exit(0)
+    return [float(len(text)) for text in completions]
+
+async def cancels(prompts, completions, trainer_state=None, **columns):
+    if trainer_state.global_step == 2:
+        raise asyncio.CancelledError()
+    return [float(len(text)) for text in completions]
+
+def stops(prompts, completions, trainer_state=None, **columns):
+    if trainer_state.global_step == 2:
+        next(iter([]))
+    return [float(len(text)) for text in completions]
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("leaves", "RuntimeError: it raised SystemExit(0)"),
+        ("cancels", "RuntimeError: it raised CancelledError()"),
+        ("stops", "RuntimeError: it raised StopIteration()"),
+    ],
+)
+def test_a_reward_that_would_end_the_program_pauses_the_run(
+    main, settings, rewards_file, capsys, name, error
+):
+    assert main(settings | {"REWARDS": rewards_file(ENDS, name)}) == 3
+    out = out_of(settings)
+    assert f"paused before step 2: reward '{name}' failed ({error})" in capsys.readouterr().err
+    assert (out / "step-000001/manifest.json").exists()
+    assert read_jsonl(out / "events.jsonl")[-1]["kind"] == "paused"
+
+
+def test_a_reward_that_fails_leaves_the_other_coroutines_in_peace(
+    main, settings, rewards_file, capsys
+):
+    code = ENDS + "\nasync def waits(prompts, completions, **columns):\n"
+    code += "    await asyncio.sleep(0.2)\n    return [0.0] * len(prompts)\n"
+    assert main(settings | {"REWARDS": rewards_file(code, "waits", "cancels")}) == 3
+    err = capsys.readouterr().err
+    assert "reward 'cancels' failed (RuntimeError: it raised CancelledError())" in err
+    assert "waits" not in err and "unhandled" not in err
+
+
+def test_a_reward_cannot_change_what_others_see():
+    said = [{"role": "user", "content": "hi"}]
+    seen = []
+
+    def spoils(prompts, completions, tags, **columns):
+        prompts[0].append({"role": "assistant", "content": "invented"})
+        completions[0][0]["content"] = ""
+        tags.clear()
+        return [0.0]
+
+    def sees(prompts, completions, tags, **columns):
+        seen.append((prompts, completions, tags))
+        return [1.0]
+
+    async def sees_too(prompts, completions, tags, **columns):
+        return sees(prompts, completions, tags)
+
+    answer = [[{"role": "assistant", "content": "hello"}]]
+    composite = CompositeReward({"spoils": spoils, "sees": sees, "sees too": sees_too})
+    composite([said], answer, tags=["a"])
+    assert seen == [([said], answer, ["a"])] * 2
+    assert said == [{"role": "user", "content": "hi"}]
+
+
+def test_settings_of_torch_that_a_reward_makes_are_its_own(main, settings, rewards_file):
+    code = (
+        "import torch\n"
+        "torch.set_grad_enabled(False)\n"
+        "def mine(prompts, completions, **columns):\n"
+        "    torch.set_grad_enabled(False)\n"
+        "    torch.set_default_dtype(torch.float64)\n"
+        "    return [float(text.count('e')) for text in completions]\n"
+    )
+    assert main(settings | {"REWARDS": rewards_file(code, "mine")}) == 0
+    assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
+    rows = read_jsonl(out_of(settings) / "metrics.jsonl")
+    assert all(row["grad_norm"] > 0 for row in rows)
+
+
+def test_a_column_that_no_function_can_take(main, settings, capsys):
+    file = Path(settings["TRAIN_FILE"])
+    file.write_text(json.dumps([{"prompt": "a", "self": "b"}]))
+    assert main(settings) == 2
+    want = f"error: REWARDS.0: {file} has a column self: no reward can take that name\n"
+    assert capsys.readouterr().err == want
+
+
+# Texts that are not text
+
+
+def test_half_a_character_is_written_as_its_escape(main, settings, rewards_file, capsys):
+    code = (
+        "def mine(prompts, completions, log_extra, trainer_state, **columns):\n"
+        "    if trainer_state.global_step == 2:\n"
+        "        raise ValueError('\\udcff is no text')\n"
+        "    log_extra('note', ['\\ud83d half'] * len(completions))\n"
+        "    return [float(text.count('e')) for text in completions]\n"
+    )
+    assert main(settings | {"REWARDS": rewards_file(code, "mine")}) == 3
+    out = out_of(settings)
+    assert "\ufffd is no text" in capsys.readouterr().err
+    assert {row["note"] for row in read_jsonl(out / "samples.jsonl")} == {"\ud83d half"}
+    assert "\udcff is no text" in read_jsonl(out / "events.jsonl")[-1]["message"]
+
+
+def test_half_a_character_in_a_key_is_refused(main, settings, capsys):
+    assert main(settings, "OUTPUT_DIR=/tmp/\udcff") == 2
+    want = "error: the command line: OUTPUT_DIR is not UTF-8: surrogates not allowed\n"
+    assert capsys.readouterr().err == want
