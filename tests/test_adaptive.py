@@ -251,6 +251,31 @@ def test_saved_and_loaded_it_continues_bit_for_bit(base):
     assert resumed.lr == optimizer.lr != float(optimizer.param_groups[0]["lr"])
 
 
+def test_a_group_is_added_to_the_base():
+    net = model()
+    first, *others = net.parameters()
+    base = torch.optim.AdamW([first], lr=0.1)
+    optimizer = AdaptiveOptimizer(base, reward_rule="trend")
+    optimizer.add_param_group({"params": others, "lr": 0.01})
+    assert optimizer.param_groups is base.param_groups
+    assert [group["lr"] for group in base.param_groups] == [0.1, 0.01]
+    before = weights(net)
+    net(batch(0)[0]).sum().backward()
+    optimizer.step()
+    assert all((old != new).any() for old, new in zip(before, weights(net), strict=True))
+
+
+def test_a_base_that_takes_no_group_says_so():
+    net = model()
+    optimizer = AdaptiveOptimizer(OnlineAdamW(net.parameters()), "trust_region")
+    with pytest.raises(ValueError, match="needs all of its tensors at the beginning"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    assert len(optimizer.param_groups) == 1
+    net(batch(0)[0]).sum().backward()
+    optimizer.step(measure_kl=lambda: 0.004)
+    assert optimizer.info.kl == 0.004
+
+
 def test_a_state_of_other_groups_is_refused():
     one = AdaptiveOptimizer(BASES["SGD"](model().parameters()), **RULES)
     state = copy.deepcopy(one.controller.state_dict())

@@ -185,6 +185,14 @@ class AdaptiveOptimizer(Optimizer):
                 entry = {"step": time, "hyperparameter": "lr", "rule": "learned", "signal": "time"}
                 self._record(entry | {"value": time, "old": old, "new": self.lr})
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group to the base, which may refuse it."""
+        if "base" not in vars(self):  # torch's constructor adds the base's groups too
+            super().add_param_group(param_group)
+            return
+        self.base.add_param_group(param_group)
+        self._share()
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.base.zero_grad(set_to_none)
 
