@@ -276,6 +276,28 @@ def test_a_base_that_takes_no_group_says_so():
     assert optimizer.info.kl == 0.004
 
 
+def test_the_trust_region_refuses_a_step_that_needs_a_closure():
+    base = torch.optim.LBFGS(model().parameters())
+    with pytest.raises(ValueError, match="cannot search the step of LBFGS: it takes a closure"):
+        AdaptiveOptimizer(base, "trust_region")
+
+
+@pytest.mark.parametrize("rule", ["learned", "grad_norm"])
+def test_other_rules_make_a_step_that_needs_a_closure(rule):
+    net = model()
+    optimizer = AdaptiveOptimizer(torch.optim.LBFGS(net.parameters(), lr=0.1), rule)
+    x, y = batch(0)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(net(x), y)
+        loss.backward()
+        return loss
+
+    losses = [optimizer.step(closure, measure_kl=lambda: 0.004).item() for _ in range(3)]
+    assert losses[0] > losses[1] > losses[2] and optimizer.controller.step == 3
+
+
 def test_a_state_of_other_groups_is_refused():
     one = AdaptiveOptimizer(BASES["SGD"](model().parameters()), **RULES)
     state = copy.deepcopy(one.controller.state_dict())

@@ -13,7 +13,15 @@ from torch.optim import Optimizer
 
 from adaptiverl.optim.constants import CONSTANTS
 from adaptiverl.optim.controller import Controller
-from adaptiverl.optim.hyperparams import Scalar, clamp, get, gradient_norm, numbers, scaled_rates
+from adaptiverl.optim.hyperparams import (
+    Scalar,
+    clamp,
+    get,
+    gradient_norm,
+    needs_closure,
+    numbers,
+    scaled_rates,
+)
 from adaptiverl.optim.online import Online
 from adaptiverl.optim.online.learned import LearnedRate
 from adaptiverl.optim.rules import Value, documented, parse_rules
@@ -143,7 +151,8 @@ class AdaptiveOptimizer(Optimizer):
         if closure is not None and (self.trust_region or self.learned or needs_norm):
             with torch.enable_grad():  # these look at the gradients before the step
                 loss = closure()
-            closure = None
+            if not needs_closure(self.base):
+                closure = None
         if needs_norm:
             own = (p for group in self.param_groups for p in group["params"])
             self.controller.observe(grad_norm=gradient_norm(own))
