@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from adaptiverl import AdaptiveOptimizer, OnlineAdamW
+from adaptiverl.optim.hyperparams import gradient_norm
 
 
 def eight_bit(parameters) -> torch.optim.Optimizer:
@@ -329,6 +330,18 @@ def test_the_gradients_norm_is_its_own_to_see():
         optimizer.step()
     seen = optimizer.controller.seen["grad_norm"]
     assert optimizer.lr == pytest.approx(seen["mean_abs"] / 4.0, rel=0.3) and optimizer.lr < 0.5
+
+
+def test_the_norm_of_sparse_gradients_is_that_of_dense_ones():
+    """A row that came twice counts once, with the sum of its gradients."""
+    norms = []
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        net = nn.Embedding(6, 3, sparse=sparse)
+        net(torch.tensor([1, 2, 2])).square().sum().backward()
+        norms.append(gradient_norm(net.parameters()))
+        AdaptiveOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), "grad_norm").step()
+    assert norms[0] == pytest.approx(norms[1])
 
 
 def test_the_learned_rule_without_a_kl_warns_once(caplog):

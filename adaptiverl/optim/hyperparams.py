@@ -102,7 +102,10 @@ def _written(old: Any, value: float) -> Any:
 
 def gradient_norm(parameters: Iterable[Tensor]) -> float:
     """Of all gradients there are, fetched from their device."""
-    return float(get_total_norm([p.grad for p in parameters if p.grad is not None]))
+    own = [p.grad for p in parameters if p.grad is not None]
+    # A row that came twice is summed before its square is
+    dense = [grad.coalesce().values() if grad.is_sparse else grad for grad in own]
+    return float(get_total_norm(dense))
 
 
 def needs_closure(optimizer: Optimizer) -> bool:
