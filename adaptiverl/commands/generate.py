@@ -87,7 +87,7 @@ def _check(line: str) -> None:
     try:
         line.encode()
     except UnicodeEncodeError as error:
-        raise ConfigError(f"the prompt is not UTF-8: {ascii(line)}") from error
+        raise ConfigError(f"the prompt is not UTF-8: {line!a}") from error
 
 
 def _as_prompt(run: RunReader, line: str) -> Prompt:
