@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from adaptiverl import AdaptiveOptimizer, OnlineAdamW
+from adaptiverl.optim.hyperparams import gradient_norm
 
 
 def eight_bit(parameters) -> torch.optim.Optimizer:
@@ -251,6 +252,53 @@ def test_saved_and_loaded_it_continues_bit_for_bit(base):
     assert resumed.lr == optimizer.lr != float(optimizer.param_groups[0]["lr"])
 
 
+def test_a_group_is_added_to_the_base():
+    net = model()
+    first, *others = net.parameters()
+    base = torch.optim.AdamW([first], lr=0.1)
+    optimizer = AdaptiveOptimizer(base, reward_rule="trend")
+    optimizer.add_param_group({"params": others, "lr": 0.01})
+    assert optimizer.param_groups is base.param_groups
+    assert [group["lr"] for group in base.param_groups] == [0.1, 0.01]
+    before = weights(net)
+    net(batch(0)[0]).sum().backward()
+    optimizer.step()
+    assert all((old != new).any() for old, new in zip(before, weights(net), strict=True))
+
+
+def test_a_base_that_takes_no_group_says_so():
+    net = model()
+    optimizer = AdaptiveOptimizer(OnlineAdamW(net.parameters()), "trust_region")
+    with pytest.raises(ValueError, match="needs all of its tensors at the beginning"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    assert len(optimizer.param_groups) == 1
+    net(batch(0)[0]).sum().backward()
+    optimizer.step(measure_kl=lambda: 0.004)
+    assert optimizer.info.kl == 0.004
+
+
+def test_the_trust_region_refuses_a_step_that_needs_a_closure():
+    base = torch.optim.LBFGS(model().parameters())
+    with pytest.raises(ValueError, match="cannot search the step of LBFGS: it takes a closure"):
+        AdaptiveOptimizer(base, "trust_region")
+
+
+@pytest.mark.parametrize("rule", ["learned", "grad_norm"])
+def test_other_rules_make_a_step_that_needs_a_closure(rule):
+    net = model()
+    optimizer = AdaptiveOptimizer(torch.optim.LBFGS(net.parameters(), lr=0.1), rule)
+    x, y = batch(0)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(net(x), y)
+        loss.backward()
+        return loss
+
+    losses = [optimizer.step(closure, measure_kl=lambda: 0.004).item() for _ in range(3)]
+    assert losses[0] > losses[1] > losses[2] and optimizer.controller.step == 3
+
+
 def test_a_state_of_other_groups_is_refused():
     one = AdaptiveOptimizer(BASES["SGD"](model().parameters()), **RULES)
     state = copy.deepcopy(one.controller.state_dict())
@@ -282,6 +330,18 @@ def test_the_gradients_norm_is_its_own_to_see():
         optimizer.step()
     seen = optimizer.controller.seen["grad_norm"]
     assert optimizer.lr == pytest.approx(seen["mean_abs"] / 4.0, rel=0.3) and optimizer.lr < 0.5
+
+
+def test_the_norm_of_sparse_gradients_is_that_of_dense_ones():
+    """A row that came twice counts once, with the sum of its gradients."""
+    norms = []
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        net = nn.Embedding(6, 3, sparse=sparse)
+        net(torch.tensor([1, 2, 2])).square().sum().backward()
+        norms.append(gradient_norm(net.parameters()))
+        AdaptiveOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), "grad_norm").step()
+    assert norms[0] == pytest.approx(norms[1])
 
 
 def test_the_learned_rule_without_a_kl_warns_once(caplog):

@@ -231,6 +231,17 @@ def test_generate_samples_from_the_checkpoint_that_is_asked_for(trained, command
     assert trained_1 != trained_2 != start_2
 
 
+@pytest.mark.parametrize("given", ["argument", "stdin", "stdin that lets bytes through", "chat"])
+def test_a_prompt_that_is_not_utf8_is_told(given, full, command, monkeypatch):
+    errors = "surrogateescape" if "lets" in given else "strict"
+    piped = io.TextIOWrapper(io.BytesIO(b"This \xff film\n"), encoding="utf-8", errors=errors)
+    monkeypatch.setattr(piped, "isatty", lambda: given == "chat")
+    monkeypatch.setattr("sys.stdin", piped)
+    typed = ["This \udcff film"] if given == "argument" else []
+    status, _, err = command("generate", full, *typed)
+    assert status == 2 and "the prompt is not UTF-8: " in err
+
+
 def test_prompts_come_from_a_file_or_from_stdin(full, command, monkeypatch, tmp_path):
     file = tmp_path / "mine.jsonl"
     file.write_text('{"prompt": "This film"}\n{"prompt": "I saw"}\n')

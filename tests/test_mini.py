@@ -34,6 +34,28 @@ def test_it_follows_its_formula(decay):
     assert p.detach().flatten().tolist() == pytest.approx(expected, rel=1e-6)
 
 
+def test_the_size_of_a_complex_tensor_is_that_of_its_numbers():
+    """Numbers on the real axis move as real ones do, and a turned gradient turns the step."""
+    gradients = [torch.tensor([3.0, -4.0]), torch.tensor([1.0, 2.0])]
+    real = torch.nn.Parameter(torch.zeros(2))
+    turned = torch.nn.Parameter(torch.zeros(2, dtype=torch.complex64))
+    for p, turn in ((real, 1), (turned, 1j)):
+        optimizer = AdamMini([p], lr=0.1)
+        for gradient in gradients:
+            p.grad = gradient * turn
+            optimizer.step()
+        optimizer.load_state_dict(optimizer.state_dict())
+        assert not optimizer.state[p]["exp_avg_sq"].is_complex()
+    torch.testing.assert_close(turned.detach(), real.detach() * 1j)
+
+
+def test_sparse_gradients_are_refused():
+    net = torch.nn.Embedding(4, 2, sparse=True)
+    net(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="AdamMini does not support sparse gradients"):
+        AdamMini(net.parameters()).step()
+
+
 def test_a_tensor_of_one_number_is_adamw():
     ours, theirs = (torch.nn.Parameter(torch.ones(1)) for _ in range(2))
     mini = AdamMini([ours], lr=0.01, weight_decay=0.1)

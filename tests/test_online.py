@@ -252,6 +252,15 @@ def test_rules_of_the_whole_rate_come_by_wrapping():
     )
 
 
+def test_complex_weights_and_sparse_gradients_are_refused():
+    with pytest.raises(ValueError, match="does not support complex parameters"):
+        OnlineSGD([nn.Parameter(torch.ones(2, dtype=torch.complex64))], lr=0.1)
+    net = nn.Embedding(4, 2, sparse=True)
+    net(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="does not support sparse gradients"):
+        OnlineSGD(net.parameters(), lr=0.1).step()
+
+
 def test_wrong_arguments_are_refused():
     model = net()
     optimizer = OnlineSGD(model.parameters(), lr=1.0)

@@ -518,6 +518,104 @@ def test_the_trust_region_inside_trls_trainers(kind, tmp_path):
     assert logged == pytest.approx([info.lr for info in infos])
 
 
+@pytest.mark.parametrize("given", [True, False], ids=["keywords", "positions"])
+@pytest.mark.parametrize("named", ["prompts", "completions", "neither"])
+def test_a_tap_takes_a_batch_by_position_too(given, named):
+    rewards = {
+        "prompts": lambda prompts, completions, **_: [0.0, 1.0],
+        "completions": lambda completions, prompts, **_: [0.0, 1.0],
+        "neither": lambda *_, **__: [0.0, 1.0],
+    }
+    tap, batch = RewardTap(rewards[named]), {"prompts": ["a", "a"], "completions": ["x", "y"]}
+    order = ["completions", "prompts"] if named == "completions" else ["prompts", "completions"]
+    values = tap(**batch) if given else tap(*(batch[name] for name in order))
+    assert values == [0.0, 1.0]
+    assert tap.texts() == ["ax", "ay"] and tap.informative()
+
+
+def test_an_async_tap_takes_a_batch_by_position_too():
+    async def reward(prompts, completions, **_):
+        return [0.0, 1.0]
+
+    tap = RewardTap(reward)
+    assert asyncio.run(tap(["a", "a"], ["x", "y"])) == [0.0, 1.0]
+    assert tap.texts() == ["ax", "ay"] and tap.informative()
+
+
+def test_a_tap_reads_messages_of_parts_and_without_content():
+    def parts(*texts):
+        return [{"type": "text", "text": text} for text in texts]
+
+    tap = RewardTap(lambda **_: [0.0, 1.0])
+    image = {"type": "image", "image": "a.png"}
+    prompt = [{"role": "user", "content": [image, *parts("a", "b")]}]
+    tap(
+        prompts=[prompt, prompt],
+        completions=[
+            [{"role": "assistant", "content": parts("x")}],
+            [
+                {"role": "assistant", "content": None, "tool_calls": []},
+                {"role": "tool", "content": "4"},
+                {"role": "assistant", "content": "y"},
+            ],
+        ],
+    )
+    assert tap.texts() == ["abx", "ab\n4\ny"] and tap.informative()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("kind", ["RLOO", "GRPO"])
+def test_an_evaluation_leaves_the_batch_of_the_training_alone(kind, asynchronous, tmp_path):
+    """Each batch serves two steps, and an evaluation comes between them."""
+    import trl
+    from datasets import Dataset
+
+    model, tokenizer, dataset = texts(tmp_path)
+    asked = []
+
+    def reward(prompts, completions, **_):
+        evaluates = prompts[0].startswith("EVAL")
+        asked.append("eval" if evaluates else "train")
+        own = [0.0, 1.0] if not evaluates else [-5.0, -5.0]
+        return own * (len(completions) // 2)
+
+    async def waiting(**batch):
+        return reward(**batch)
+
+    tap = RewardTap(waiting if asynchronous else reward)
+    optimizer = AdaptiveOptimizer(AdamMini(model.parameters()), "trust_region", steps=4)
+    again = {"steps_per_generation": 2} if kind == "RLOO" else {"num_iterations": 2}
+    arguments = getattr(trl, f"{kind}Config")(
+        output_dir=str(tmp_path), per_device_train_batch_size=4, num_generations=2, max_steps=4,
+        max_completion_length=4, report_to=[], use_cpu=True, save_strategy="no", bf16=False,
+        lr_scheduler_type="constant", disable_tqdm=True, gradient_checkpointing=False, beta=0.0,
+        eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=2, num_generations_eval=1,
+        **again,
+    )  # fmt: skip
+    trainer = getattr(trl, f"{kind}Trainer")(
+        model=model,
+        reward_funcs=tap,
+        args=arguments,
+        train_dataset=dataset,
+        eval_dataset=Dataset.from_dict({"prompt": ["EVAL one", "EVAL two"]}),
+        processing_class=tokenizer,
+        optimizers=(optimizer, None),
+    )
+    seen = []
+
+    def last(step):
+        is_own = not any("EVAL" in text for text in tap.texts())
+        seen.append((tap.last(), optimizer.informative, is_own))
+        return tap.last()
+
+    trainer.add_callback(TrustRegionCallback(optimizer, tokenizer, tap.texts, tap.informative))
+    trainer.add_callback(RewardObserveCallback(optimizer, last))
+    trainer.train()
+    assert asked == ["train", "eval", "eval"] * 2, "or no evaluation is before a step that reuses"
+    assert seen == [(0.5, True, True)] * 4
+
+
 def test_the_reward_scheduler_says_what_its_rule_is_called():
     with pytest.raises(TypeError, match="RewardAdaptiveScheduler calls reward_rule rule"):
         RewardAdaptiveScheduler(torch.optim.SGD([torch.zeros(1)], lr=1.0), reward_rule="trend")

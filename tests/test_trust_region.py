@@ -16,7 +16,7 @@ from adaptiverl.optim.trust_region import (
     SignalToNoise,
     TrustRegion,
 )
-from adaptiverl.optim.update import LastUpdate, alignment, supports_alignment
+from adaptiverl.optim.update import LastUpdate, alignment, has_gradient, supports_alignment
 
 KINDS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
@@ -68,6 +68,43 @@ def test_an_update_is_scaled_as_if_the_old_weights_were_kept(kind, steps):
             torch.testing.assert_close(p, before.lerp(after, whole), rtol=1e-5, atol=1e-6)
     for a, b in zip(state.values(), optimizer.state_dict()["state"].values(), strict=True):
         assert all(torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in a)
+
+
+@pytest.mark.parametrize("kind", sorted({*KINDS, "adagrad"} - {"adamw fused"}))
+def test_an_update_of_complex_weights_is_scaled_alike(kind):
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(4, dtype=torch.complex64))
+    optimizer = (KINDS | COPIED)[kind]([p])
+    for _ in range(3):
+        p.grad = torch.randn_like(p)
+        optimizer.step()
+    old, update = p.detach().clone(), LastUpdate(optimizer)
+    optimizer.step()
+    new = p.detach().clone()
+    for factor, whole in ((0.3, 0.3), (5.0, 1.5), (0.0, 0.0)):
+        update.rescale(factor)
+        torch.testing.assert_close(p.detach(), old + whole * (new - old))
+    assert alignment(optimizer) is None and not supports_alignment(optimizer)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "sgd momentum alone"])
+def test_sparse_gradients_are_as_good_as_dense_ones(kind):
+    """The same updates, scaled alike, and the same alignment; one row comes twice."""
+    make = {"sgd momentum alone": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)}
+    seen = []
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        net = torch.nn.Embedding(6, 3, sparse=sparse)
+        optimizer = (KINDS | COPIED | make)[kind](net.parameters())
+        for step in range(3):
+            optimizer.zero_grad()
+            net(torch.tensor([1, 2, 2 + step])).square().sum().backward()
+            found, update = [has_gradient(optimizer), alignment(optimizer)], LastUpdate(optimizer)
+            optimizer.step()
+            update.rescale(0.3)
+        seen.append((net.weight.detach(), found))
+    torch.testing.assert_close(seen[0][0], seen[1][0])
+    assert seen[0][1] == pytest.approx(seen[1][1])
 
 
 def test_weights_without_gradient_stay():

@@ -5,7 +5,7 @@ With --base, beside those of the model before the training, from the same random
 
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from datasets import Dataset
@@ -64,10 +64,30 @@ def _prompts(run: RunReader, typed: list[str], file: Path | None) -> Dataset:
     if file:
         with as_config_error("--file"):
             return load_prompts(str(file), column)
-    lines = typed or [line for line in sys.stdin.read().splitlines() if line]
+    lines = typed or [line for line in _read(sys.stdin.read).splitlines() if line]
     if not all(lines) or not lines:
         raise ConfigError("there is no prompt, or an empty one: give text to complete")
+    for line in lines:
+        _check(line)
     return Dataset.from_dict({column: [_as_prompt(run, line) for line in lines]})
+
+
+def _read(source: Callable[[], str]) -> str:
+    """What is typed or piped. Raises ConfigError where it is not UTF-8."""
+    try:
+        return source()
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"the prompt is not UTF-8: {error.reason} at byte {error.start}"
+        ) from error
+
+
+def _check(line: str) -> None:
+    """Raises ConfigError for bytes that Python has let through as lone surrogates."""
+    try:
+        line.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"the prompt is not UTF-8: {line!a}") from error
 
 
 def _as_prompt(run: RunReader, line: str) -> Prompt:
@@ -81,12 +101,13 @@ def _chat(run: RunReader, answer: "Answers") -> None:
     said: list[dict[str, str]] = []
     while True:
         try:
-            line = input("> ")
+            line = _read(lambda: input("> "))
         except EOFError:
             print()
             return
         if not line:
             continue
+        _check(line)
         if not run.is_chat:
             print(answer({"prompt": [line]}), flush=True)
             continue

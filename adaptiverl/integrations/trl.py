@@ -18,10 +18,13 @@ __all__ = ["RewardObserveCallback", "RewardTap", "TrustRegionCallback"]
 
 
 class RewardTap:
-    """A reward function that remembers its last batch; async if `reward` is.
+    """A reward function that remembers its last batch of the training; async if `reward` is.
 
     `last()` is the mean of what it returned, `texts()` are the prompts with their completions, and
     `informative()` says whether any completions of one prompt had different rewards.
+
+    Batches of an evaluation are scored and not remembered: TRL's trainers may use a batch for
+    several steps, with evaluations between them.
     """
 
     def __new__(cls, reward: Callable[..., Any]) -> "RewardTap":
@@ -43,9 +46,19 @@ class RewardTap:
         self.__name__ = getattr(reward, "__name__", type(reward).__name__)  # TRL logs by this name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._remember(self.reward(*args, **kwargs), kwargs)
+        return self._remember(self.reward(*args, **kwargs), self._by_name(args, kwargs))
+
+    def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Positional arguments as `reward` calls them, or in TRL's order."""
+        if not args:
+            return kwargs
+        own = [*inspect.signature(self.reward).parameters]
+        names = own if {"prompts", "completions"} & set(own) else ["prompts", "completions"]
+        return dict(zip(names, args, strict=False)) | kwargs
 
     def _remember(self, values: list[float | None], batch: dict[str, Any]) -> list[float | None]:
+        if _is_evaluation(batch):
+            return values
         prompts, completions = (batch.get(name) or [] for name in ("prompts", "completions"))
         self.batch = [*zip(prompts, completions, strict=False)]
         of_prompt: dict[str, set[float]] = {}
@@ -70,11 +83,35 @@ class RewardTap:
         return [_text(prompt) + _text(completion) for prompt, completion in self.batch]
 
 
+def _is_evaluation(batch: dict[str, Any]) -> bool:
+    """Whether a trainer of TRL asks for the rewards of an evaluation.
+
+    Nothing that TRL gives a reward says so. `log_metric` is a method of the trainer, and whether
+    its model is in training mode is what TRL itself goes by. Without a trainer there is no
+    evaluation.
+    """
+    log_metric = batch.get("log_metric")
+    if not inspect.ismethod(log_metric):
+        return False
+    from transformers import Trainer  # whoever has one has imported it already
+
+    trainer = log_metric.__self__
+    return isinstance(trainer, Trainer) and not trainer.model.training
+
+
 def _text(part: Any) -> str:
     """Of a string, or of a conversation."""
-    return part if isinstance(part, str) else "\n".join(message["content"] for message in part)
+    return part if isinstance(part, str) else "\n".join(map(_content, part))
+
+
+def _content(message: dict[str, Any]) -> str:
+    """Of a message whose content is a string, a list of parts, or None: only tools are called."""
+    content = message.get("content") or ""
+    if isinstance(content, str):
+        return content
+    return "".join(part.get("text") or "" for part in content)
 
 
 class _AsyncRewardTap(RewardTap):
     async def __call__(self, *args: Any, **kwargs: Any) -> list[float | None]:
-        return self._remember(await self.reward(*args, **kwargs), kwargs)
+        return self._remember(await self.reward(*args, **kwargs), self._by_name(args, kwargs))

@@ -13,7 +13,15 @@ from torch.optim import Optimizer
 
 from adaptiverl.optim.constants import CONSTANTS
 from adaptiverl.optim.controller import Controller
-from adaptiverl.optim.hyperparams import Scalar, clamp, get, gradient_norm, numbers, scaled_rates
+from adaptiverl.optim.hyperparams import (
+    Scalar,
+    clamp,
+    get,
+    gradient_norm,
+    needs_closure,
+    numbers,
+    scaled_rates,
+)
 from adaptiverl.optim.online import Online
 from adaptiverl.optim.online.learned import LearnedRate
 from adaptiverl.optim.rules import Value, documented, parse_rules
@@ -21,8 +29,35 @@ from adaptiverl.optim.trust_region import Record, TrustRegion, UpdateInfo, defau
 from adaptiverl.optim.update import alignment, copyable
 
 
+class _Wrapper(Optimizer):
+    """Stands for `base`, with which it shares the groups and the state."""
+
+    def __init__(self, base: Optimizer):
+        super().__init__(base.param_groups, base.defaults)
+        self.base = base
+        self._share()
+
+    def _share(self) -> None:
+        self.param_groups, self.state = self.base.param_groups, self.base.state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._share()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group to the base, which may refuse it."""
+        if "base" not in vars(self):  # torch's constructor adds the base's groups too
+            super().add_param_group(param_group)
+            return
+        self.base.add_param_group(param_group)
+        self._share()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.base.zero_grad(set_to_none)
+
+
 @documented
-class AdaptiveOptimizer(Optimizer):
+class AdaptiveOptimizer(_Wrapper):
     """`base`, whose rate is the scheduled one times what the rules make of it.
 
         optimizer = AdaptiveOptimizer(AdamW(model.parameters(), lr=1e-4), lr_rule="trust_region")
@@ -56,10 +91,9 @@ class AdaptiveOptimizer(Optimizer):
             raise ValueError(
                 f'trust_region_schedule is {trust_region_schedule!r}; it is "linear" or "constant"'
             )
-        super().__init__(base.param_groups, base.defaults)
-        self.base, self.measure_kl, self.min_kl, self.record = base, measure_kl, min_kl, record
+        super().__init__(base)
+        self.measure_kl, self.min_kl, self.record = measure_kl, min_kl, record
         self.informative = True  # whether any rewards of the step differ; see TrustRegion.step
-        self._share()
         self.online = base if isinstance(base, Online) else None
         by_kl = {rule.name: own for rule, own in parse_rules("lr_rule", lr_rule) if not rule.update}
         self.controller = Controller(
@@ -86,16 +120,9 @@ class AdaptiveOptimizer(Optimizer):
         self.info: UpdateInfo | None = None  # of the last step, where its KL was measured
         self._has_grad_norm = False  # of the step to come
 
-    def _share(self) -> None:
-        self.param_groups, self.state = self.base.param_groups, self.base.state
-
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle. As with torch's optimizers, hooks stay behind; so do callbacks."""
         return copyable(self) | {"measure_kl": None, "record": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._share()
 
     def step_loss(self, loss: Scalar) -> None:
         """Adapts to the loss; call it before `step`. A tensor is fetched from its device."""
@@ -143,7 +170,8 @@ class AdaptiveOptimizer(Optimizer):
         if closure is not None and (self.trust_region or self.learned or needs_norm):
             with torch.enable_grad():  # these look at the gradients before the step
                 loss = closure()
-            closure = None
+            if not needs_closure(self.base):
+                closure = None
         if needs_norm:
             own = (p for group in self.param_groups for p in group["params"])
             self.controller.observe(grad_norm=gradient_norm(own))
@@ -184,9 +212,6 @@ class AdaptiveOptimizer(Optimizer):
                 time = self.learned.time
                 entry = {"step": time, "hyperparameter": "lr", "rule": "learned", "signal": "time"}
                 self._record(entry | {"value": time, "old": old, "new": self.lr})
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        self.base.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
         """The base's, and those of `parts`."""

@@ -3,6 +3,7 @@
 Numbers, tensors (written in place: a captured graph keeps seeing them) and pairs of betas alike.
 """
 
+import inspect
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -101,7 +102,16 @@ def _written(old: Any, value: float) -> Any:
 
 def gradient_norm(parameters: Iterable[Tensor]) -> float:
     """Of all gradients there are, fetched from their device."""
-    return float(get_total_norm([p.grad for p in parameters if p.grad is not None]))
+    own = [p.grad for p in parameters if p.grad is not None]
+    # A row that came twice is summed before its square is
+    dense = [grad.coalesce().values() if grad.is_sparse else grad for grad in own]
+    return float(get_total_norm(dense))
+
+
+def needs_closure(optimizer: Optimizer) -> bool:
+    """Whether its step evaluates the loss anew, as that of LBFGS does."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
 
 
 def numbers(**signals: Scalar) -> dict[str, float]:

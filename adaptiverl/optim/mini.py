@@ -24,7 +24,8 @@ class AdamMini(Optimizer):
 
     p ← p − lr · (m̂ / (√v̂ + eps) + weight_decay · p), where v is one number per tensor: the running
     mean of ‖g‖² / n over the tensor's n elements. It keeps half of AdamW's memory. Gradients that
-    are DTensors (FSDP) count whole. Raises ValueError for arguments out of range.
+    are DTensors (FSDP) count whole. Of a complex tensor g² is |g|². Raises ValueError for arguments
+    out of range, and RuntimeError for sparse gradients.
     """
 
     def __init__(
@@ -57,6 +58,11 @@ class AdamMini(Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
+                if p.grad.is_sparse:
+                    raise RuntimeError(
+                        "AdamMini does not support sparse gradients: use torch.optim.SparseAdam, "
+                        "or an embedding with sparse=False"
+                    )
                 state = self.state[p] or self._begin(p)
                 state["step"] += 1
                 state["exp_avg"].lerp_(p.grad, 1 - beta1)
@@ -70,7 +76,7 @@ class AdamMini(Optimizer):
         self.state[p] = {
             "step": torch.zeros(()),  # on the CPU: reading it waits for no device
             "exp_avg": torch.zeros_like(p),
-            "exp_avg_sq": torch.zeros((), device=p.device, dtype=p.dtype),
+            "exp_avg_sq": torch.zeros((), device=p.device, dtype=p.dtype.to_real()),
         }
         return self.state[p]
 
@@ -86,5 +92,5 @@ def denominator(group: dict[str, Any], state: dict[str, Any]) -> tuple[Tensor, f
 def _mean_square(grad: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor  # 0.6 s, unless something has imported it already
 
-    mean = grad.square().mean()
+    mean = (grad.abs() if grad.is_complex() else grad).square().mean()
     return mean.full_tensor() if isinstance(mean, DTensor) else mean

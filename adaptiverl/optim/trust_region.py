@@ -13,7 +13,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from adaptiverl.optim.constants import lr_bounds
-from adaptiverl.optim.hyperparams import check_rate, clamp, scaled_rates
+from adaptiverl.optim.hyperparams import check_rate, clamp, needs_closure, scaled_rates
 from adaptiverl.optim.update import LastUpdate, alignment, has_gradient, supports_alignment
 
 KL_TOLERANCE = 2.0  # an update whose KL is this many times the target is scaled down
@@ -68,9 +68,9 @@ class SignalToNoise:
 class TrustRegion:
     """Makes the steps of `optimizer` so that each one's KL meets a target.
 
-    optimizer   any torch optimizer. Around each step its rates are multiplied by `ratio`, the
-                factor that has been found; afterwards they are what they were, so that any
-                learning-rate scheduler can be used.
+    optimizer   any torch optimizer but LBFGS, whose step needs a closure. Around each step its
+                rates are multiplied by `ratio`, the factor that has been found; afterwards they are
+                what they were, so that any learning-rate scheduler can be used.
     kl          nats per token that an update may move the policy; default None: 0.004, times
                 60 / steps (at most 4) in a run of fewer than 60 steps
     steps       length of the run in steps, over which the target falls linearly to kl / steps;
@@ -96,6 +96,11 @@ class TrustRegion:
         max_lr: float | None = None,
         record: Record | None = None,
     ):
+        if needs_closure(optimizer):
+            raise ValueError(
+                f"the trust region cannot search the step of {type(optimizer).__name__}: it takes "
+                "a closure, which moves the weights several times. Use another optimizer or rule"
+            )
         self.bounds = lr_bounds(min_lr, max_lr)
         if steps is not None and steps < 1:
             raise ValueError(f"steps is {steps}; it must be at least 1, or None: a constant target")

@@ -113,10 +113,12 @@ def supports_alignment(optimizer: Optimizer) -> bool:
 
 
 def _local(x: Tensor) -> tuple[Tensor, bool]:
-    """This process's part of a tensor, and whether others have the rest of it."""
+    """This process's part of a tensor, not sparse, and whether others have the rest of it."""
     from torch.distributed.tensor import DTensor  # 0.6 s, unless something has imported it already
 
-    return (x.to_local(), True) if isinstance(x, DTensor) else (x, False)
+    if isinstance(x, DTensor):
+        return x.to_local(), True
+    return (x.to_dense() if x.is_sparse else x), False
 
 
 def _keeps_direction(optimizer: Optimizer, group: Group) -> bool:
@@ -124,7 +126,9 @@ def _keeps_direction(optimizer: Optimizer, group: Group) -> bool:
 
 
 def _is_known(optimizer: Optimizer, group: Group) -> bool:
-    """Whether `_direction` gives what a step did."""
+    """Whether `_direction` gives what a step did. It has not been written for complex weights."""
+    if any(p.is_complex() for p in group["params"]):
+        return False
     decay = float(group["weight_decay"]) if "weight_decay" in group else 0.0
     if group.get("maximize") or group.get("nesterov") or group.get("amsgrad"):
         return False

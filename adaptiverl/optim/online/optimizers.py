@@ -66,6 +66,8 @@ class Online(PerTensorOptimizer, Optimizer):
         self.tensors = [p for group in self.param_groups for p in group["params"]]
         if not self.tensors:
             raise ValueError("none of its groups has a parameter")
+        if any(p.is_complex() for p in self.tensors):
+            raise ValueError("an online optimizer does not support complex parameters")
         self.device = self.tensors[0].device
         if {p.device for p in self.tensors} != {self.device}:
             raise ValueError("an online optimizer needs all of its tensors on one device")
@@ -163,8 +165,13 @@ class Online(PerTensorOptimizer, Optimizer):
         return recurrent.answer(self.weights, x, self.hidden, self._trained)
 
     def _see_who_is_trained(self) -> None:
-        """Frozen tensors have no gradient. On a GPU the flags are set without waiting for it."""
+        """Frozen tensors have no gradient. On a GPU the flags are set without waiting for it.
+
+        Raises RuntimeError for sparse gradients.
+        """
         now = [p.grad is not None for p in self.tensors]
+        if any(p.grad is not None and p.grad.is_sparse for p in self.tensors):
+            raise RuntimeError("an online optimizer does not support sparse gradients")
         for i, (was, has) in enumerate(zip(self._have_gradient, now, strict=True)):
             if was != has:
                 self._trained[i].fill_(float(has))
