@@ -48,9 +48,10 @@ def run(folder: Path, *overrides: str) -> list[dict[str, Any]]:
         "OUTPUT_DIR": str(folder / "run"),
     }  # fmt: skip
     config.write_text(json.dumps(keys), "utf-8")
-    if status := train.main(read_command([str(config), *overrides])):
+    command = read_command([str(config), *overrides])
+    if status := train.main(command):
         raise SystemExit(status)
-    lines = (folder / "run/metrics.jsonl").read_text("utf-8").splitlines()
+    lines = Path(command[0].OUTPUT_DIR, "metrics.jsonl").read_text("utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 

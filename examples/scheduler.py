@@ -63,6 +63,7 @@ def main(folder: str = ".") -> Path:
     right.set(xlabel="step", ylabel="learning rate")
     left.legend()
     path = Path(folder, "scheduler.png")
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     return path
 

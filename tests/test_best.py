@@ -141,6 +141,12 @@ def test_a_share_of_the_prompts_is_held_out_all_rows_of_a_prompt_on_one_side():
         split_prompts(Dataset.from_dict({"prompt": ["a", "a"]}), "prompt", 0.5, seed=0)
 
 
+def test_evaluations_that_never_come_are_warned_of(main, settings, caplog):
+    assert main(settings | {"EVAL_SPLIT": 0.4, "EVAL_EVERY": 4}) == 0
+    said = "EVAL_EVERY 4 is above the 3 steps of the run: nothing is evaluated"
+    assert caplog.messages == [said]
+
+
 def test_a_held_out_share_is_evaluated_and_never_sampled_in_training(main, settings):
     keys = settings | {"EVAL_SPLIT": 0.4, "EVAL_EVERY": 3, "STEPS": 6}
     assert main(keys) == 0

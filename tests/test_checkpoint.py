@@ -272,7 +272,7 @@ def test_killed_at_ten_random_moments_and_resumed_is_the_uninterrupted_run(start
     assert_same_run(whole, out)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_says_so_and_exits_and_the_run_resumes_exactly(
     start, main, resumable, number
 ):
@@ -294,6 +294,15 @@ def test_a_signal_saves_says_so_and_exits_and_the_run_resumes_exactly(
     whole = out.with_name("whole")
     assert main(keys) == main(keys | {"OUTPUT_DIR": str(whole)}) == 0
     assert_same_run(whole, out)
+
+
+def test_a_run_that_has_nothing_left_to_do_keeps_its_config(main, settings, capsys):
+    assert main(settings) == 0
+    file = Path(settings["OUTPUT_DIR"], "config.json")
+    before = file.read_bytes()
+    assert main(settings | {"RESUME": "auto", "STEPS": 2}) == 0
+    assert "nothing is left to do: it has 3 steps, and STEPS is 2" in capsys.readouterr().out
+    assert file.read_bytes() == before
 
 
 def test_a_longer_run_goes_on_from_final(main, settings):

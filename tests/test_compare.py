@@ -144,6 +144,28 @@ def test_a_page_holds_no_lone_surrogate(tmp_path):
     assert json.dumps(out.read_bytes().decode("utf-8"))
 
 
+@pytest.mark.parametrize(("other", "paired"), [("one", True), ("two", False)])
+def test_prompts_are_compared_in_a_step_that_both_have(tmp_path, capsys, other, paired):
+    """Not the first samples of one, of step 1, with those of the other, of step 2."""
+    runs = [a_run(tmp_path / name, 0.2, seed) for seed, name in enumerate("ab")]
+    samples = [[(1, "first"), (2, "one")], [(2, other), (4, "four")]]
+    for run, rows in zip(runs, samples, strict=True):
+        lines = [json.dumps({"step": step, "prompt": prompt}) + "\n" for step, prompt in rows]
+        (run / "samples.jsonl").write_text("".join(lines))
+    assert adaptiverl(["compare", *map(str, runs), "--out", str(tmp_path / "page.html")]) == 0
+    text = capsys.readouterr().out
+    assert ("on the same prompts" in text) == paired
+    assert ("b is not compared step by step: other prompts." in text) != paired
+
+
+def test_rewards_of_different_kinds_are_not_subtracted(tmp_path, capsys):
+    other = {"REWARDS": [{"TYPE": "length", "NAME": "b", "WEIGHT": 1.0}]}
+    runs = [a_run(tmp_path / "a", 0.2, 1), a_run(tmp_path / "b", 4.0, 2, **other)]
+    assert adaptiverl(["compare", *map(str, runs), "--out", str(tmp_path / "page.html")]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"b\s+entropy\s+48", text) and not re.search(r"b\s+reward\s+48", text)
+
+
 def test_a_file_of_prompts_that_has_changed_in_between_is_not_paired(tmp_path, capsys):
     """It has the same name: samples.jsonl says what was in it."""
     runs = [a_run(tmp_path / name, 0.2, seed) for seed, name in enumerate("ab")]

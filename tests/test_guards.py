@@ -282,6 +282,19 @@ def told(rows: list[dict], **keys) -> list[tuple[int, str]]:
     return [*said, (collapse.step, collapse.kind)] if collapse else said
 
 
+def test_unsound_figures_tell_against_the_checkpoint_of_the_step_before():
+    guards = Guards(RunConfig(), last_step=1000, allowed_gap=1e-3, sound_steps=[2, 4])
+    row = {
+        "grad_norm": 1.0, "lr": 1e-4, "reward": 0.5, "entropy": 2.5, "kl": 0.1,
+        "kl_per_completion": 3.2, "completions/distinct_2": 0.7, "completions/clipped_ratio": 0.8,
+        "sampling/sampling_logp_difference/mean": 0.0,
+    }  # fmt: skip
+    for step, kl, left in ((5, 0.1, [2, 4]), (6, 9.0, [2, 4]), (5, 9.0, [2])):
+        far = {"kl": kl, "kl_per_completion": 32 * kl}
+        guards.look(step, torch.arange(32.0), torch.ones(32), row | far)
+        assert guards.sound_steps == left
+
+
 @pytest.mark.parametrize(
     ("rows", "said"),
     [

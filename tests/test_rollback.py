@@ -242,13 +242,22 @@ def test_killed_at_any_place_of_a_rollback_it_is_the_run_that_was_not(start, spi
 
 def test_a_checkpoint_is_sound_when_steps_have_followed():
     assert sound_before([2, 4, 6], 8) == [2, 4]
-    assert sound_before([2, 4, 6], 9) == [2, 4, 6]
+    assert sound_before([2, 4, 6], 9) == [2, 4], "step 9 shows it, not that the three before are"
+    assert sound_before([2, 4, 6], 10) == [2, 4, 6]
     guards = Guards(RunConfig(), last_step=100, allowed_gap=1e-3, sound_steps=[2, 4, 6])
     assert guards.needed(8) == {4, 6}
     assert guards.needed(4) == {2, 4, 6}
     guards.sound = False
     guards.checkpointed(8)
     assert guards.sound_steps == [2, 4, 6]
+
+
+def test_the_update_that_broke_the_policy_is_not_gone_back_to(main, settings, caplog):
+    """Saved in its own step, whose figures are those of the policy before it."""
+    keys = {"LR_RULE": "none", "OPTIM": "adamw", "LRATE": 0.02, "SAVE_EVERY": 1, "STEPS": 6}
+    keys |= {"MODEL": "adaptiverl/assets/policy", "MAX_NEW_TOKENS": 12}
+    main(settings | keys | {"REWARDS": [{"TYPE": "length", "TARGET": 6}]})
+    assert "Rolled back to step 0 (1 of at most 3 times)" in caplog.text
 
 
 def test_prune_spares_what_a_rollback_needs(tmp_path):

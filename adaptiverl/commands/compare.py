@@ -96,8 +96,21 @@ def paired(run: Run, other: Run, name: str) -> tuple[float, float, int] | None:
 def are_paired(run: Run, other: Run) -> bool:
     """Whether both see the same prompts in the same steps; a file may have changed in between."""
     same_keys = all(run.config.get(key) == other.config.get(key) for key in PAIRED_BY)
-    first, others = ([row["prompt"] for row in next(steps_of(each), [])] for each in (run, other))
-    return same_keys and first == others
+    return same_keys and _have_same_prompts(run, other)
+
+
+def _have_same_prompts(run: Run, other: Run) -> bool:
+    """In the first step that both have samples of; without one there is nothing against it."""
+    steps = steps_of(run), steps_of(other)
+    rows = [next(each, []) for each in steps]
+    while all(rows):
+        at = [own[0]["step"] for own in rows]
+        if at[0] == at[1]:
+            first, others = ([row["prompt"] for row in own] for own in rows)
+            return first == others
+        behind = int(at[1] < at[0])
+        rows[behind] = next(steps[behind], [])
+    return True
 
 
 def _names(folders: list[Path]) -> list[str]:
@@ -157,7 +170,10 @@ def _differences(runs: list[Run], names: list[str]) -> tuple[Table, str]:
             unpaired.append(name)
             continue
         size = len(table)
+        same = run.config.get("REWARDS") == runs[0].config.get("REWARDS")
         for figure in _shared(runs):
+            if figure in ("reward", "eval/reward") and not same:
+                continue
             if found := paired(runs[0], run, figure):
                 mean, half, steps = found
                 low, high = mean - half, mean + half
@@ -179,7 +195,8 @@ def _differences(runs: list[Run], names: list[str]) -> tuple[Table, str]:
     for name in unpaired:
         run = runs[names.index(name)]
         keys = [key for key in PAIRED_BY if run.config.get(key) != runs[0].config.get(key)]
-        notes.append(f"{name} is not compared step by step: other {', '.join(keys)}.")
+        other = ", ".join(keys) or "prompts"
+        notes.append(f"{name} is not compared step by step: other {other}.")
     return table, " ".join(notes)
 
 

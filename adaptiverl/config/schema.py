@@ -92,7 +92,7 @@ class Config(BaseModel, Generic[RewardT]):
     MAXSEQ: int | None = Field(
         None, ge=2, description="Most tokens of prompt and completion; null: the model's positions"
     )
-    TEMPERATURE: float = Field(1.0, gt=0, description="Of sampling and of all log-probabilities")
+    TEMPERATURE: float = Field(1.0, ge=0.01, description="Of sampling and of all log-probabilities")
     TOP_K: int = Field(0, ge=0, description="Sample among the k most likely tokens; 0: off")
     TOP_P: float = Field(1.0, gt=0, le=1, description="Sample in the nucleus of mass p; 1: off")
     STOP: list[Annotated[str, Field(min_length=1)]] = Field(
@@ -191,7 +191,10 @@ class Config(BaseModel, Generic[RewardT]):
     )
     SAVE_EVERY: int = Field(50, ge=0, description="Steps between checkpoints; 0: only at the end")
     KEEP_CHECKPOINTS: int = Field(
-        2, ge=0, description="How many step checkpoints are kept (a sound one always); 0: all"
+        2,
+        ge=0,
+        description="How many step checkpoints are kept, beside those that a rollback may need, up "
+        "to 5; 0: all",
     )
     LOG_EVERY: int = Field(10, ge=0, description="Steps between lines on the console; 0: none")
     DYNAMICS_EVERY: int = Field(100, ge=0, description="online_: steps between reports; 0: none")

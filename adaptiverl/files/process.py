@@ -11,9 +11,10 @@ import torch
 
 
 class StopSignal:
-    """Remembers the first SIGINT or SIGTERM and calls `then`; a second ends the process at once.
+    """Remembers the first SIGINT, SIGTERM or SIGHUP and calls `then`; a second ends the process.
 
-    A context manager: afterwards signals do what they did before.
+    SIGHUP, of a terminal that is closed, is left alone where it is ignored: under nohup. A context
+    manager: afterwards signals do what they did before.
     """
 
     def __init__(self, then: Callable[[], None] = lambda: None) -> None:
@@ -21,8 +22,10 @@ class StopSignal:
         self.before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopSignal":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.before[number] = signal.signal(number, self._remember)
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number and signal.getsignal(number) != signal.SIG_IGN:
+                self.before[number] = signal.signal(number, self._remember)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -31,7 +34,7 @@ class StopSignal:
 
     def _remember(self, number: int, frame: object) -> None:
         self.number = number
-        for each in (signal.SIGINT, signal.SIGTERM):
+        for each in self.before:
             signal.signal(each, signal.SIG_DFL)
         self.then()
 

@@ -3,6 +3,7 @@
 What the config names outside of the model is made by inputs.py. Each function raises ConfigError.
 """
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -100,6 +101,9 @@ def build(
     if c.EVAL_FILE and eval_prompts:  # those of an EVAL_SPLIT have the same columns
         files[c.EVAL_FILE] = eval_prompts
     last_step = inputs.last_step_of(c, len(prompts))
+    if eval_prompts and last_step < c.EVAL_EVERY and runtime.is_main:
+        steps = f"EVAL_EVERY {c.EVAL_EVERY} is above the {last_step} steps of the run"
+        logging.warning("%s: nothing is evaluated", steps)
     max_prompt = inputs.max_prompt_tokens(c)
     rewards, held_out = (
         inputs.make_rewards(c, key, files, runtime) for key in ("REWARDS", "HELD_OUT")

@@ -3,7 +3,7 @@
 What a collapse is known by is guards.py's; going back is rollback.py's.
 """
 
-PROBATION = 3  # steps without a collapse after a checkpoint before it counts as sound
+PROBATION = 3  # sound steps after a checkpoint before it counts as sound
 MAX_ROLLBACKS = 3
 
 
@@ -19,5 +19,5 @@ class Collapsed(Exception):
 
 
 def sound_before(checkpoints: list[int], step: int) -> list[int]:
-    """Those of the steps `checkpoints` that PROBATION steps up to `step` have followed."""
-    return [saved for saved in checkpoints if saved + PROBATION <= step]
+    """Those of the steps `checkpoints` that PROBATION steps before `step` have followed."""
+    return [saved for saved in checkpoints if saved + PROBATION < step]

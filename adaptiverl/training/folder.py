@@ -67,8 +67,9 @@ class RunFolder:
                 if advice := bf16_advice(c, parts):
                     print(advice)
             self._begin_logs()
-            resolved = c.model_dump_json(by_alias=True, indent=2)
-            (self.path / "config.json").write_text(resolved + "\n", "utf-8")
+            if not (parts.resumed and parts.done):
+                resolved = c.model_dump_json(by_alias=True, indent=2)
+                (self.path / "config.json").write_text(resolved + "\n", "utf-8")
         parts.runtime.accelerator.wait_for_everyone()
         if parts.runtime.accelerator.log_with:
             start_trackers(parts.runtime.accelerator, c)

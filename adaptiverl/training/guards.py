@@ -63,6 +63,8 @@ class Guards:
         self.collapse = None
         found = dict(self._found(reward, advantage, metrics))
         self.sound = not UNSOUND & found.keys() and self._is_sound(metrics)
+        if not self.sound:  # these are the figures of the policy that the step before has left
+            self.sound_steps = [saved for saved in self.sound_steps if saved + 1 != step]
         collapses = [kind for kind in found if kind in COLLAPSES]
         if collapses and self.config.ON_COLLAPSE != "warn":
             self.collapse = Collapsed(step, collapses[0], found[collapses[0]])
@@ -170,7 +172,7 @@ class Guards:
         """Of a step in which all rewards that are compared are equal."""
         entropy, distinct = metrics["entropy"], metrics["completions/distinct_2"]
         before = self.first["entropy"], self.first["completions/distinct_2"]
-        if entropy < DETERMINISTIC and entropy >= LEFT * before[0]:
+        if entropy < DETERMINISTIC and (entropy >= LEFT * before[0] or before[0] < DETERMINISTIC):
             return "deterministic", say.DETERMINISTIC.format(entropy=entropy)
         if entropy >= DETERMINISTIC and distinct >= REPEATED * before[1]:
             return None
