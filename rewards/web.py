@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
 from pydantic import BaseModel
 from tqdm import tqdm
@@ -105,6 +106,11 @@ class Page:
             response = JSONResponse({"error": refusal}, 403) if refusal else await then(request)
             response.headers.update(HEADERS)
             return response
+
+        @app.exception_handler(RequestValidationError)
+        def refused(request: Request, error: RequestValidationError) -> Response:
+            # FastAPI's own answer repeats what came, and cannot where that was Infinity
+            return JSONResponse({"error": "this is not what the page sends"}, 422)
 
         @app.get("/")
         def page(request: Request) -> Response:

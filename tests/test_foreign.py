@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -224,7 +225,11 @@ def test_half_a_character_is_written_as_its_escape(main, settings, rewards_file,
         "    log_extra('note', ['\\ud83d half'] * len(completions))\n"
         "    return [float(text.count('e')) for text in completions]\n"
     )
-    assert main(settings | {"REWARDS": rewards_file(code, "mine")}) == 3
+    logging.disable(logging.CRITICAL)  # pytest-xdist cannot send such a text to its main process
+    try:
+        assert main(settings | {"REWARDS": rewards_file(code, "mine")}) == 3
+    finally:
+        logging.disable(logging.NOTSET)
     out = out_of(settings)
     assert "\ufffd is no text" in capsys.readouterr().err
     assert {row["note"] for row in read_jsonl(out / "samples.jsonl")} == {"\ud83d half"}

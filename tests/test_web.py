@@ -6,6 +6,7 @@ The browser tests need Debian's chromium, or another, and Playwright; without th
 import asyncio
 import http.client
 import json
+import math
 import os
 import re
 import shutil
@@ -139,6 +140,7 @@ def test_other_sites_and_names_get_nowhere(reward):
         assert client.request("GET", "/next", Host=host)[0].status == 403, "a rebound name"
     form = client.request("POST", "/label", None, Origin=f"http://{client.host}")
     assert form[0].status == 422, "not what the page sends"
+    assert client.post("/label", answer | {"value": math.inf}) == 422
     assert len(reward.queue.open) == 1
     assert client.post("/label", answer) == 200
     run.join()
