@@ -669,7 +669,7 @@ def test_a_tracker_must_be_installed(load, mistake, monkeypatch, tracker):
         ("LRATE", float("inf"), "finite number"),
         ("LRATE", "1e400", "finite number"),
         ("MOMENTUM", 1, "less than 1"),
-        ("TEMPERATURE", 0, "greater than 0"),
+        ("TEMPERATURE", 0, "greater than or equal to 0.01"),
         ("TOP_P", 1.5, "less than or equal to 1"),
         ("TOP_P", 0, "greater than 0"),
         ("KL_COEF_TARGET", 0, "greater than 0"),
