@@ -106,8 +106,9 @@ def train(c: RunConfig, parts: Parts, folder: RunFolder, stop: StopSignal) -> No
         )
 
         # Step within the trust region, with the hyperparameters that loss and reward ask for.
-        result = log.gathered(runtime, rollout, reward, kl, sums, grad_norm)
-        metrics = log.step_metrics(result, c.NUM_GENERATIONS, c.MAX_NEW_TOKENS)
+        truncated = sampler.truncated(rollout)
+        result = log.gathered(runtime, rollout, truncated, reward, kl, sums, grad_norm)
+        metrics = log.step_metrics(result, c.NUM_GENERATIONS)
         metrics |= log.kl_metrics(result, progress.kl_coef) if c.KL_COEF else {}
         informative = is_informative(reward, c.BASELINE, c.NUM_GENERATIONS)
         metrics |= update(c, parts, rollout, metrics, informative)

@@ -23,7 +23,7 @@ WARN_AFTER = 20  # batches in a row that a warning rests on
 DOMINATES, CONFLICTS = 0.95, -0.5
 
 
-def weight_at(weight: Weight, step: int) -> float:
+def weight_at(weight: Weight, step: float) -> float:
     """A number, or points (step, weight) with straight lines between them."""
     if isinstance(weight, int | float):
         return float(weight)
@@ -37,38 +37,68 @@ class Scale:
 
     kind: str = "none"
     clip: tuple[float, float] | None = None
-    state: dict[str, float] = field(default_factory=dict)  # weight, mean, square
+    # Running weight, mean and square; mean and deviation of the first batch that differs.
+    state: dict[str, float] = field(default_factory=dict)
 
     def __call__(self, column: Tensor, learn: bool) -> Tensor:
         """The column [B], normalised and clipped; missing stays missing."""
         missing = column.isnan()
         known = column[~missing]
+        if learn and self.kind != "none" and "first_mean" not in self.state:
+            mean, deviation = _spread(known)
+            if deviation:
+                self.state |= {"first_mean": mean, "first_deviation": deviation}
         if self.kind == "zscore" and len(known):
-            state = self._with(known) if learn or not self.state else self.state
+            state = self._with(known) if learn or "weight" not in self.state else self.state
             if learn:
                 self.state = state
-            mean = state["mean"]
-            deviation = math.sqrt(max(state["square"] - mean * mean, 0.0))
-            # What is equal but for rounding has no deviation.
-            small = deviation <= 1e-6 * max(abs(mean), 1e-6)
-            column = torch.zeros_like(column) if small else (column - mean) / deviation
+            column = _standard(column, state["mean"], _deviation(state["mean"], state["square"]))
         elif self.kind == "rank":
             # The lowest is below n − 1 others; ties have the middle of their places.
             column = (column[:, None] - known).sign().sum(-1) / max(len(known) - 1, 1)
-        if self.clip is not None:
-            column = column.clamp(*self.clip)
-        return column.masked_fill(missing, torch.nan)
+        return self._clipped(column).masked_fill(missing, torch.nan)
+
+    def fixed(self, column: Tensor) -> Tensor:
+        """The column [B] on a scale that stays: steps can be compared, as zscores and ranks cannot.
+
+        If normalised, in standard deviations from the mean of the first batch that was learned
+        from and differed, before that of this one. Clipped; missing stays missing.
+        """
+        if self.kind != "none":
+            mean, deviation = _spread(column[~column.isnan()])
+            mean = self.state.get("first_mean", mean)
+            column = _standard(column, mean, self.state.get("first_deviation", deviation))
+        return self._clipped(column)
+
+    def _clipped(self, column: Tensor) -> Tensor:
+        return column if self.clip is None else column.clamp(*self.clip)
 
     def _with(self, known: Tensor) -> dict[str, float]:
         """The running moments with this batch in them."""
-        old = self.state or {"weight": 0.0, "mean": 0.0, "square": 0.0}
+        old = {"weight": 0.0, "mean": 0.0, "square": 0.0} | self.state
         weight = MEMORY * old["weight"] + 1
         mean, square = known.mean().item(), known.square().mean().item()
-        return {
+        return old | {
             "weight": weight,
             "mean": old["mean"] + (mean - old["mean"]) / weight,
             "square": old["square"] + (square - old["square"]) / weight,
         }
+
+
+def _spread(known: Tensor) -> tuple[float, float]:
+    """Mean and deviation of some values, 0 and 0 of none."""
+    mean = known.mean().item() if len(known) else 0.0
+    return mean, _deviation(mean, known.square().mean().item()) if len(known) else 0.0
+
+
+def _deviation(mean: float, square: float) -> float:
+    """0 where values are equal but for rounding."""
+    deviation = math.sqrt(max(square - mean * mean, 0.0))
+    return deviation if deviation > 1e-6 * max(abs(mean), 1e-6) else 0.0
+
+
+def _standard(column: Tensor, mean: float, deviation: float) -> Tensor:
+    return (column - mean) / deviation if deviation else column * 0.0
 
 
 def filled(scores: Tensor, groups: int | Sequence[int]) -> Tensor:

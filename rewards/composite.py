@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
@@ -63,6 +64,12 @@ class CompositeReward:
         self.reserved = reserved
 
     @property
+    def scale_moves(self) -> bool:
+        """Whether the same score counts differently in other steps: NORMALIZE, or a schedule."""
+        normalised = any(scale.kind != "none" for scale in self.scales.values())
+        return normalised or not all(isinstance(w, int | float) for w in self.weights.values())
+
+    @property
     def names(self) -> list[str]:
         """Of the rewards, in the order of the columns of scores."""
         return list(self.rewards)
@@ -116,7 +123,19 @@ class CompositeReward:
         one they stay as they are, and weights are the first. `groups` is how many completions side
         by side have the same prompt: one number for all prompts, or one for each.
         """
-        parts = self._parts(scores, step, groups, learn=step is not None)
+        return self._sum(self._parts(scores, step, groups, learn=step is not None), scores)
+
+    def measure(self, scores: Tensor, groups: int | Sequence[int] = 1) -> Tensor:
+        """[B]: the weighted sum on one scale for the whole run, by which steps can be compared.
+
+        Weights are the last of their schedules; normalised rewards are on `Scale.fixed`.
+        """
+        scales = zip(self.scales.values(), scores.T, strict=True)
+        scaled = torch.stack([scale.fixed(column) for scale, column in scales], 1)
+        return self._sum(self._weights(math.inf) * filled(scaled, groups), scores)
+
+    def _sum(self, parts: Tensor, scores: Tensor) -> Tensor:
+        """[B] of parts [B, R]; NaN where all raw scores are missing, or the sum is absurd."""
         totals = parts.sum(1)
         if large := int((totals.abs() > LARGEST).sum()):
             log.warning("the weighted sum of %d completions is beyond 1e16: left out", large)
@@ -134,7 +153,7 @@ class CompositeReward:
         scaled = torch.stack([scale(column, learn) for scale, column in scales], 1)
         return self._weights(step) * filled(scaled, groups)
 
-    def _weights(self, step: int | None) -> Tensor:
+    def _weights(self, step: float | None) -> Tensor:
         weights = [weight_at(self.weights[name], step or 0) for name in self.rewards]
         return torch.tensor(weights, dtype=torch.float64)
 
@@ -152,14 +171,17 @@ class CompositeReward:
 
     def balance(self, scores: Tensor, step: int, group_size: int) -> dict[str, float]:
         """After `combine` of the same step: each component's share of the advantages' variance,
-        as trained on and raw, and its mean as trained on; warns where they do not balance."""
+        as trained on and raw, its mean as trained on, and the mean of `measure` where that is
+        another sum; warns where they do not balance."""
         parts = self._parts(scores, step, group_size)
         self.monitor.observe(self.names, parts, scores, group_size)
+        result: dict[str, float] = {}
+        if self.scale_moves and (fixed := mean(self.measure(scores, group_size))) is not None:
+            result["reward_fixed_scale"] = fixed
         if len(self.rewards) < 2:
-            return {}
+            return result
         used = shares(parts, group_size).tolist()
         raw = shares(self._weights(step) * scores, group_size).tolist()
-        result = {}
         for i, name in enumerate(self.rewards):
             result[f"rewards/{name}/share"] = used[i]
             if self.scales[name].kind != "none" or self.scales[name].clip:

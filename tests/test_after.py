@@ -579,7 +579,7 @@ def test_a_running_scale_is_the_run_s(train, command):
     run = train("scaled", REWARDS=[reward])
     assert command("evaluate", run, "-n", 16)[0] == 0
     state = torch.load(run / "final/trainer.pt", weights_only=True)["rewards"]["scales"]["regex"]
-    deviation = math.sqrt(state["square"] - state["mean"] ** 2)
+    deviation = state["first_deviation"]
     found = figures(run)
     raw = found["rewards/regex"]["difference"]["mean"]
     assert abs(raw) > 0.01
@@ -619,3 +619,5 @@ def test_wins_and_differences_are_of_pairs_that_both_have_a_score():
     assert found["trained"].mean == 2.75 and found["start"].mean == 1.75
     assert found["difference"] == (0.0, pytest.approx(1 / math.sqrt(3)))
     assert found["win_rate"].mean == 0.5
+    found = compare(torch.tensor([1.0, 1.0, nan, nan]), torch.zeros(4), range(4))
+    assert found["win_rate"] == (1.0, 0.0), "a pair of which one is missing is no tie"

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import statistics
 import threading
 from pathlib import Path
@@ -51,6 +52,41 @@ def scaled(scale: Scale, scores: list[float | None], learn: bool = True) -> list
 )
 def test_weights_over_time(weight, expected):
     assert [weight_at(weight, step) for step in (0, 1, 5, 30)] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("kind", ["zscore", "rank"])
+def test_a_fixed_scale_is_that_of_the_first_batch_that_differs(kind):
+    """So that an evaluation can be compared with one before, as what is trained on cannot."""
+    scale = Scale(kind, clip=(-9, 9))
+    before = scale.fixed(column(1.0, 3.0, None))
+    assert as_list(before) == [-1, 1, None], "no batch was learned from: by itself"
+    for batch in ([5.0, 5.0], [10.0, 14.0, None], [100.0, 300.0]):
+        scaled(scale, batch)
+    assert as_list(scale.fixed(column(10.0, 12.0, None, 16.0, 99.0))) == [-1, 0, None, 2, 9]
+    moved = as_list(scale(column(10.0, 12.0), learn=False))
+    assert moved != [-1, 0], "what is trained on has another scale by now"
+    assert as_list(Scale("none", (0, 2)).fixed(column(1.0, 7.0))) == [1, 2]
+
+
+def test_a_measured_sum_has_the_last_weights_and_the_fixed_scale():
+    composite = CompositeReward(
+        {"raw": constant([]), "ranked": constant([])},
+        weights={"raw": [(1, 0.0), (4, 2.0)]},
+        scales={"ranked": Scale("rank")},
+    )
+    scores = table(raw=[1.0, 2.0, None, None], ranked=[0.0, 4.0, None, 0.0])
+    assert as_list(composite.combine(scores, 1)) == pytest.approx([-0.5, 1.0, None, -0.5])
+    told = composite.balance(scores, 1, 1)
+    # Raw: 2 · (1, 2, their mean); ranked: (0 − 4/3, 4 − 4/3) over the deviation of 0, 4, 0.
+    unit = math.sqrt(16 / 3 - 16 / 9)
+    expected = [2 - 4 / 3 / unit, 4 + 8 / 3 / unit, None, 3 - 4 / 3 / unit]
+    assert as_list(composite.measure(scores)) == pytest.approx(expected)
+    assert told["reward_fixed_scale"] == pytest.approx(3.0), "the mean of the three"
+    later = table(raw=[1.0], ranked=[4.0])
+    assert as_list(composite.measure(later)) == pytest.approx([2 + 8 / 3 / unit])
+    assert "reward_fixed_scale" not in CompositeReward({"raw": constant([])}).balance(
+        table(raw=[1.0, 2.0]), 1, 1
+    )
 
 
 def test_ranks():

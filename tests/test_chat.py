@@ -462,6 +462,20 @@ def test_rows_that_move_take_their_last_tokens_along(sampler):
         assert rollout.tokens() == [row[:end] for row, end in zip(ids, ends, strict=True)], way
 
 
+def test_what_ends_with_its_last_token_is_not_truncated(sampler):
+    """By an end of text or a stop string; what is only as long as it may be, is."""
+    chat = sampler("gpt2")
+    tokenizer, policy = chat.tokenizer, chat.policy
+    (dot,) = tokenizer(".").input_ids
+    ids = torch.tensor([[5, 6, tokenizer.eos_token_id], [5, 6, 7], [5, 6, dot], [5, dot, 0]])
+    mask = torch.ones_like(ids)
+    mask[3, 2] = 0
+    rollout = Rollout(ids[:1], mask[:1], torch.zeros(4).long(), ids, mask, torch.zeros(4, 3))
+    assert chat.truncated(rollout).tolist() == [False, True, True, True]
+    stopping = Sampler(policy, tokenizer, stop=["."])
+    assert stopping.truncated(rollout).tolist() == [False, True, False, False]
+
+
 def test_a_stop_string_begins_in_its_own_completion(sampler):
     """Not in the prompt, whose template ends with a new line, nor in an earlier rollout."""
     chat = sampler("gpt2")

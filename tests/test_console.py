@@ -6,6 +6,8 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
+from conftest import read_jsonl
 from tqdm import tqdm
 
 from adaptiverl.files.console import Console, printable
@@ -25,6 +27,21 @@ def test_a_dry_run_shows_texts_without_what_steers_a_terminal(settings, main, ca
     out = capsys.readouterr().out
     assert "hi�[2J�]0;owned�" in out and "\x1b" not in out
     assert cell(WIPE) == "�[2J�]0;owned�"
+
+
+def test_a_dry_run_weighs_rewards_as_the_first_step_does(settings, main, capsys):
+    rewards = [
+        {"TYPE": "length", "TARGET": 6, "WEIGHT": [[0, 0.0], [2, 1.0]]},
+        {"TYPE": "regex", "PATTERNS": "th", "NORMALIZE": "zscore", "WEIGHT": 0.25},
+    ]
+    keys = settings | {"REWARDS": rewards}
+    assert main(keys, "--dry-run") == 0
+    lines = capsys.readouterr().out.splitlines()
+    shown = [float(line.split()[-1]) for line in lines[1:9]]
+    assert main(keys | {"STEPS": 1}) == 0
+    rows = read_jsonl(Path(settings["OUTPUT_DIR"]) / "samples.jsonl")
+    assert shown == pytest.approx([row["reward"] for row in rows], abs=5e-4)
+    assert len(set(shown)) > 1
 
 
 def test_nor_does_what_a_reward_raises(settings, main, capfd, tmp_path, monkeypatch):

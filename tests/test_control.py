@@ -248,8 +248,29 @@ def test_explain_says_what_moved_the_rate(main, settings, capsys):
     factor = math.prod(reason["new"] / reason["old"] for reason in searches)
     steps = ", ".join(str(reason["step"]) for reason in searches[:5])
     assert f"line_search     × {factor:.3g} in {len(searches)} steps ({steps}" in text
-    assert f"step 1      1 → {searches[0]['new']:.3g}" in text
+    assert f"step 1      × {searches[0]['new']:.3g}" in text, "from 1"
     assert f"with curves: adaptiverl report {out}" in text
+
+
+def test_explain_names_the_steps_that_had_a_value(main, settings):
+    """A schedule moves after a step, for the next; after the last step, for none."""
+    keys = {"LR_RULE": [{"name": "cosine", "cycle_length": 4}], "REWARD_RULE": "trend"}
+    assert main(settings | keys | {"STEPS": 4, "OPTIM": "adamw"}) == 0
+    metrics, reasons = run_of(settings)
+    assert [row["step"] for row in reasons if row["rule"] == "cosine"] == [1, 2, 3, 4]
+    rates = [row["lr"] for row in metrics]
+    text = explain(Path(settings["OUTPUT_DIR"]))
+    assert f"cosine          × {rates[3] / rates[0]:.3g} in 3 steps (2, 3, 4)" in text
+    for step in (2, 3, 4):
+        factor = rates[step - 1] / rates[step - 2]
+        assert f"step {step}      × {factor:<8.3g} cosine, time {step - 1}" in text
+    assert f"highest {rates[0]:.3g} (step 1)" in text
+
+
+def test_explain_names_the_first_of_equal_rates(main, settings):
+    assert main(settings | {"LR_RULE": "none", "LRATE": 1e-3}) == 0
+    text = explain(Path(settings["OUTPUT_DIR"]))
+    assert "lowest 0.001 (step 1), highest 0.001 (step 1)" in text
 
 
 def test_explain_of_a_run_that_nothing_moved_and_of_no_run(main, settings, tmp_path, capsys):

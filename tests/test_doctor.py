@@ -182,7 +182,8 @@ TWO = {"REWARDS": REWARDS}
         (["hacked"], {}, None, {"held_out/rewards/c/mean": lambda s: 0.9 - 0.5 * s + noise(7)}),
         ([], {}, None, {"held_out/rewards/c/mean": lambda s: 0.9 - 0.05 * s}),  # by a twentieth
         ([], {}, None, STILL | {"held_out/rewards/c/mean": lambda s: 0.9 - 0.5 * s}),
-        (["truncated"], {}, texts(32), {"completions/mean_length": 32.0}),
+        (["truncated"], {}, None, {"completions/clipped_ratio": 0.995}),
+        ([], {}, None, {"completions/clipped_ratio": 0.985}),
         (
             ["empty completions"],
             {},
@@ -211,7 +212,7 @@ def test_each_line_is_drawn_between_two_runs(tmp_path, expected, config, samples
 
 
 def test_an_end_of_text_that_ends_nothing_is_a_wrong_eos(tmp_path):
-    run = a_run(tmp_path, {}, texts(32), **{"completions/mean_length": 32.0})
+    run = a_run(tmp_path, {}, texts(32), **{"completions/clipped_ratio": 1.0})
     (run / "final/config.json").write_text('{"eos_token_id": 7}')
     assert kinds(run) == ["wrong EOS"]
     (run / "final/config.json").write_text('{"eos_token_id": 8}')

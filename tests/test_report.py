@@ -174,7 +174,7 @@ def test_the_page_is_one_file_that_names_no_other(tmp_path):
     for title in ("Reward", "Held-out rewards", "Share of each component", "Entropy", "Length"):
         assert f"<h3>{title}</h3>" in page
     assert 'role="img" aria-label="Reward. reward: 0.4' in page, "told to who does not see it"
-    assert "rewards were equal" in page and "× 1.1e+12 in 40 steps" in page
+    assert "rewards were equal" in page and "× 5.5e+11 in 39 steps" in page
 
 
 def test_what_a_model_writes_stays_text(tmp_path):

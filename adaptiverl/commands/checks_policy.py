@@ -118,7 +118,7 @@ def _first_step(run: Run, entropy: float) -> int:
 
 
 def _stillness(run: Run) -> Iterator[Finding]:
-    rose = run.change("reward")
+    rose = run.change(run.reward)
     if (rose and rose.z > 3) or all(row["lr"] == 0 for row in run.metrics):
         return
     spread, coef = run.values("reward_std"), run.values("kl_coef")
@@ -155,16 +155,17 @@ def _ends(run: Run, facts: SampleFacts) -> Iterator[Finding]:
             "see that the prompts of TRAIN_FILE do not end with the end-of-text token, and that "
             "no entry of REWARDS pays for nothing",
         )
-    if facts.count - facts.cut >= NO_END * facts.count:
+    shares = run.values("completions/clipped_ratio")
+    if not shares or 1 - (cut := statistics.mean(shares)) >= NO_END:
         return
-    most = run.config.get("MAX_NEW_TOKENS")
+    most = f"{cut:.1%} are cut at MAX_NEW_TOKENS {run.config.get('MAX_NEW_TOKENS')}"
     if facts.inner:
         token, count = facts.inner.most_common(1)[0]
         yield Finding(
             "wrong EOS",
             "completions go on after the model's end of text: the tokenizer names another token",
             f"{count} of {facts.count} completions have token {token}, eos_token_id of the model's "
-            f"config.json, inside; {facts.cut} are cut at MAX_NEW_TOKENS {most}",
+            f"config.json, inside; {most}",
             "correct eos_token in tokenizer_config.json and eos_token_id in generation_config.json "
             "of MODEL",
         )
@@ -172,7 +173,7 @@ def _ends(run: Run, facts: SampleFacts) -> Iterator[Finding]:
         yield Finding(
             "truncated",
             "the completions are cut: hardly one ends by itself",
-            f"{facts.cut} of {facts.count} have MAX_NEW_TOKENS {most} tokens",
+            f"of the completions {most}, over {len(shares)} steps",
             "raise MAX_NEW_TOKENS, or reward what is short; if none ends at any length, the "
             "end-of-text token of MODEL is wrong",
         )

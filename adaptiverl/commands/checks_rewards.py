@@ -68,7 +68,7 @@ def _flat(run: Run, facts: SampleFacts) -> Iterator[Finding]:
 
 
 def _gamed(run: Run) -> Iterator[Finding]:
-    rose = run.change("reward")
+    rose = run.change(run.reward)
     if rose is None or rose.z < PARTED:
         return
     for name in run.names("held_out/rewards/", "/mean"):

@@ -119,7 +119,7 @@ def _prompts(run: Run, facts: SampleFacts) -> Iterator[Finding]:
 def _batch(run: Run) -> Iterator[Finding]:
     c = run.config
     alone, size = c.get("NUM_GENERATIONS") == 1, c.get("BATCH_SIZE", 0)
-    if not alone or size > FEW or (rose := run.change("reward")) is None or rose.z > 3:
+    if not alone or size > FEW or (rose := run.change(run.reward)) is None or rose.z > 3:
         return
     yield Finding(
         "batch too small",

@@ -17,7 +17,14 @@ from adaptiverl.commands.pages import write_page
 from adaptiverl.commands.sample_facts import steps_of
 from adaptiverl.config.schema import ConfigError
 
-FIGURES = ("reward", "kl_per_completion", "entropy", "completions/mean_length", "eval/reward")
+FIGURES = (
+    "reward",
+    "reward_fixed_scale",
+    "kl_per_completion",
+    "entropy",
+    "completions/mean_length",
+    "eval/reward",
+)
 PAIRED_BY = ("SEED", "TRAIN_FILE", "BATCH_SIZE", "NUM_GENERATIONS")  # as many prompts, the same
 BLOCKS = 8  # of neighbouring steps, which depend on each other: the error is that of their means
 INTERVAL = 2.365  # standard errors: 95 % with BLOCKS - 1 = 7 degrees of freedom
@@ -172,7 +179,7 @@ def _differences(runs: list[Run], names: list[str]) -> tuple[Table, str]:
         size = len(table)
         same = run.config.get("REWARDS") == runs[0].config.get("REWARDS")
         for figure in _shared(runs):
-            if figure in ("reward", "eval/reward") and not same:
+            if figure in ("reward", "reward_fixed_scale", "eval/reward") and not same:
                 continue
             if found := paired(runs[0], run, figure):
                 mean, half, steps = found
@@ -204,7 +211,7 @@ def _verdict(runs: list[Run], names: list[str]) -> str:
     """Which run ends with the highest reward, where that is beyond the noise of its last steps."""
     if any(run.config.get("REWARDS") != runs[0].config.get("REWARDS") for run in runs):
         return "The runs have different REWARDS, so their rewards are not compared."
-    ends = {name: run.values("reward")[-10:] for name, run in zip(names, runs, strict=True)}
+    ends = {name: run.values(run.reward)[-10:] for name, run in zip(names, runs, strict=True)}
     if min(map(len, ends.values())) < 5:
         return "The runs are too short to be compared."
     first, second = sorted(ends, key=lambda name: -statistics.mean(ends[name]))[:2]

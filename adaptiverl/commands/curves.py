@@ -19,6 +19,7 @@ from adaptiverl.optim.rules import parse_rules
 
 Row = dict[str, Any]
 SHORT = 30  # steps; fewer say little
+FIXED = "on the scale of the first batch, with the last weights"  # what reward_fixed_scale is
 
 
 class Change(NamedTuple):
@@ -53,6 +54,12 @@ class Run:
     def step(self) -> int:
         """The last step that is written down; 0 before the first."""
         return self.metrics[-1]["step"] if self.metrics else 0
+
+    @property
+    def reward(self) -> str:
+        """The metric by which steps can be compared: NORMALIZE and schedules move `reward`."""
+        fixed = any("reward_fixed_scale" in row for row in self.metrics)
+        return "reward_fixed_scale" if fixed else "reward"
 
     def series(self, name: str) -> list[tuple[int, float]]:
         """(step, value) wherever the metric is known."""

@@ -21,15 +21,18 @@ def explain(folder: Path) -> str:
     lines = [f"{folder}: steps {run.metrics[0]['step']} to {run.step}", verdict(run, found), ""]
     if len(run.metrics) < SHORT:
         lines.append(f"short        {len(run.metrics)} steps; from {SHORT} on, means say more")
-    named = ["reward", *(run.names("rewards/", "/mean") if len(run.rewards) > 1 else [])]
+    named = [
+        *dict.fromkeys(["reward", run.reward]),
+        *(run.names("rewards/", "/mean") if len(run.rewards) > 1 else []),
+    ]
     named += run.names("held_out/rewards/", "/mean")
     named += ["kl", "kl_per_completion", "entropy", "completions/mean_length", "eval/reward"]
     lines += [line for name in named if name in run.names("") for line in _ends(run, name)]
-    if known := run.series("reward"):
+    if known := run.series(run.reward):
         smooth = smoothed([value for _, value in known])
         best = max(range(len(smooth)), key=smooth.__getitem__)
         lines.append(
-            f"highest      reward {smooth[best]:.3f} around step {known[best][0]}, smoothed"
+            f"highest      {run.reward} {smooth[best]:.3f} around step {known[best][0]}, smoothed"
         )
     lines += [f"WARNING      {each.says}: {each.evidence}" for each in found]
     lines += _rates(run)
@@ -59,7 +62,8 @@ def _ends(run: Run, name: str) -> list[str]:
 
 def _rates(run: Run) -> list[str]:
     rates = [(row["lr"], row["step"]) for row in run.metrics]
-    (low, at_low), (high, at_high) = min(rates), max(rates)
+    low, at_low = min(rates)
+    high, at_high = max(rates, key=lambda rate: (rate[0], -rate[1]))  # the first of equal ones
     lines = [
         f"rate         {rates[0][0]:.3g} at first, {rates[-1][0]:.3g} at last; "
         f"lowest {low:.3g} (step {at_low}), highest {high:.3g} (step {at_high})"
@@ -74,14 +78,14 @@ def _rates(run: Run) -> list[str]:
 def movers(run: Run, name: str) -> list[str]:
     """Each rule that moved the hyperparameter `name`, by how much in all, and why."""
     by_rule = defaultdict(list)
-    for change in run.changes:
+    for change in _used(run):
         if change["hyperparameter"] == name:
             up = change["rule"] == "line_search" and factor(change) > 0
             by_rule[change["rule"] + " up" * up].append(change)
     lines = []
     for rule, own in by_rule.items():
         total = math.exp(sum(factor(change) for change in own))
-        steps = ", ".join(str(change["step"]) for change in own[:5])
+        steps = ", ".join(str(used_from(change)) for change in own[:5])
         steps += ", …" if len(own) > 5 else ""
         why = reason(rule, name)
         lines.append(f"{rule:15} × {total:.3g} in {len(own)} steps ({steps}): {why}")
@@ -90,14 +94,29 @@ def movers(run: Run, name: str) -> list[str]:
 
 def largest(run: Run, name: str) -> list[str]:
     """The three largest changes of the hyperparameter `name`."""
-    own = [change for change in run.changes if change["hyperparameter"] == name]
+    own = [change for change in _used(run) if change["hyperparameter"] == name]
     lines = []
     biggest = sorted(own, key=lambda change: -abs(factor(change)))[:3]
-    for change in sorted(biggest, key=lambda change: change["step"]):
+    for change in sorted(biggest, key=used_from):
+        # Not from old to new: where several rules move it, what one makes of it no step has seen.
+        moved = f"× {math.exp(factor(change)):.3g}" if factor(change) else f"to {change['new']:.3g}"
         seen = f"{change['signal']} {change['value']:.3g}"
-        moved = f"{change['old']:.3g} → {change['new']:.3g}"
-        lines.append(f"step {change['step']:<6} {moved:24} {change['rule']}, {seen}")
+        lines.append(f"step {used_from(change):<6} {moved:10} {change['rule']}, {seen}")
     return lines
+
+
+def used_from(change: Row) -> int:
+    """The first step that had the new value.
+
+    Rules of the time, and the trust region as it steers, move it after the step that they name.
+    """
+    after = change["signal"] == "time" or change["rule"] in ("trust_region", "learned")
+    return change["step"] + after
+
+
+def _used(run: Run) -> list[Row]:
+    """Without what the last step left for a step that has not been."""
+    return [change for change in run.changes if used_from(change) <= run.step]
 
 
 def factor(change: Row) -> float:

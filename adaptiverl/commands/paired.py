@@ -46,7 +46,7 @@ def compare(trained: Tensor, start: Tensor, clusters: Sequence[int]) -> dict[str
     rows in which both are known.
     """
     difference = trained - start
-    wins = (difference.sign() + 1) / 2
+    wins = ((difference.sign() + 1) / 2).masked_fill(difference.isnan(), torch.nan)
     return {
         "trained": estimate(trained, clusters),
         "start": estimate(start, clusters),

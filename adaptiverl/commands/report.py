@@ -9,9 +9,9 @@ from typing import Any
 from pydantic import BaseModel
 
 from adaptiverl.commands.charts import number
-from adaptiverl.commands.curves import Row, Run, json_object, read_run
+from adaptiverl.commands.curves import FIXED, Row, Run, json_object, read_run
 from adaptiverl.commands.doctor import end_ids, findings
-from adaptiverl.commands.explain import factor, movers
+from adaptiverl.commands.explain import factor, movers, used_from
 from adaptiverl.commands.kept_samples import kept_samples
 from adaptiverl.commands.pages import write_page
 from adaptiverl.commands.report_charts import report_charts
@@ -99,7 +99,7 @@ def _subtitle(run: Run, times: list[PartOfTime]) -> str:
 
 def _tiles(run: Run) -> list[tuple[str, str, str]]:
     """(what, its value at last, how it began)."""
-    named = [("reward", "Reward", "")]
+    named = [(run.reward, "Reward", "" if run.reward == "reward" else FIXED)]
     named += [(name, name.split("/")[2], "held out") for name in run.names("held_out/", "/mean")]
     named += [
         ("kl_per_completion", "KL", "nats per completion"),
@@ -140,7 +140,7 @@ def _changes(run: Run) -> dict[str, Any]:
         kept = sorted(kept, key=lambda change: change["step"])
     rows = [
         [
-            each["step"],
+            used_from(each),
             each["hyperparameter"],
             each["rule"],
             float(f"{each['old']:.4g}"),
@@ -154,7 +154,7 @@ def _changes(run: Run) -> dict[str, Any]:
         note = f"The largest {len(rows):,} of {count:,} changes; controller.jsonl has them all."
     return {
         "caption": "Changes of hyperparameters",
-        "columns": ["step", "hyperparameter", "rule", "from", "to", "because of"],
+        "columns": ["from step", "hyperparameter", "rule", "from", "to", "because of"],
         "kinds": ["n", "", "", "n", "n", ""],
         "rows": rows,
         "note": note,

@@ -1,7 +1,7 @@
 """The curves of a report, of whatever its run wrote down."""
 
 from adaptiverl.commands.charts import Chart, Points, Series, chart
-from adaptiverl.commands.curves import Run
+from adaptiverl.commands.curves import FIXED, Run
 
 SHAPES = {
     "completions/distinct_1": "distinct words",
@@ -57,13 +57,15 @@ def report_charts(run: Run) -> list[Chart]:
 
 
 def _reward(run: Run) -> Chart | None:
-    rows = [row for row in run.metrics if row.get("reward") is not None]
-    spread = [row.get("reward_std") or 0.0 for row in rows]
-    points = [(row["step"], row["reward"]) for row in rows]
+    rows = [row for row in run.metrics if row.get(run.reward) is not None]
+    spread = [row.get("reward_std") or 0.0 for row in rows] if run.reward == "reward" else None
+    points = [(row["step"], row[run.reward]) for row in rows]
     series = [Series("reward", points, spread)]
     if evaluated := run.series("eval/reward"):
         series.append(Series("of EVAL_FILE", evaluated, dashed=True, smooth=False))
     note = "The band is one standard deviation of a step's completions to each side."
+    if spread is None:
+        note = f"The sum is {FIXED}: metrics.jsonl calls it {run.reward}."
     return chart("Reward", series, note=note)
 
 

@@ -18,7 +18,6 @@ class SampleFacts:
 
     count: int = 0
     steps: int = 0
-    cut: int = 0  # of MAX_NEW_TOKENS tokens
     empty: int = 0  # of one token at most: only the end
     prompts: Counter[str] = field(default_factory=Counter)
     constant: Counter[str] = field(default_factory=Counter)  # steps in which a reward is the same
@@ -30,14 +29,13 @@ class SampleFacts:
 def facts_of(run: Run, end_ids: Sequence[int]) -> SampleFacts:
     """Of all rows of samples.jsonl; `end_ids` are tokens that should end a completion."""
     facts, names = SampleFacts(), [reward["NAME"] for reward in run.rewards]
-    most, size = run.config.get("MAX_NEW_TOKENS", 0), run.config.get("NUM_GENERATIONS", 1)
+    size = run.config.get("NUM_GENERATIONS", 1)
     pairs = {pair: _Correlation() for pair in combinations(names, 2)}
     for rows in steps_of(run):
         facts.steps += 1
         for row in rows:
             ids = row.get("completion_ids", [])
             facts.count += 1
-            facts.cut += len(ids) >= most > 0
             facts.empty += len(ids) <= 1
             facts.inner.update({token for token in end_ids if token in ids[:-1]})
             if len(facts.prompts) < ALL_PROMPTS:

@@ -163,7 +163,7 @@ class RunRewards:
         """[B]: the weighted sum, as eval/reward is made; NaN without any reward."""
         if not self.trained.names:
             return torch.full((len(scores.trained),), torch.nan, dtype=torch.float64)
-        return self.trained.combine(scores.trained, groups=groups)
+        return self.trained.measure(scores.trained, groups)
 
     def columns(self, scores: Scores) -> dict[str, Tensor]:
         """Each reward's scores [B], by its name in metrics.jsonl without /mean."""

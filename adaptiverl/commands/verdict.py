@@ -18,7 +18,7 @@ def verdict(run: Run, found: Sequence[Finding]) -> str:
     steps = len(run.metrics)
     if not steps:
         return "No step is finished." + wrong
-    rose = run.change("reward")
+    rose = run.change(run.reward)
     said = "nothing can be said of the reward" if rose is None else moved("the reward", rose)
     kl = run.late("kl_per_completion")
     if kl is not None:

@@ -176,7 +176,9 @@ class Config(BaseModel, Generic[RewardT]):
         None, gt=0, description="Nats of KL per completion, mean of ten steps, that end the run"
     )
     STOP_REWARD: float | None = Field(
-        None, description="Reward, mean of ten steps, that ends the run"
+        None,
+        description="Reward, mean of ten steps, that ends the run; reward_fixed_scale where there "
+        "is one",
     )
     ON_COLLAPSE: Literal["warn", "stop", "rollback"] = Field(
         "rollback",

@@ -148,7 +148,7 @@ RULES: tuple[Rule, ...] = (
     Rule("cosine_restart", "lr_rule", "lr", "time", "schedule", _cosine_restart,
          ("cycle_length", "cycle_mult", "eta_min_scale"),
          "1 to `eta_min_scale` in `cycle_length` steps, then at once 1; each cycle `cycle_mult` "
-         "times as long (SGDR, Loshchilov & Hutter 2017)", "time passed"),
+         "times as long, in whole steps (SGDR, Loshchilov & Hutter 2017)", "time passed"),
     Rule("scaling", "reward_rule", "lr", "reward", "multiplier",
          lambda old, base, r, c: (
              max(1 + (r.ema - c.reward_center) / c.reward_span, MIN_SCALING) if r.warm else 1.0

@@ -26,9 +26,13 @@ class Best:
 
     def look(self, step: int, metrics: Metrics) -> None:
         """An evaluation without a score is none."""
-        for name in ("reward", "kl_per_completion"):
-            if metrics.get(name) is not None:
-                self.recent[name] = [*self.recent.get(name, []), metrics[name]][-SMOOTHED:]
+        now = {
+            "reward": metrics.get("reward_fixed_scale", metrics.get("reward")),
+            "kl_per_completion": metrics.get("kl_per_completion"),
+        }
+        for name, value in now.items():
+            if value is not None:
+                self.recent[name] = [*self.recent.get(name, []), value][-SMOOTHED:]
         score = metrics.get("eval/score")
         self.improved = score is not None and (self.best_score is None or score > self.best_score)
         if self.improved:

@@ -35,7 +35,7 @@ def dry_run(c: RunConfig, parts: Parts) -> int:
     if not runtime.is_main:
         return 0
     columns = columns_of(scores[rows], scoring.rewards.names)
-    total = scoring.rewards.combine(scores, groups=c.NUM_GENERATIONS)[rows].tolist()
+    total = scoring.rewards.combine(scores, 1, c.NUM_GENERATIONS)[rows].tolist()
     shown = {"completion": completions} | columns | {"reward": total}
     cells = {"prompt": [prompt_cell(each) for each in batch["prompt"]]}
     cells |= {name: [cell(value) for value in column] for name, column in shown.items()}

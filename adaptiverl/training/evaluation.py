@@ -53,7 +53,7 @@ def evaluate(c: RunConfig, parts: Parts, prompts: Dataset) -> Metrics:
         if runtime.is_main:
             logging.warning("evaluation left out: %s", reason)
         return {"eval/reward": None}
-    total_scores = scoring.rewards.combine(scores.trained)
+    total_scores = scoring.rewards.measure(scores.trained)
     known = total_scores[~total_scores.isnan()].tolist()
     reward = sum(known) / len(known) if known else None
     mean: Metrics = {"eval/reward": reward, "eval/score": reward}

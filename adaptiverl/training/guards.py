@@ -22,6 +22,7 @@ from adaptiverl.training.trends import LEAST, OF_EVALUATIONS, SIGNIFICANT, parte
 Finding = tuple[str, str]  # kind, message
 COLLAPSES = {"collapsed", "kl beyond reason"}
 UNSOUND = COLLAPSES | {"kl", "entropy", "distinct"}  # a checkpoint of such a step is not sound
+SUMS = {"reward", "reward_fixed_scale", "eval/reward"}
 FLAT_STEPS = 5  # in a row without a difference between rewards; fewer may be chance,
 FLAT_STEPS_LATER = 20  # and so may be more, where rewards are rare but have differed before
 RECENT = 5  # steps whose mean is compared with the first step
@@ -215,9 +216,10 @@ class Guards:
     def _of_held_out(self, metrics: Metrics) -> Iterator[Finding]:
         for name in filter(_is_reward, metrics):
             at_eval = name.startswith("eval/")
-            rising = "eval/reward" if name.startswith("eval/held_out/") else "reward"
-            if name == rising:
+            if name in SUMS:
                 continue
+            rising = "reward_fixed_scale" if "reward_fixed_scale" in metrics else "reward"
+            rising = "eval/reward" if at_eval else rising
             up, down = self.series.get(rising, []), self.series.get(name, [])
             if parted(up, down, OF_EVALUATIONS if at_eval else LEAST):
                 yield (
@@ -247,7 +249,7 @@ class Guards:
 def _is_reward(name: str) -> bool:
     """Whether a trend in it says how good the policy is."""
     held_out = name.startswith(("held_out/rewards/", "eval/held_out/rewards/"))
-    return name in ("reward", "eval/reward") or (held_out and name.endswith("/mean"))
+    return name in SUMS or (held_out and name.endswith("/mean"))
 
 
 _KEPT = (

@@ -23,9 +23,9 @@ Metrics = dict[str, Any]  # name → number, None where there is none
 # What a run writes to metrics.jsonl and samples.jsonl, and first parts of such names
 OWN_NAMES = {
     "completion", "completion_ids", "entropy", "frac_reward_zero_std", "grad_norm", "kl", "kl_coef",
-    "kl_per_completion", "logprobs", "loss", "lr", "momentum", "prompt", "reward", "reward_std",
-    "skipped", "step", "tokens_per_second", "update_kl", "update_kl_target", "update_scale",
-    "update_signal_to_noise", "updates_scaled",
+    "kl_per_completion", "logprobs", "loss", "lr", "momentum", "prompt", "reward",
+    "reward_fixed_scale", "reward_std", "skipped", "step", "tokens_per_second", "update_kl",
+    "update_kl_target", "update_scale", "update_signal_to_noise", "updates_scaled",
 }  # fmt: skip
 OWN_PREFIXES = ("completions/", "eval/", "held_out/", "rewards/", "sampling/", "seconds/")
 
@@ -42,6 +42,7 @@ class StepResult:
     reward: Tensor  # [B], NaN where missing
     kl: Tensor  # [B], nats per completion to the reference
     lengths: Tensor  # [B], tokens per completion
+    truncated: Tensor  # [B], whether MAX_NEW_TOKENS ended it
     token_ids: Sequence[Sequence[int]]  # of each completion
     sums: Tensor  # [processes, 4]: loss, Σ entropy, Σ and max of |log π sampled − in the loss|
     grad_norm: Tensor
@@ -55,15 +56,21 @@ def add_sums(sums: Tensor, loss: Tensor, measured: Measured, rollout: Rollout) -
 
 
 def gathered(
-    runtime: Runtime, rollout: Rollout, reward: Tensor, kl: Tensor, sums: Tensor, grad_norm: Tensor
+    runtime: Runtime,
+    rollout: Rollout,
+    truncated: Tensor,
+    reward: Tensor,
+    kl: Tensor,
+    sums: Tensor,
+    grad_norm: Tensor,
 ) -> StepResult:
     """The result of all processes; `reward` and `kl` are gathered already."""
     lengths = runtime.gather(rollout.completion_mask.sum(-1)).float()
-    token_ids = runtime.gather_objects(rollout.tokens())
-    return StepResult(reward, kl, lengths, token_ids, runtime.gather(sums[None]), grad_norm)
+    cut, token_ids = runtime.gather(truncated), runtime.gather_objects(rollout.tokens())
+    return StepResult(reward, kl, lengths, cut, token_ids, runtime.gather(sums[None]), grad_norm)
 
 
-def step_metrics(result: StepResult, group_size: int, max_new_tokens: int) -> Metrics:
+def step_metrics(result: StepResult, group_size: int) -> Metrics:
     """Means over the completions; names are TRL's where TRL has one."""
     loss, entropy, gap, _ = result.sums.mean(0).tolist()
     tokens = result.lengths.sum().item() / len(result.sums)  # per process, as the sums are
@@ -78,7 +85,7 @@ def step_metrics(result: StepResult, group_size: int, max_new_tokens: int) -> Me
         "sampling/sampling_logp_difference/max": result.sums[:, 3].max().item(),
         "grad_norm": result.grad_norm.item(),
         "completions/mean_length": result.lengths.mean().item(),
-        "completions/clipped_ratio": (result.lengths == max_new_tokens).float().mean().item(),
+        "completions/clipped_ratio": result.truncated.float().mean().item(),
         "completions/distinct_1": distinct(result.token_ids, 1),
         "completions/distinct_2": distinct(result.token_ids, 2),
         "completions/repetition": repetition(result.token_ids),

@@ -93,8 +93,8 @@ class Sampler:
         self.policy, self.tokenizer, self.max_prompt = policy, tokenizer, max_prompt
         eos, pad = eos_ids(policy, tokenizer), tokenizer.pad_token_id
         self.stop = StopStrings(tokenizer, stop, policy.device) if stop else None
-        how = TokenSampler(eos, pad, policy.temperature, top_k, top_p, self.stop)
-        self.backend = choose_backend(backend, policy, how)
+        self.how = TokenSampler(eos, pad, policy.temperature, top_k, top_p, self.stop)
+        self.backend = choose_backend(backend, policy, self.how)
 
     def __call__(self, prompts: Sequence[Prompt], uniform: Tensor) -> Rollout:
         """A completion of each prompt, from the random numbers `uniform` [B, T] in [0, 1).
@@ -133,6 +133,11 @@ class Sampler:
                 f"the prompt {text!r} has the token {self.tokenizer.decode([token])!r} ({token}), "
                 f"but the model has {size} tokens: it does not belong to this tokenizer"
             )
+
+    def truncated(self, rollout: Rollout) -> Tensor:
+        """[B], whether no end of text and no stop string ended the completion."""
+        ends = self.how.ends(rollout.completion_ids) & rollout.completion_mask.bool()
+        return ~ends.any(-1)
 
     def decode(self, rollout: Rollout) -> list[str]:
         """The completions as text, without special tokens and the stop strings that ended them."""
