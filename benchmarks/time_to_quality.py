@@ -228,6 +228,13 @@ def with_sweep(rows: list[dict[str, Any]], best: float | None) -> list[dict[str,
     ]
 
 
+def _sweeps(rows: list[dict[str, Any]]) -> str:
+    """How many rates were swept, by seed."""
+    swept = [row["seed"] for row in rows if row["side"] == "TRL" and row["rate"] is not None]
+    counts = sorted({swept.count(seed) for seed in swept})
+    return f" ({' or '.join(map(str, counts))} rates)" if counts else ""
+
+
 def cells(name: str, own: list[dict[str, Any]], mine: dict[int, dict[str, Any]]) -> list[str]:
     """A row of the table: a run that did not reach the level took longer than its seconds."""
     if not own:
@@ -260,7 +267,9 @@ def report(rows: list[dict[str, Any]]) -> str:
         table = [
             cells("ours, as it is", [*mine.values()], mine),
             cells(f"TRL at its best swept rate{shown}", at[best] if best else [], mine),
-            cells("TRL, with the seconds of its sweep", with_sweep(found, best), mine),
+            cells(
+                f"TRL, with the seconds of its sweep{_sweeps(found)}", with_sweep(found, best), mine
+            ),
             cells("TRL at its default rate", at[None], mine),
         ]
         heads = ["", "reached", "seconds", "to step 1", "steps", "seconds / ours"]
@@ -277,6 +286,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", nargs="*", choices=LEVELS, default=[*LEVELS])
     parser.add_argument("--rates", nargs="*", type=float, default=RATES, help="TRL's sweep")
+    parser.add_argument("--swept-only", action="store_true", help="without TRL's default rate")
     parser.add_argument("--seeds", nargs="*", type=int, default=range(5))
     parser.add_argument("--steps", type=int, default=STEPS, help="at most so many")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -287,7 +297,8 @@ def main() -> None:
         job, steps, started, out = json.loads(args.one)
         work(tuple(job), steps, started, Path(out))
         return
-    sides = [("ours", None), ("TRL", None), *(("TRL", rate) for rate in args.rates)]
+    default = [] if args.swept_only else [("TRL", None)]
+    sides = [("ours", None), *default, *(("TRL", rate) for rate in args.rates)]
     jobs = [(t, side, rate, s) for s in args.seeds for t in args.tasks for side, rate in sides]
     if not args.report:
         run_all(jobs, args.steps, args.results)
