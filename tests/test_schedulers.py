@@ -24,6 +24,7 @@ from adaptiverl import (
 )
 from adaptiverl.integrations.hf import RewardObserveCallback
 from adaptiverl.integrations.trl import RewardTap, TrustRegionCallback
+from adaptiverl.optim.schedulers import ALIASES
 
 
 def linear() -> nn.Module:
@@ -183,6 +184,13 @@ def test_arguments_that_nothing_would_read_are_refused(make, message, caplog):
     else:
         with pytest.raises(ValueError, match=message):
             make(optimizer)
+
+
+@pytest.mark.parametrize(("one", "other"), ALIASES.items())
+def test_an_argument_by_both_of_its_names_is_refused(one, other):
+    optimizer = SGD(linear().parameters(), lr=0.5, momentum=0.5)
+    with pytest.raises(TypeError, match=f"^{one} and {other} are two names of one"):
+        AdaptiveScheduler(optimizer, **{one: 0.9, other: 0.9})
 
 
 def test_use_cosine_adds_to_the_rules_that_are_named():
