@@ -208,8 +208,8 @@ class AdaptiveOptimizer(_Wrapper):
                 self.base.step()
             if measure and not self.trust_region and (self.learned or self.online):
                 target = max(falling(self.kl, self.controller.step, self.falls_over), floor)
-                kl = measured(measure)
-                self.info = UpdateInfo(float(self.param_groups[0]["lr"]), kl, target)
+                rate = float(self.param_groups[0]["lr"])
+                self.info = UpdateInfo(rate, measured(measure), target)
         kl, target = (self.info.kl, self.info.target) if self.info else (None, 0.0)
         if self.learned and kl is not None:
             self.learned.observe_update(kl, target, cosine)

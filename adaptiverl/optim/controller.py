@@ -307,8 +307,8 @@ class Controller:
         for name in _KEPT:
             setattr(self, name, copy.deepcopy(state[name]))
         # What other rules had made of the rate would stay for ever: nothing moves it any more
-        own = {active.rule.label for active in self.rules if active.rule.moves == "lr"}
-        self.ratios = {label: ratio for label, ratio in self.ratios.items() if label in own}
+        labels = {active.rule.label for active in self.rules if active.rule.moves == "lr"}
+        self.ratios = {label: ratio for label, ratio in self.ratios.items() if label in labels}
         readers = {active.reader for active in self.rules}
         self.seen = {reader: seen for reader, seen in self.seen.items() if reader in readers}
         self.write()
