@@ -7,6 +7,7 @@ import math
 import pickle
 import types
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -406,6 +407,21 @@ def test_a_tap_says_whether_completions_of_one_prompt_differ(rewards, differ):
     tap = RewardTap(lambda **_: rewards)
     tap(prompts=["one", "one", "two", "two"], completions=["a"] * 4)
     assert tap.informative() is differ
+
+
+def test_a_step_that_was_left_out_leaves_the_logged_rates():
+    net = linear()
+    optimizer = AdaptiveOptimizer(SGD(net.parameters(), lr=0.5), "trust_region")
+    callback, schedule = RewardObserveCallback(optimizer, lambda step: None), SimpleNamespace()
+    schedule._last_lr = [0.1]
+    for gradient, kls, logged in (
+        (math.nan, [], 0.1), (1.0, [0.016, 0.004], 0.25), (math.nan, [], 0.25),
+    ):  # fmt: skip
+        for p in net.parameters():
+            p.grad = torch.full_like(p, gradient)
+        optimizer.step(measure_kl=lambda kls=kls: kls.pop(0))
+        callback.log_rates(schedule)
+        assert schedule._last_lr == [pytest.approx(logged)]
 
 
 def test_a_tap_takes_tensors_for_numbers():

@@ -21,7 +21,8 @@ class _LogsRates(TrainerCallback):
 
     def __init__(self, stepped: AdaptiveOptimizer | Optimizer):
         self.adaptive = stepped if isinstance(stepped, AdaptiveOptimizer) else None
-        self.rates: list[float] = []  # of the last step, before its line search
+        self.rates: list[float] = []  # of the last step, before its line search,
+        self.taken: list[float] = []  # and after it
         base: Any = self.adaptive.base if self.adaptive else stepped
         base.register_step_pre_hook(self._note_rates)
 
@@ -31,9 +32,11 @@ class _LogsRates(TrainerCallback):
     def log_rates(self, scheduler: Any) -> None:
         """Until `scheduler`, the Trainer's, steps."""
         info = self.adaptive.info if self.adaptive else None
-        scale = info.scale if info and info.scale else 1.0  # 0: no step was made
-        if self.rates:  # else there was no step yet
-            scheduler._last_lr = [rate * scale for rate in self.rates]
+        scale = info.scale if info else 1.0
+        if scale:  # else the step was left out
+            self.taken = [rate * scale for rate in self.rates]
+        if self.taken:
+            scheduler._last_lr = self.taken
 
 
 class RewardObserveCallback(_LogsRates):
