@@ -295,7 +295,8 @@ def test_other_rules_make_a_step_that_needs_a_closure(rule):
         loss.backward()
         return loss
 
-    losses = [optimizer.step(closure, measure_kl=lambda: 0.004).item() for _ in range(3)]
+    given = {"measure_kl": lambda: 0.004} if rule == "learned" else {}
+    losses = [optimizer.step(closure, **given).item() for _ in range(3)]
     assert losses[0] > losses[1] > losses[2] and optimizer.controller.step == 3
 
 
@@ -675,11 +676,95 @@ def test_its_trust_region_is_saved_with_it(rule):
         ({"trust_region_kl": 0.1}, "trust_region_kl is read by lr_rule trust_region and"),
         ({"lr_rule": "trust_region", "max_lr": 1e-3}, "the rate 0.1 is outside its bounds"),
         ({"lr_rule": "trust_region", "trust_region_schedule": "cosine"}, "trust_region_schedule"),
+        ({"trust_region_schedule": "constant"}, "trust_region_schedule is given, and nothing uses"),
+        (
+            {"lr_rule": "trend", "min_kl": 0.1},
+            "min_kl is given, and nothing uses a KL",
+        ),
+        ({"lr_rule": "trust_region", "min_kl": -0.1}, r"min_kl is -0.1; it must be in \[0, inf\)"),
+        ({"lr_rule": "learned", "min_kl": float("nan")}, "min_kl is nan"),
+        ({"wd_rule": "trend", "min_lr": 2.0}, "min_lr bounds the rate, and no rule"),
     ],
 )
 def test_arguments_of_the_trust_region_are_checked(arguments, message):
     with pytest.raises(ValueError, match=message):
         AdaptiveOptimizer(BASES["SGD"](model().parameters()), **arguments)
+
+
+@pytest.mark.parametrize("given", [{"measure_kl": lambda: 0.0}, {"min_kl": 0.1}], ids=str)
+def test_a_step_with_a_kl_that_nothing_uses_is_refused(given):
+    net = model()
+    optimizer = AdaptiveOptimizer(BASES["SGD"](net.parameters()), wd_rule="trend")
+    optimizer.measure_kl = lambda: 0.0  # a callback may set it, whatever the rule
+    before = weights(net)
+    net(batch(0)[0]).sum().backward()
+    with pytest.raises(ValueError, match=f"{next(iter(given))} is given, and nothing uses a KL"):
+        optimizer.step(**given)
+    assert all(map(torch.equal, before, weights(net)))
+    optimizer.step()
+    with pytest.raises(ValueError, match="min_kl is -1"):
+        AdaptiveOptimizer(BASES["SGD"](net.parameters()), "learned").step(min_kl=-1)
+
+
+@pytest.mark.parametrize("base", ["SGD", "OnlineAdamW"])
+def test_what_uses_a_kl_takes_it(base):
+    net = model()
+    made = OnlineAdamW(net.parameters()) if base == "OnlineAdamW" else BASES[base](net.parameters())
+    rule = "none" if base == "OnlineAdamW" else "learned"
+    optimizer = AdaptiveOptimizer(made, rule, min_kl=0.5, trust_region_schedule="constant")
+    loss = net(batch(0)[0]).sum()
+    loss.backward()
+    optimizer.step(measure_kl=lambda: loss * 0 + 0.25)
+    assert optimizer.info.kl == 0.25 and type(optimizer.info.kl) is float
+    assert optimizer.info.target == 0.5
+
+
+def test_hooks_of_its_state_run_once():
+    net, seen = model(), []
+    base = BASES["AdamW"](net.parameters())
+    optimizer = AdaptiveOptimizer(base, "trend")
+    for name, one in (("wrapper", optimizer), ("base", base)):
+        one.register_state_dict_pre_hook(lambda o, name=name: seen.append((name, "before", o)))
+        one.register_load_state_dict_post_hook(lambda o, name=name: seen.append((name, "end", o)))
+    optimizer.register_state_dict_post_hook(lambda o, state: state | {"note": 1})
+    optimizer.register_state_dict_post_hook(lambda o, state: seen.append(sorted(state)))
+    optimizer.register_load_state_dict_pre_hook(
+        lambda o, state: {k: v for k, v in state.items() if k != "note"}
+    )
+    optimizer.register_load_state_dict_pre_hook(lambda o, state: seen.append(sorted(state)))
+    state = optimizer.state_dict()
+    names = ["controller", "note", "param_groups", "state"]
+    assert seen == [("wrapper", "before", optimizer), ("base", "before", base), names]
+    seen.clear()
+    optimizer.load_state_dict(state)
+    names.remove("note")
+    assert seen == [names, ("base", "end", base), ("wrapper", "end", optimizer)]
+    assert "note" in state, "the callers state is left alone"
+
+
+@pytest.mark.parametrize("base", ["AdamW", "AdamW tensor lr"])
+def test_reading_its_state_for_a_distributed_checkpoint_is_no_step(base):
+    """torch makes a step of rate 0 and gradients of 0, and gets the state of the base alone."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    net = model()
+    optimizer = AdaptiveOptimizer(BASES[base](net.parameters()), "trust_region+cosine")
+    own, rate = optimizer.state_dict(), float(optimizer.param_groups[0]["lr"])
+    state = get_optimizer_state_dict(net, optimizer)
+    assert set(state) == {"state", "param_groups"}
+    assert {k: v for k, v in optimizer.state_dict().items() if k in optimizer.parts} == {
+        k: own[k] for k in optimizer.parts
+    }
+    assert float(optimizer.param_groups[0]["lr"]) == rate
+    assert optimizer.controller.step == optimizer.trust_region.time == 0
+
+
+def test_a_step_of_rate_0_with_a_gradient_is_one():
+    net = model()
+    optimizer = AdaptiveOptimizer(torch.optim.SGD(net.parameters(), lr=0.0), "cosine")
+    net(batch(0)[0]).sum().backward()
+    optimizer.step()
+    assert optimizer.controller.step == 1
 
 
 def test_the_target_of_a_rule_with_constants():

@@ -19,6 +19,7 @@ from adaptiverl.optim.constants import CONSTANTS
 from adaptiverl.optim.controller import Controller
 from adaptiverl.optim.hyperparams import get
 from adaptiverl.optim.rules import ARGUMENTS, RULES, names, parse_rules, readers, reason
+from adaptiverl.optim.signals import LARGEST
 from scripts.rules_tables import page
 
 LR_RULES = [r.name for r in RULES if r.argument == "lr_rule" and r.update]
@@ -124,6 +125,22 @@ def test_momentum(rule, values, constants, expected):
         controller.observe(loss=value)
         got.append(opt.param_groups[0]["momentum"])
     assert got == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("rule", "later"), [("inverse", 2 / 3), ("exp", 1 - math.exp(-2))])
+def test_momentum_is_never_0_so_that_rmsprop_keeps_its_buffer(rule, later):
+    p = torch.nn.Parameter(torch.ones(3))
+    opt = torch.optim.RMSprop([p], lr=1e-2, momentum=0.9)
+    controller = Controller(opt, momentum_rule=rule, loss_beta=0.0)
+    for loss, momentum in ((-0.1, 1e-15), (2.0, pytest.approx(later))):
+        p.grad = torch.ones(3)
+        controller.observe(loss=loss)
+        assert opt.param_groups[0]["momentum"] == momentum
+        opt.step()
+    none = optimizer(momentum=0.0)
+    controller = Controller(none, momentum_rule=rule)
+    controller.observe(loss=2.0)
+    assert none.param_groups[0]["momentum"] == 0, "none at first is none"
 
 
 def test_reward_trend_moves_momentum_too():
@@ -443,10 +460,69 @@ def test_none_is_the_identity(signals):
 def test_nan_changes_nothing_and_is_counted():
     opt = optimizer()
     controller = Controller(opt, lr_rule="loss_decay", loss_k=1.0, **NO_MEMORY)
-    for loss in (1.0, math.nan, -math.inf, 1.0):
+    for loss in (1.0, math.nan, -math.inf, 1.1e150, 1e200, -1e308, 1.0):
         controller.observe(loss=loss)
     assert opt.param_groups[0]["lr"] == 1 / 4
-    assert controller.ignored["loss"] == 2
+    assert controller.ignored["loss"] == 5
+
+
+@pytest.mark.parametrize("signs", [(1,), (1, -1), (1, 0, 0)])
+def test_the_largest_signals_raise_nothing(signs):
+    opt = optimizer()
+    rules = {"lr_rule": "+".join(LR_RULES), "reward_rule": "+".join(REWARD_RULES)}
+    small = {"trend_window": 3, "var_window": 2, "patience": 2, "cooldown": 3}
+    controller = Controller(
+        opt, **rules, momentum_rule="inverse+exp+relative+normalized", wd_rule="trend", **small
+    )
+    for step in range(40):
+        x = LARGEST * signs[step % len(signs)]
+        controller.observe(loss=x, reward=x, grad_norm=abs(x))
+        controller.tick()
+        assert 1e-9 <= opt.param_groups[0]["lr"] <= 10
+    assert not any(controller.ignored.values())
+
+
+def test_a_whole_number_may_be_given_as_a_float():
+    given = {"patience": 3e1, "var_window": 20.0, "trend_window": 1e12, "cooldown": 5.0}
+    asked = {"lr_rule": "trend+variance+patience", "steps": 50.0, **given}
+    own = {"name": "patience", "patience": 2.0}
+    for arguments, patience in ((asked, 30), ({"lr_rule": own}, 2)):
+        controller = Controller(optimizer(), **arguments)
+        for _ in range(100):
+            controller.observe(loss=1.0)
+        constants = controller.rules[-1].constants
+        assert constants.patience == patience
+        for name in ("patience", "var_window", "cooldown"):
+            assert type(getattr(constants, name)) is int
+    assert Controller(optimizer(), **asked).rules[0].constants.trend_window == 10**12
+    assert type(Controller(optimizer(), **asked).steps) is int
+    with pytest.raises(ValueError, match=r"^patience is 2\.5; it must be a whole number in"):
+        Controller(optimizer(), lr_rule=own | {"patience": 2.5})
+
+
+def test_of_a_state_other_rules_are_not_taken_over():
+    """Nothing would move their factor on the rate any more."""
+    old = Controller(optimizer(), lr_rule="loss_decay+cosine", reward_rule="kelly", owns_lr=False)
+    for _ in range(5):
+        old.observe(loss=9.0, reward=9.0)
+        old.tick()
+    assert len(old.ratios) == 3 and set(old.seen) == {"loss", "reward"}
+    new = Controller(optimizer(), lr_rule="loss_decay", owns_lr=False)
+    new.load_state_dict(old.state_dict())
+    assert new.ratios == {"loss_decay": old.ratios["loss_decay"]} and new.step == 5
+    assert new.seen == {"loss": old.seen["loss"]}
+    bare = Controller(optimizer(), owns_lr=False)
+    bare.load_state_dict(old.state_dict())
+    assert bare.ratio == 1 and not bare.seen
+
+
+@pytest.mark.parametrize("name", ["min_lr", "max_lr"])
+def test_bounds_of_a_rate_that_no_rule_moves_are_refused(name):
+    for rules in ({"wd_rule": "trend"}, {"momentum_rule": "inverse"}):
+        with pytest.raises(ValueError, match=f"^{name} bounds the rate, and no rule that is"):
+            Controller(optimizer("adamw"), **rules, **{name: 1.0})
+    for rules in ({}, {"reward_rule": "kelly"}, {"lr_rule": "trend"}):
+        assert 1.0 in Controller(optimizer(), **rules, **{name: 1.0}).bounds["lr"]
 
 
 @pytest.mark.parametrize(

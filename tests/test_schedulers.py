@@ -7,6 +7,7 @@ import math
 import pickle
 import types
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from adaptiverl import (
 )
 from adaptiverl.integrations.hf import RewardObserveCallback
 from adaptiverl.integrations.trl import RewardTap, TrustRegionCallback
+from adaptiverl.optim.schedulers import ALIASES
 
 
 def linear() -> nn.Module:
@@ -183,6 +185,13 @@ def test_arguments_that_nothing_would_read_are_refused(make, message, caplog):
     else:
         with pytest.raises(ValueError, match=message):
             make(optimizer)
+
+
+@pytest.mark.parametrize(("one", "other"), ALIASES.items())
+def test_an_argument_by_both_of_its_names_is_refused(one, other):
+    optimizer = SGD(linear().parameters(), lr=0.5, momentum=0.5)
+    with pytest.raises(TypeError, match=f"^{one} and {other} are two names of one"):
+        AdaptiveScheduler(optimizer, **{one: 0.9, other: 0.9})
 
 
 def test_use_cosine_adds_to_the_rules_that_are_named():
@@ -400,6 +409,67 @@ def test_a_tap_says_whether_completions_of_one_prompt_differ(rewards, differ):
     assert tap.informative() is differ
 
 
+def test_a_step_that_was_left_out_leaves_the_logged_rates():
+    net = linear()
+    optimizer = AdaptiveOptimizer(SGD(net.parameters(), lr=0.5), "trust_region")
+    callback, schedule = RewardObserveCallback(optimizer, lambda step: None), SimpleNamespace()
+    schedule._last_lr = [0.1]
+    for gradient, kls, logged in (
+        (math.nan, [], 0.1), (1.0, [0.016, 0.004], 0.25), (math.nan, [], 0.25),
+    ):  # fmt: skip
+        for p in net.parameters():
+            p.grad = torch.full_like(p, gradient)
+        optimizer.step(measure_kl=lambda kls=kls: kls.pop(0))
+        callback.log_rates(schedule)
+        assert schedule._last_lr == [pytest.approx(logged)]
+
+
+def test_a_tap_takes_tensors_for_numbers():
+    for values, differ in (([1.0, 1.0], False), ([1.0, 0.0], True)):
+        for given in (torch.tensor(values), [torch.tensor(x) for x in values]):
+            tap = RewardTap(lambda given=given, **_: given)
+            assert tap(prompts=["a", "a"], completions=["x", "y"]) is given
+            assert tap.informative() is differ
+            assert type(tap.last()) is float and tap.last() == sum(values) / 2
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_trainer_resumes_a_scheduler_that_only_the_callback_has(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    model, tokenizer, _ = texts(tmp_path)
+    start = copy.deepcopy(model.state_dict())
+    ids = tokenizer("This film is one that I like").input_ids
+
+    def train(steps: int, resume: bool | str, **more):
+        model.load_state_dict(start)
+        base = SGD(model.parameters(), lr=1e-3, momentum=0.5)
+        rates: list[float] = []
+        base.register_step_pre_hook(lambda opt, *_: rates.append(opt.param_groups[0]["lr"]))
+        scheduler = RewardAdaptiveScheduler(base, "kelly+trend", trend_window=3)
+        trainer = Trainer(
+            model=model,
+            args=TrainingArguments(
+                str(tmp_path / "run"), max_steps=steps, per_device_train_batch_size=2, save_steps=3,
+                lr_scheduler_type="constant", report_to=[], use_cpu=True, disable_tqdm=True, **more,
+            ),
+            train_dataset=[{"input_ids": ids, "labels": ids}] * 16,
+            optimizers=(base, None),
+            callbacks=[RewardObserveCallback(scheduler, lambda step: 0.5 * step)],
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=resume)
+        return scheduler.state_dict(), rates
+
+    whole, rates = train(6, resume=False)
+    train(3, resume=False)
+    for more in ({}, {"restore_callback_states_from_checkpoint": True}):
+        resumed, later = train(6, resume=str(tmp_path / "run" / "checkpoint-3"), **more)
+        assert resumed == whole and later == rates[3:]
+    assert whole["controller"]["step"] == 6 and len({*rates}) == 6
+    fresh, again = train(6, resume=False)
+    assert (fresh, again) == (whole, rates), "without resuming it begins anew"
+
+
 def test_a_tap_on_an_async_reward_is_async_and_remembers_alike():
     import inspect
 
@@ -476,9 +546,10 @@ def test_wrapping_step_as_the_document_does_with_trl(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", ["RLOO", "GRPO"])
-def test_the_trust_region_inside_trls_trainers(kind, tmp_path):
-    """Started at a rate of 1: the same trust region, and the log has the rates that steps took."""
+@pytest.mark.parametrize(("kind", "observes"), [("RLOO", True), ("GRPO", True), ("RLOO", False)])
+def test_the_trust_region_inside_trls_trainers(kind, observes, tmp_path):
+    """Started at a rate of 1: the same trust region, and the log has the rates that steps took,
+    whichever of the callbacks are there."""
     import trl
 
     model, tokenizer, dataset = texts(tmp_path)
@@ -505,7 +576,7 @@ def test_the_trust_region_inside_trls_trainers(kind, tmp_path):
         train_dataset=dataset,
         processing_class=tokenizer,
         optimizers=(optimizer, None),
-        callbacks=[RewardObserveCallback(optimizer, tap.last)],
+        callbacks=[RewardObserveCallback(optimizer, tap.last)] if observes else [],
     )
     trainer.add_callback(
         TrustRegionCallback(optimizer, tokenizer, tap.texts, informative=tap.informative)

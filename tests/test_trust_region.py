@@ -16,7 +16,13 @@ from adaptiverl.optim.trust_region import (
     SignalToNoise,
     TrustRegion,
 )
-from adaptiverl.optim.update import LastUpdate, alignment, has_gradient, supports_alignment
+from adaptiverl.optim.update import (
+    LastUpdate,
+    alignment,
+    alignment_and_finite,
+    has_gradient,
+    supports_alignment,
+)
 
 KINDS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
@@ -105,6 +111,57 @@ def test_sparse_gradients_are_as_good_as_dense_ones(kind):
         seen.append((net.weight.detach(), found))
     torch.testing.assert_close(seen[0][0], seen[1][0])
     assert seen[0][1] == pytest.approx(seen[1][1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["adamw", "adam_mini", "sgd momentum"])
+def test_weights_of_16_bits_are_copied_and_restored_exactly(kind, dtype):
+    """The difference of two rounded weights is not the update; those of 32 bits are not copied."""
+    torch.manual_seed(0)
+    short, long = (
+        torch.nn.Parameter(torch.randn(64, dtype=dtype)),
+        torch.nn.Parameter(torch.ones(3)),
+    )
+    optimizer = KINDS[kind]([short, long])
+    before, update = None, None
+    for _ in range(2):
+        short.grad, long.grad = torch.randn_like(short).sign(), torch.randn_like(long)
+        before, update = short.detach().clone(), LastUpdate(optimizer)
+        optimizer.step()
+    assert [*update.old] == [short]
+    assert supports_alignment(optimizer) and alignment(optimizer) > 0.5, "its state has it still"
+    after = short.detach().clone()
+    update.rescale(0.25)
+    assert torch.equal(short, before.lerp(after, 0.25))
+    short.data[0] = math.nan  # as AdamW's step in fp16 is where v is 0
+    update.rescale(0.0)
+    assert torch.equal(short, before) and not torch.equal(before, after)
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "AdamMini"])
+def test_a_policy_in_bf16_moves_as_far_as_it_is_told(kind):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.Linear(64, 64), torch.nn.Tanh(), torch.nn.Linear(64, 100)
+    ).bfloat16()
+    x = torch.randn(32, 64, dtype=torch.bfloat16)
+
+    def logprobs() -> torch.Tensor:
+        return net(x).detach().float().log_softmax(-1)
+
+    region = TrustRegion({"AdamW": torch.optim.AdamW, "AdamMini": AdamMini}[kind](
+        net.parameters(), lr=1.0
+    ))  # fmt: skip
+    for _ in range(3):
+        net.zero_grad()
+        (-net(x).float().log_softmax(-1)[:, 0].mean()).backward()
+        old = logprobs()
+
+        def kl(old=old) -> float:
+            return (old.exp() * (old - logprobs())).sum(-1).mean().item()
+
+        info = region.step(kl)
+        assert info.kl == kl() and 0.001 < info.kl <= 2 * info.target
 
 
 def test_weights_without_gradient_stay():
@@ -386,16 +443,114 @@ def test_a_rate_of_0_stays_0_until_it_rises():
     assert world.step().kl is not None
 
 
-@pytest.mark.parametrize("broken", [math.nan, 1.0])
-def test_an_update_that_no_scale_brings_within_bounds_is_taken_back(broken):
+def test_an_update_that_no_scale_brings_within_bounds_is_taken_back():
     """It does not raise the rate, and the next one is searched for too."""
     world = World(lr=1.0, kl=0.01)
-    info = world.step(measure=lambda: broken)
+    info = world.step(measure=lambda: 1.0)
     assert world.weight.item() == pytest.approx(0, abs=1e-12) and info.kl == 0.0
     assert 0 < info.scale < 1e-6 and world.region.ratio == 1e-9, "the lower bound of the rate"
+    assert info.lr == 1e-9
     assert not world.region.initialized
     assert [entry["rule"] for entry in world.entries] == ["line_search"]
     assert world.step().scale > 10
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("initialized", [False, True])
+def test_a_kl_that_is_never_finite_halves_the_rate_and_takes_the_update_back(
+    broken, initialized, caplog
+):
+    world = World(lr=1.0, kl=0.01)
+    world.region.initialized = initialized
+    for ratio in (0.5, 0.25):
+        info = world.step(measure=lambda: broken)
+        assert world.weight.item() == pytest.approx(0, abs=1e-12)
+        assert (info.kl, info.scale, info.lr, world.region.ratio) == (0.0, 0.5, ratio, ratio)
+        assert world.region.initialized is initialized
+    assert [r.getMessage()[:52] for r in caplog.records] == [
+        "trust_region, step 0: the KL of an update was NaN or"
+    ], "once"
+
+
+@pytest.mark.parametrize("initialized", [False, True])
+def test_a_negative_kl_is_no_information(initialized, caplog):
+    world = World(lr=1e-3, kl=0.01)
+    world.region.initialized = initialized
+    for step in (1, 2):
+        info = world.step(measure=lambda: -0.003)
+        assert (info.kl, info.scale, info.lr) == (-0.003, 1.0, 1e-3)
+        assert world.region.ratio == 1.0 and world.region.initialized is initialized
+        assert world.weight.item() == pytest.approx(-1e-3 * step)
+    assert len(caplog.records) == 1 and "measure_kl gave a KL below 0" in caplog.text
+    assert world.step().scale > 10 or initialized, "the next one is searched for"
+
+
+def test_a_kl_below_0_after_the_update_was_scaled_down_leaves_it_there():
+    world = World(lr=1.0, kl=0.01)
+    world.region.initialized = True
+    kl = iter([1.0, -0.003])
+    info = world.step(measure=lambda: next(kl))
+    assert info.scale == world.region.ratio == pytest.approx(0.1) == -world.weight.item()
+
+
+def test_a_kl_below_0_by_rounding_is_a_small_one():
+    """The first update is searched upwards: from 1e-7 the KL is lost in rounding."""
+    world = World(lr=1e-7, kl=0.01)
+    info = world.step(measure=lambda: world.kl() - 5e-7)
+    assert info.scale > 1e4 and 0.005 <= info.kl <= 0.02
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize("informative", [True, False])
+@pytest.mark.parametrize("kind", ["adamw", "adam_mini", "rmsprop bare", "adagrad"])
+def test_a_gradient_that_is_not_finite_is_no_step(kind, informative, steps, bad, caplog):
+    weights, optimizer = stepped((KINDS | COPIED)[kind], steps)
+    region = TrustRegion(optimizer, kl=0.01)
+    region.initialized = steps > 0
+    before = copy.deepcopy((weights, optimizer.state_dict(), region.alignments, region.ratio))
+    weights[1].grad[0] = bad
+    for time in (1, 2):
+        info = region.step(lambda: pytest.fail("measured"), informative=informative)
+        assert (info.kl, info.scale, info.lr, region.time) == (None, 0.0, 0.1, time)
+    after = copy.deepcopy((weights, optimizer.state_dict(), region.alignments, region.ratio))
+    assert all(map(torch.equal, before[0], after[0]))
+    assert str(before[1:]) == str(after[1:])
+    assert [r.getMessage()[:44] for r in caplog.records] == [
+        "trust_region, step 0: a gradient is not fini"
+    ], "once"
+
+
+def test_large_gradients_of_fp16_are_finite():
+    """Their squares are not, in fp16."""
+    p = torch.nn.Parameter(torch.zeros(4, dtype=torch.float16))
+    p.grad = torch.full_like(p, 6e4)
+    assert alignment_and_finite(torch.optim.SGD([p])) == (None, True)
+
+
+def test_a_measure_that_raises_takes_the_update_back():
+    world = World(lr=1.0, kl=0.01)
+    with pytest.raises(KeyboardInterrupt):
+        world.step(measure=lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert world.weight.item() == pytest.approx(0, abs=1e-12)
+    assert world.region.time == 0 and world.region.ratio == 1.0
+
+
+def test_a_kl_with_a_gradient_is_a_number():
+    """A tensor would keep its graph in the info and in the ratio."""
+    world = World(lr=1.0, kl=0.01)
+    graphs = []
+
+    def measure() -> torch.Tensor:
+        kl = (world.weight - world.before).square().sum()
+        graphs.append(kl.grad_fn)
+        return kl
+
+    info = world.step(measure=measure)
+    assert type(info.kl) is type(world.region.ratio) is float and set(graphs) == {None}
+    assert copy.deepcopy(world.region.state_dict()) == world.region.state_dict()
+    with pytest.raises(TypeError, match="measure_kl returned None; it must return the KL"):
+        world.step(measure=lambda: None)
 
 
 def test_each_change_of_the_rate_has_its_reason():

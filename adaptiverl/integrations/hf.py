@@ -13,8 +13,33 @@ from adaptiverl.optim.hyperparams import mean_over_processes
 from adaptiverl.optim.online import Online
 from adaptiverl.optim.schedulers import AdaptiveScheduler
 
+KEPT_AS = "adaptiverl.RewardObserveCallback"  # in trainer_state.json
 
-class RewardObserveCallback(TrainerCallback):
+
+class _LogsRates(TrainerCallback):
+    """Puts the rates that the last step took where a Trainer logs the scheduled ones."""
+
+    def __init__(self, stepped: AdaptiveOptimizer | Optimizer):
+        self.adaptive = stepped if isinstance(stepped, AdaptiveOptimizer) else None
+        self.rates: list[float] = []  # of the last step, before its line search,
+        self.taken: list[float] = []  # and after it
+        base: Any = self.adaptive.base if self.adaptive else stepped
+        base.register_step_pre_hook(self._note_rates)
+
+    def _note_rates(self, optimizer: Optimizer, *_: Any) -> None:
+        self.rates = [float(group["lr"]) for group in optimizer.param_groups]
+
+    def log_rates(self, scheduler: Any) -> None:
+        """Until `scheduler`, the Trainer's, steps."""
+        info = self.adaptive.info if self.adaptive else None
+        scale = info.scale if info else 1.0
+        if scale:  # else the step was left out
+            self.taken = [rate * scale for rate in self.rates]
+        if self.taken:
+            scheduler._last_lr = self.taken
+
+
+class RewardObserveCallback(_LogsRates):
     """After each step of the optimizer `scheduler` observes `reward_fn(step)`.
 
     scheduler   an AdaptiveScheduler, RewardAdaptiveScheduler, AdaptiveOptimizer or OnlineAdamW and
@@ -25,7 +50,8 @@ class RewardObserveCallback(TrainerCallback):
     A Trainer always has a scheduler of its own, so the rate is that one's times what the rules
     make of it, and so is the `learning_rate` of the Trainer's log (not with ReduceLROnPlateau or
     GreedyLR, for which a Trainer logs what they have set). `scheduler` may be given to the Trainer
-    as its own, too.
+    as its own, too; if it is not, its state is in the Trainer's checkpoints all the same
+    (trainer_state.json), and comes back on resuming.
     """
 
     def __init__(
@@ -35,17 +61,22 @@ class RewardObserveCallback(TrainerCallback):
     ):
         self.scheduler, self.reward_fn = scheduler, reward_fn
         self.applied: Any = None
-        self.rates: list[float] = []  # of the last step
-        stepped: Any = scheduler
         if isinstance(scheduler, AdaptiveScheduler):
             scheduler.controller.owns_lr = False
-            stepped = scheduler.optimizer
-        elif isinstance(scheduler, AdaptiveOptimizer):
-            stepped = scheduler.base
-        stepped.register_step_pre_hook(self._note_rates)
+            super().__init__(scheduler.optimizer)
+        else:
+            super().__init__(scheduler)
 
-    def _note_rates(self, optimizer: Optimizer, *_: Any) -> None:
-        self.rates = [float(group["lr"]) for group in optimizer.param_groups]
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        kept = (state.stateful_callbacks or {}).get(KEPT_AS)
+        if kept and isinstance(self.scheduler, AdaptiveScheduler):
+            self.scheduler.load_state_dict(kept)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Whether a checkpoint will follow is not known yet. Not as transformers' ExportableState:
+        a Trainer makes such a callback anew from what JSON can keep, which reward_fn is not."""
+        if isinstance(self.scheduler, AdaptiveScheduler):
+            state.stateful_callbacks[KEPT_AS] = self.scheduler.state_dict()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if isinstance(self.scheduler, AdaptiveScheduler):  # an optimizer does it by itself
@@ -53,20 +84,17 @@ class RewardObserveCallback(TrainerCallback):
             self.applied.__enter__()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        own, scale = {"reward": self.reward_fn(state.global_step + 1)}, 1.0
+        own = {"reward": self.reward_fn(state.global_step + 1)}
         reward = mean_over_processes(own, args.device).get("reward")
         if isinstance(self.scheduler, AdaptiveScheduler):
             self.applied.__exit__(None, None, None)
             self.scheduler.observe(R=reward)
         else:
             self.scheduler.observe(reward=reward)
-        if isinstance(self.scheduler, AdaptiveOptimizer) and self.scheduler.info:
-            scale = self.scheduler.info.scale
-        # What a Trainer logs, until its next step
-        kwargs["lr_scheduler"]._last_lr = [rate * scale for rate in self.rates]
+        self.log_rates(kwargs["lr_scheduler"])
 
 
-class TrustRegionCallback(TrainerCallback):
+class TrustRegionCallback(_LogsRates):
     """Measures the KL of each update in a Trainer, for an AdaptiveOptimizer with trust_region.
 
         optimizer = AdaptiveOptimizer(AdamW(model.parameters()), lr_rule="trust_region", steps=100)
@@ -86,7 +114,8 @@ class TrustRegionCallback(TrainerCallback):
 
     Log-probabilities of all words are computed at each token before the step, and once or a few
     times within it; KL(before ‖ now) is exact, in nats per token, the mean over all processes. The
-    model is in eval mode while it is measured: dropout would count as a difference.
+    model is in eval mode while it is measured: dropout would count as a difference. The
+    `learning_rate` of the Trainer's log is the rate that the step took.
     """
 
     def __init__(
@@ -99,6 +128,7 @@ class TrustRegionCallback(TrainerCallback):
         length: int = 64,
         temperature: float = 1.0,
     ):
+        super().__init__(optimizer)
         self.tokenizer, self.texts, self.count, self.length = tokenizer, texts, count, length
         self.temperature = temperature
         self.optimizer, self.informative = optimizer, informative
@@ -122,6 +152,9 @@ class TrustRegionCallback(TrainerCallback):
             {"input_ids": ids}, padding_side="right", return_tensors="pt"
         ).to(args.device)
         self.old = self._logprobs()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.log_rates(kwargs["lr_scheduler"])
 
     @torch.no_grad()
     def _logprobs(self) -> Tensor:

@@ -59,14 +59,16 @@ class RewardTap:
     def _remember(self, values: list[float | None], batch: dict[str, Any]) -> list[float | None]:
         if _is_evaluation(batch):
             return values
+        # Tensors are numbers, too: each would be a number of its own in a set
+        numbers = [None if value is None else float(value) for value in values]
         prompts, completions = (batch.get(name) or [] for name in ("prompts", "completions"))
         self.batch = [*zip(prompts, completions, strict=False)]
         of_prompt: dict[str, set[float]] = {}
-        for prompt, value in zip(prompts, values, strict=False):
+        for prompt, value in zip(prompts, numbers, strict=False):
             if value is not None and math.isfinite(value):
                 of_prompt.setdefault(_text(prompt), set()).add(value)
         self.differs = any(len(own) > 1 for own in of_prompt.values())
-        known = [value for value in values if value is not None and math.isfinite(value)]
+        known = [value for value in numbers if value is not None and math.isfinite(value)]
         self.mean = sum(known) / len(known) if known else None
         return values
 

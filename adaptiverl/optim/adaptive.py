@@ -4,11 +4,13 @@ It is a real torch optimizer, so LRScheduler, GradScaler, accelerate and HF Trai
 Whoever schedules the rate goes on doing so: what the rules make of it is applied around each step.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from adaptiverl.optim.constants import CONSTANTS
@@ -25,8 +27,15 @@ from adaptiverl.optim.hyperparams import (
 from adaptiverl.optim.online import Online
 from adaptiverl.optim.online.learned import LearnedRate
 from adaptiverl.optim.rules import Value, documented, parse_rules
-from adaptiverl.optim.trust_region import Record, TrustRegion, UpdateInfo, default_kl, falling
-from adaptiverl.optim.update import alignment, copyable
+from adaptiverl.optim.trust_region import (
+    Record,
+    TrustRegion,
+    UpdateInfo,
+    default_kl,
+    falling,
+    measured,
+)
+from adaptiverl.optim.update import alignment, copyable, has_gradient
 
 
 class _Wrapper(Optimizer):
@@ -67,7 +76,8 @@ class AdaptiveOptimizer(_Wrapper):
     measure_kl      gives the KL from the policy before the last step to the policy now, in nats per
                     token and the same in every process; also an argument of `step`, and an
                     attribute. trust_region needs it, learned and the Online optimizers use it
-    min_kl          lowest target; set it where rounding disturbs the KL; default 0
+    min_kl          lowest target; set it where rounding disturbs the KL; default 0. This and the
+                    next are refused where nothing uses a KL
     trust_region_schedule       "linear": the target falls over `steps`, where these are given;
                     "constant": it stays. Default "linear"
     record          called with a dict for each change: step, hyperparameter, rule, signal, value
@@ -91,11 +101,15 @@ class AdaptiveOptimizer(_Wrapper):
             raise ValueError(
                 f'trust_region_schedule is {trust_region_schedule!r}; it is "linear" or "constant"'
             )
+        _check_min_kl(min_kl)
         super().__init__(base)
         self.measure_kl, self.min_kl, self.record = measure_kl, min_kl, record
         self.informative = True  # whether any rewards of the step differ; see TrustRegion.step
         self.online = base if isinstance(base, Online) else None
         by_kl = {rule.name: own for rule, own in parse_rules("lr_rule", lr_rule) if not rule.update}
+        self._uses_kl = bool(by_kl) or self.online is not None
+        given = {"min_kl": min_kl, "trust_region_schedule": trust_region_schedule != "linear"}
+        self._refuse_without_kl(given)
         self.controller = Controller(
             base, lr_rule=lr_rule, owns_lr=False, record=self._record_of_controller, **arguments
         )
@@ -155,8 +169,12 @@ class AdaptiveOptimizer(_Wrapper):
     ) -> Any:
         """One step of `base`; what `closure` returns. Arguments replace the attributes of their
         names; `informative` is TrustRegion.step's. Raises ValueError where trust_region is given no
-        KL."""
-        if self.controller.inert and not (self.trust_region or self.learned or self.online):
+        KL, and where none of its rules uses the one that is given."""
+        _check_min_kl(min_kl or 0.0)
+        is_bare = self.controller.inert and not self._uses_kl
+        if not is_bare:  # the same loop may run with "none"
+            self._refuse_without_kl({"measure_kl": measure_kl is not None, "min_kl": min_kl})
+        if is_bare or (closure is None and self._is_phantom()):
             return self.base.step(closure)
         measure, floor = measure_kl or self.measure_kl, self.min_kl if min_kl is None else min_kl
         if self.trust_region and measure is None:
@@ -190,7 +208,8 @@ class AdaptiveOptimizer(_Wrapper):
                 self.base.step()
             if measure and not self.trust_region and (self.learned or self.online):
                 target = max(falling(self.kl, self.controller.step, self.falls_over), floor)
-                self.info = UpdateInfo(float(self.param_groups[0]["lr"]), measure(), target)
+                rate = float(self.param_groups[0]["lr"])
+                self.info = UpdateInfo(rate, measured(measure), target)
         kl, target = (self.info.kl, self.info.target) if self.info else (None, 0.0)
         if self.learned and kl is not None:
             self.learned.observe_update(kl, target, cosine)
@@ -199,6 +218,22 @@ class AdaptiveOptimizer(_Wrapper):
             self.online.observe(kl=kl, kl_target=target, done=done)
         self.tick()
         return loss
+
+    def _is_phantom(self) -> bool:
+        """Whether no rate is above 0 and no gradient is: torch.distributed.checkpoint makes such a
+        step, to have a state to read, and no time passes in it."""
+        rates = [group["lr"] for group in self.param_groups]
+        if any(rate.device.type != "cpu" if isinstance(rate, Tensor) else rate for rate in rates):
+            return False  # a rate on a device is not waited for
+        return not any(map(float, rates)) and not has_gradient(self.base)
+
+    def _refuse_without_kl(self, given: dict[str, Any]) -> None:
+        """Raises ValueError for what of `given` nothing would read."""
+        for name in [name for name, value in given.items() if value and not self._uses_kl]:
+            raise ValueError(
+                f"{name} is given, and nothing uses a KL: choose lr_rule trust_region or learned, "
+                "or an Online optimizer"
+            )
 
     def tick(self) -> None:
         """One step of time; `step` calls it. Call it for a step that was left out."""
@@ -215,17 +250,26 @@ class AdaptiveOptimizer(_Wrapper):
 
     def state_dict(self) -> dict[str, Any]:
         """The base's, and those of `parts`."""
-        return self.base.state_dict() | {k: part.state_dict() for k, part in self.parts.items()}
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        state = self.base.state_dict() | {k: part.state_dict() for k, part in self.parts.items()}
+        for after in self._optimizer_state_dict_post_hooks.values():
+            state = after(self, state) or state
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The base's state, and those of `parts` that were saved with it."""
         state = dict(state_dict)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            state = before(self, state) or state
         saved = {name: state.pop(name, None) for name in ("controller", "trust_region", "learned")}
         self.base.load_state_dict(state)
         self._share()
         for name, part in self.parts.items():
             if saved[name] is not None:
                 part.load_state_dict(saved[name])
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     @property
     def lr(self) -> float:
@@ -264,3 +308,8 @@ class AdaptiveOptimizer(_Wrapper):
         if entry["hyperparameter"] == "lr":
             entry |= {name: self._rate(entry[name]) for name in ("old", "new")}
         self._record(entry)
+
+
+def _check_min_kl(min_kl: float) -> None:
+    if not 0 <= min_kl < math.inf:
+        raise ValueError(f"min_kl is {min_kl}; it must be in [0, inf): nats per token")

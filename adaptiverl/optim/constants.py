@@ -1,5 +1,6 @@
 """The constants of all rules: defaults, ranges and what they mean. Imports no torch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +92,12 @@ BOUNDS = {
     "alpha": (0.5, 0.9999),
     "weight_decay": (0.0, 1.0),
 }
+
+
+def whole(given: Mapping[str, Any]) -> dict[str, Any]:
+    """`given`, which was checked, with ints where constants are whole: 3e1 counts as 30."""
+    floats = {name for name, x in given.items() if CONSTANTS[name].whole and isinstance(x, float)}
+    return {name: int(x) if name in floats else x for name, x in given.items()}
 
 
 def lr_bounds(min_lr: float | None, max_lr: float | None) -> tuple[float, float]:

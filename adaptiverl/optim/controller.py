@@ -18,10 +18,10 @@ import torch
 from torch.optim import Optimizer
 
 from adaptiverl.optim import hyperparams
-from adaptiverl.optim.constants import BOUNDS, CONSTANTS, lr_bounds
+from adaptiverl.optim.constants import BOUNDS, CONSTANTS, lr_bounds, whole
 from adaptiverl.optim.hyperparams import Scalar, clamp, get, numbers
 from adaptiverl.optim.rules import ARGUMENTS, Rule, check_constants, documented, parse_rules
-from adaptiverl.optim.signals import State, read
+from adaptiverl.optim.signals import LARGEST, State, read
 
 log = logging.getLogger(__name__)
 CALLS = {  # how a signal is given
@@ -29,6 +29,7 @@ CALLS = {  # how a signal is given
     "reward": "step_reward(reward), or observe(R=reward)",
     "grad_norm": "observe(model=model)",
 }
+LEAST_MOMENTUM = 1e-15  # at 0 RMSprop makes no buffer, and misses it when the momentum rises
 TINY = 0.01  # Adam's bias correction takes beta as constant while beta^t is above this
 PATIENCE = 20  # steps without a signal after which a warning is due
 
@@ -74,13 +75,13 @@ class Controller:
         given = {name: value for name, value in arguments.items() if name not in ARGUMENTS}
         for warning in check_constants(given, [rule for rule, _ in chosen]):
             log.warning(warning)
-        constants = {name: constant.default for name, constant in CONSTANTS.items()} | given
+        constants = {name: constant.default for name, constant in CONSTANTS.items()} | whole(given)
         self.optimizer, self.owns_lr, self.record = optimizer, owns_lr, record
         self.rules: list[_Active] = []
         for rule, own in chosen:
             if rule.update:
                 reader = f"{rule.reads} of {rule.label}" if own else rule.reads
-                self.rules.append(_Active(rule, SimpleNamespace(**constants | own), reader))
+                self.rules.append(_Active(rule, SimpleNamespace(**constants | whole(own)), reader))
             elif owns_lr:
                 raise ValueError(
                     f"{rule.argument} {rule.name} needs a KL, which AdaptiveOptimizer measures"
@@ -188,11 +189,11 @@ class Controller:
     def observe(
         self, *, loss: Scalar = None, reward: Scalar = None, grad_norm: Scalar = None
     ) -> None:
-        """Lets the rules respond to signals; NaN and infinity are ignored and counted."""
+        """Lets the rules respond to signals; NaN and what is beyond LARGEST are only counted."""
         given = numbers(loss=loss, grad_norm=grad_norm, reward=reward)
         for signal, x in given.items():
-            self.ignored[signal] += not math.isfinite(x)
-        self._respond({signal: x for signal, x in given.items() if math.isfinite(x)})
+            self.ignored[signal] += not abs(x) <= LARGEST
+        self._respond({signal: x for signal, x in given.items() if abs(x) <= LARGEST})
 
     def tick(self) -> None:
         """One step of the optimizer has passed: schedules move."""
@@ -252,6 +253,8 @@ class Controller:
             if rule.kind == "stateful":
                 new = base + (new - base) * (1 - 1 / self.memory)
             low, high = self.bounds[name]
+            if name == "momentum":
+                low = max(low, LEAST_MOMENTUM)
             if name.startswith("beta"):
                 if base**self.step >= TINY:
                     continue
@@ -292,7 +295,10 @@ class Controller:
         return {name: copy.deepcopy(getattr(self, name)) for name in _KEPT}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from `state`, of an optimizer with as many groups; else raises ValueError."""
+        """Continues from `state`, of an optimizer with as many groups; else raises ValueError.
+
+        Of other rules than its own nothing is kept.
+        """
         if missing := [name for name in _KEPT if name not in state]:
             raise ValueError(f"this is no state of a controller: it has no {missing[0]}")
         was, own = len(state["base"].get("lr", [])), len(self.optimizer.param_groups)
@@ -300,6 +306,11 @@ class Controller:
             raise ValueError(f"the state is of {was} parameter groups, the optimizer has {own}")
         for name in _KEPT:
             setattr(self, name, copy.deepcopy(state[name]))
+        # What other rules had made of the rate would stay for ever: nothing moves it any more
+        labels = {active.rule.label for active in self.rules if active.rule.moves == "lr"}
+        self.ratios = {label: ratio for label, ratio in self.ratios.items() if label in labels}
+        readers = {active.reader for active in self.rules}
+        self.seen = {reader: seen for reader, seen in self.seen.items() if reader in readers}
         self.write()
 
 

@@ -281,6 +281,10 @@ def check_constants(given: Mapping[str, Any], chosen: Sequence[Rule]) -> list[st
         if value == CONSTANTS[name].default:
             continue
         CONSTANTS[name].check(name, value)
+        # Without any rule, "none" everywhere, they may stay where they were
+        moved = {rule.moves for rule in chosen} or {"lr"}
+        if name in ("min_lr", "max_lr") and "lr" not in moved:
+            raise ValueError(f"{name} bounds the rate, and no rule that is chosen moves the rate")
         if (by := readers(name)) and not any(rule.reads_constant(name) for rule in chosen):
             text = f"{name} is read by {' and '.join(by)}, and not by a rule that is chosen"
             if name != "cycle_length":  # an example of the design documents gives it alone

@@ -71,6 +71,9 @@ class AdaptiveScheduler(LRScheduler):
             raise ValueError('use_reward contradicts reward_rule "none"')
         if any("eta_min_scale" in rule.constants for rule, _ in rules) or eta_min_scale != 0.1:
             arguments["eta_min_scale"] = eta_min_scale
+        for name in ALIASES.keys() & arguments.keys():
+            if ALIASES[name] in arguments:
+                raise TypeError(f"{name} and {ALIASES[name]} are two names of one: give it once")
         self.controller = Controller(
             optimizer,
             lr_rule=[{"name": rule.name} | own for rule, own in rules],

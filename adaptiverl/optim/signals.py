@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+LARGEST = 1e150  # a signal may be: sums of squares of larger ones are no numbers
 State = dict[str, Any]  # plain numbers and lists
 
 

@@ -5,20 +5,31 @@
 2. Steering between steps: the rate moves towards the one whose updates meet the target.
 """
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 from adaptiverl.optim.constants import lr_bounds
-from adaptiverl.optim.hyperparams import check_rate, clamp, needs_closure, scaled_rates
-from adaptiverl.optim.update import LastUpdate, alignment, has_gradient, supports_alignment
+from adaptiverl.optim.hyperparams import check_rate, clamp, needs_closure, numbers, scaled_rates
+from adaptiverl.optim.update import (
+    LastUpdate,
+    alignment_and_finite,
+    has_gradient,
+    supports_alignment,
+)
 
+log = logging.getLogger(__name__)
 KL_TOLERANCE = 2.0  # an update whose KL is this many times the target is scaled down
 MAX_RESCALE = 30.0  # the largest change between two measurements: KL ≈ s² holds for small changes
 MAX_MEASUREMENTS = 12
+ROUNDING = 0.01, 1e-6  # as a share of the target, and in nats: a KL further below 0 is no KL
+LOST = 0.5  # the factor on the rate where the KL of an update was never finite
 MEMORY = 0.96  # of alignments, per step: a mean over some 25 of them
 EVIDENCE_SCALE = 2.0  # the signal-to-noise ratio at which the whole target is used
 MIN_CONFIDENCE = 0.25  # rare rewards are too few for evidence, and without movement none come
@@ -33,10 +44,10 @@ Record = Callable[[dict[str, Any]], None]
 class UpdateInfo:
     """What one update did."""
 
-    lr: float  # the rate that the step took, after the line search
+    lr: float  # the rate that the step took, after the line search, inside its bounds
     kl: float | None  # nats per token; None where it was not measured
     target: float  # nats per token
-    scale: float = 1.0  # the factor of the line search; 1 if there was none
+    scale: float = 1.0  # the factor of the line search; 1 if there was none, 0: left out
     signal_to_noise: float = 0.0  # of the alignments
 
 
@@ -117,6 +128,7 @@ class TrustRegion:
         self.initialized = False  # whether the KL of an update has met the target before
         self.informative_steps = 0  # whose alignment was taken in
         self.alignments = SignalToNoise()
+        self.warned: set[str] = set()
 
     @property
     def confidence(self) -> float:
@@ -143,13 +155,17 @@ class TrustRegion:
 
         measure_kl  gives KL(policy before this step ‖ policy now) in nats per token, the same
                     number in every process. What it needs of the policy before is computed by the
-                    caller beforehand. It is called once or a few times, up to 13. NaN is too far.
+                    caller beforehand. It is called once or a few times, up to 13, without
+                    gradient. NaN is too far. What it raises takes the update back
         min_kl      the target is never below this, for a KL that is measured with rounding errors
         informative     whether any rewards that are compared differ. Where none do, the gradient is
                     that of a penalty alone, and its alignment is no evidence about the rewards
 
         The first update is also scaled up where it falls short. While all gradients are 0 before
-        that, the KL is not measured. An update that no scale brings within bounds is taken back.
+        that, the KL is not measured. An update that no scale brings within bounds is taken back;
+        where its KL was never finite the rate is halved. A KL below 0 is no information: update and
+        rate stay as they are. A gradient that is not finite, or whose square is not, is no step:
+        weights, optimizer state and rate stay, and the info has a scale of 0 and no KL.
         Under a GradScaler, which may skip a step, wrap the optimizer in AdaptiveOptimizer instead.
         """
         base = self._base_rate()
@@ -159,21 +175,45 @@ class TrustRegion:
                 self.optimizer.step()
                 info = UpdateInfo(rate, None, max(self.target, min_kl))
             else:
-                if informative:
-                    self.observe_alignment(alignment(self.optimizer))
-                target, update = max(self.target, min_kl), LastUpdate(self.optimizer)
-                self.optimizer.step()
-                scale, kl = self.line_search(
-                    measure_kl, update.rescale, target, self.bounds[1] / rate
-                )
-                info = UpdateInfo(rate * scale, kl, target, scale, self.alignments.value)
-                self._set_ratio(base, self.ratio * scale, "line_search", kl)
-                # That nothing is left of an update is no sign that the rate was too small, and the
-                # next one is searched too.
-                if update.scale:
-                    self.initialized = True
-                    self.steer(base, kl, target)
+                cosine, finite = alignment_and_finite(self.optimizer)
+                if finite:
+                    info = self._searched(measure_kl, min_kl, base, rate, cosine, informative)
+                else:
+                    self._warn(
+                        "a gradient is not finite: the step is left out, and so is every such one"
+                    )
+                    info = UpdateInfo(rate, None, max(self.target, min_kl), scale=0.0)
         self.time += 1
+        return info
+
+    def _searched(
+        self,
+        measure_kl: Callable[[], float],
+        min_kl: float,
+        base: float,
+        rate: float,
+        cosine: float | None,
+        informative: bool,
+    ) -> UpdateInfo:
+        """A step with its line search, and the rate for the next; `rate` is that of this one."""
+        if informative:
+            self.observe_alignment(cosine)
+        target, update = max(self.target, min_kl), LastUpdate(self.optimizer)
+        self.optimizer.step()
+        measure = partial(measured, measure_kl)
+        try:
+            scale, kl = self.line_search(measure, update.rescale, target, self.bounds[1] / rate)
+        except BaseException:  # also an interrupt: nobody has searched this update
+            update.rescale(0.0)
+            raise
+        lr = clamp(rate * scale, self.bounds)
+        info = UpdateInfo(lr, kl, target, scale, self.alignments.value)
+        self._set_ratio(base, self.ratio * scale, "line_search", kl)
+        # That nothing is left of an update is no sign that the rate was too small, and the
+        # next one is searched too.
+        if update.scale and not _is_none(kl, target):
+            self.initialized = True
+            self.steer(base, kl, target)
         return info
 
     def line_search(
@@ -190,9 +230,9 @@ class TrustRegion:
         the KL of a mixture of experts jumps. Taken back: rescale(0), and a KL of 0.
         """
         scale, kl = 1.0, measure_kl()
-        within, kl_within, beyond = 0.0, 0.0, math.inf
+        within, kl_within, beyond, known = 0.0, 0.0, math.inf, math.isfinite(kl)
         for _ in range(MAX_MEASUREMENTS):
-            far = not kl <= KL_TOLERANCE * target  # NaN is far
+            far = not -math.inf < kl <= KL_TOLERANCE * target  # NaN is far
             short = not self.initialized and kl < target / KL_TOLERANCE and scale < max_scale
             if far:
                 beyond = scale
@@ -207,9 +247,23 @@ class TrustRegion:
                 change = math.sqrt(within * beyond) / scale
             rescale(change)
             scale, kl = scale * change, measure_kl()
-        if not kl <= KL_TOLERANCE * target:
+            known |= math.isfinite(kl)
+        if not -math.inf < kl <= KL_TOLERANCE * target:
             rescale(within / scale)
-            scale, kl = within or scale, kl_within
+            scale, kl = within or (scale if known else LOST), kl_within
+        if not known:
+            self._warn(
+                "the KL of an update was NaN or infinite at every scale, so it is taken back and "
+                "the rate halved: look at what measure_kl computes"
+            )
+        if _is_none(kl, target):
+            self._warn(
+                "measure_kl gave a KL below 0, which says nothing, so the rate stays: is it "
+                "KL(before ‖ now), exact or by k3? The mean of log-ratios may be below 0"
+            )
+            if scale > 1:  # searched in vain
+                rescale(1 / scale)
+                scale = 1.0
         return scale, kl
 
     def steer(self, base: float, kl: float, target: float) -> None:
@@ -228,6 +282,12 @@ class TrustRegion:
             rates = [clamp(base * ratio, self.bounds) for ratio in (old, self.ratio)]
             entry = {"step": self.time, "hyperparameter": "lr", "rule": rule, "signal": "kl"}
             self.record(entry | {"value": kl, "old": rates[0], "new": rates[1]})
+
+    def _warn(self, message: str) -> None:
+        """Once."""
+        if message not in self.warned:
+            self.warned.add(message)
+            log.warning("trust_region, step %d: %s", self.time, message)
 
     def _base_rate(self) -> float:
         """Of the first group that has one above 0."""
@@ -249,6 +309,20 @@ class TrustRegion:
             raise ValueError(f"this is no state of a trust region: {min(wrong)} is {how}")
         for name, value in state.items():
             setattr(self if name in vars(self) else self.alignments, name, value)
+
+
+@torch.no_grad()
+def measured(measure_kl: Callable[[], Any]) -> float:
+    """The number that it gives; a tensor would keep its graph."""
+    kl = measure_kl()
+    if kl is None:
+        raise TypeError("measure_kl returned None; it must return the KL in nats per token")
+    return numbers(kl=kl)["kl"]
+
+
+def _is_none(kl: float, target: float) -> bool:
+    """Whether it is below 0 by more than rounding."""
+    return kl < -max(ROUNDING[0] * target, ROUNDING[1])
 
 
 def default_kl(steps: int | None) -> float:

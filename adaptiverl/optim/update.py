@@ -31,8 +31,9 @@ class LastUpdate:
     """The update that `optimizer`'s next step makes, so that it can be scaled afterwards.
 
     Create it before the step. It needs the gradients that the step used. Nothing is copied for
-    torch's SGD, RMSprop and AdamW nor for AdamMini, because their state determines the update; for
-    any other optimizer the trained weights are copied.
+    torch's SGD, RMSprop and AdamW nor for AdamMini, because their state determines the update. The
+    trained weights are copied for any other optimizer, and where they have fewer than 32 bits: the
+    difference of two rounded weights is not the update.
     """
 
     def __init__(self, optimizer: Optimizer):
@@ -42,9 +43,8 @@ class LastUpdate:
         self.old = {
             p: p.detach().clone()
             for group in optimizer.param_groups
-            if not _is_known(optimizer, group)
             for p in group["params"]
-            if p.grad is not None
+            if p.grad is not None and (_is_short(p) or not _is_known(optimizer, group))
         }
 
     @torch.no_grad()
@@ -54,7 +54,9 @@ class LastUpdate:
         for group, lr in zip(self.optimizer.param_groups, self.rates, strict=True):
             for p in group["params"]:
                 if p in self.old:
-                    p.copy_(self.old[p].lerp(p, factor))
+                    old = self.old[p]
+                    # A lerp by 0 would make NaN of an update that is not finite
+                    p.copy_(old.lerp(p, factor) if factor else old)
                 elif p.grad is not None:
                     update = self._update(group, p, own.get(p, lr))
                     p.sub_(update, alpha=(factor - 1) * self.scale)
@@ -70,28 +72,43 @@ class LastUpdate:
         return lr * (direction + decay * before)
 
 
-@torch.no_grad()
 def alignment(optimizer: Optimizer) -> float | None:
     """The cosine between the gradient and the last update, over weights whose update is known.
 
     Call it before a step, with the gradient of fresh samples. Above 0 the last update went uphill;
     around 0 it followed noise. None before the first step and for optimizers without such a state.
     """
-    products, shards = [], False
+    return alignment_and_finite(optimizer)[0]
+
+
+@torch.no_grad()
+def alignment_and_finite(optimizer: Optimizer) -> tuple[float | None, bool]:
+    """`alignment`, and whether the sum of all squared gradients is finite, in one transfer."""
+    products, others, shards = [], [], False
     for group in optimizer.param_groups:
-        if _keeps_direction(optimizer, group):
-            for p in group["params"]:
-                if p.grad is not None and optimizer.state.get(p):
-                    d, shards = _local(_direction(optimizer, group, p)[0])
-                    d, g = d.flatten(), _local(p.grad)[0].flatten()
-                    products.append(torch.stack([d.dot(g), d.dot(d), g.dot(g)]))
-    if not products:
-        return None
-    total = torch.stack(products).sum(0)
+        keeps = _keeps_direction(optimizer, group)
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            grad, is_shard = _local(p.grad)
+            shards |= is_shard
+            g = _in_32_bits(grad.flatten())
+            if keeps and optimizer.state.get(p):
+                d = _in_32_bits(_local(_direction(optimizer, group, p)[0])[0].flatten())
+                products.append(torch.stack([d.dot(g), d.dot(d), g.dot(g)]))
+            else:
+                others.append(g.dot(g))
+    totals = [torch.stack(products).sum(0)] if products else []
+    totals += [torch.stack(others).sum(0, keepdim=True)] if others else []
+    if not totals:
+        return None, True
+    total = torch.cat(totals)
     if shards:
         torch.distributed.all_reduce(total)
-    both, one, other = total.tolist()
-    return both / math.sqrt(one * other) if one * other > 0 else None
+    values = total.tolist()
+    both, one, other = values[:3] if products else (0.0, 0.0, 0.0)
+    finite = math.isfinite(other + sum(values[3:] if products else values))
+    return both / math.sqrt(one * other) if one * other > 0 else None, finite
 
 
 @torch.no_grad()
@@ -119,6 +136,17 @@ def _local(x: Tensor) -> tuple[Tensor, bool]:
     if isinstance(x, DTensor):
         return x.to_local(), True
     return (x.to_dense() if x.is_sparse else x), False
+
+
+def _is_short(x: Tensor) -> bool:
+    """Whether its numbers have fewer than 32 bits."""
+    return torch.finfo(x.dtype).bits < 32
+
+
+def _in_32_bits(x: Tensor) -> Tensor:
+    """Real numbers of at least 32 bits: squares of fp16 overflow."""
+    x = torch.view_as_real(x).flatten() if x.is_complex() else x
+    return x.float() if _is_short(x) else x
 
 
 def _keeps_direction(optimizer: Optimizer, group: Group) -> bool:

@@ -201,14 +201,15 @@ class Online(PerTensorOptimizer, Optimizer):
         """torch's step with a group for each tensor, at the group's rate times the tensor's scale.
 
         As tensors: nothing is fetched from the device. In double precision where the rate is a
-        number, so that a scale of 1 changes no bit.
+        number, and in the rate's own where that is a tensor, so that a scale of 1 changes no bit.
         """
         groups, kind = self.param_groups, torch.float64 if self.device.type == "cpu" else None
         scales = scale.to(kind).unbind()
         whole = [group for group in groups for _ in group["params"]]
+        rates = [group["lr"] for group in whole]
         self.rates = {
-            p: scale * group["lr"]
-            for p, scale, group in zip(self.tensors, scales, whole, strict=True)
+            p: scale * lr if isinstance(lr, float | int) else (scale * lr).to(lr.dtype)
+            for p, scale, lr in zip(self.tensors, scales, rates, strict=True)
         }
         if all(group.get("fused") for group in groups) and self._fused():
             return
