@@ -158,10 +158,10 @@ def test_a_malformed_file_is_told_by_the_first_line_of_the_cause(tmp_path, monke
         raise DatasetGenerationError("no use") from OSError("one\ntwo")
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    path = write(tmp_path / "a.json", ROWS)
+    path = write(tmp_path / "a.parquet", ROWS)
     with pytest.raises(ValueError) as caught:
         load_prompts(str(path), "prompt")
-    assert str(caught.value) == f"{path} cannot be read as json: one"
+    assert str(caught.value) == f"{path} cannot be read as parquet: one"
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,6 @@ def test_prompts_are_checked_all_at_once(tmp_path, monkeypatch):
 
 
 def test_prompts_of_several_kinds(tmp_path):
-    """`datasets` keeps such a column as JSON."""
     path = write(tmp_path / "a.json", [{"prompt": "This"}, {"prompt": 3}])
     with pytest.raises(ValueError, match="row 1 of column 'prompt' is 3, not text"):
         load_prompts(str(path), "prompt")
@@ -301,7 +300,6 @@ def test_the_shuffle_leaves_torchs_random_numbers_alone():
 
 
 def test_a_comma_in_a_text_that_is_not_quoted_is_told(tmp_path):
-    """pandas would take `Hello` for an index, and ` my friend` for the prompt."""
     path = tmp_path / "comma.csv"
     path.write_text("prompt,genre\nHello, my friend,drama\nfoo,b\n")
     with pytest.raises(ValueError, match=r"line 2 has 3 fields, and the first line names 2: put"):

@@ -19,7 +19,7 @@ import adaptiverl
 from adaptiverl.config.schema import ConfigError
 from adaptiverl.files import checkpoint
 from adaptiverl.rl.data import load_prompts, split_prompts
-from adaptiverl.rl.formats import FORMATS
+from adaptiverl.rl.formats import file_format
 from adaptiverl.rl.loading import adapter_config
 from adaptiverl.training.hub import go_offline_without_it
 from adaptiverl.training.keys import RunConfig
@@ -82,7 +82,7 @@ def use_hub(c: RunConfig) -> None:
     for reward in (*c.REWARDS, *c.HELD_OUT):
         names += [reward.model_dump(by_alias=False)["model"]] if reward.loads_model else []
     for name in filter(None, names):
-        here = name.startswith(ASSETS) or Path(name).exists() or Path(name).suffix in FORMATS
+        here = name.startswith(ASSETS) or Path(name).exists() or file_format(name)
         if not here:
             go_offline_without_it()
             break
