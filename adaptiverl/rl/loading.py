@@ -23,6 +23,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file, find_adapter_config_file
 
+from adaptiverl.rl.merging import merge
 from adaptiverl.rl.policy import REFERENCE, Policy
 
 
@@ -114,7 +115,7 @@ def load_policy(
             return lm
         from peft import PeftModel  # seconds to import
 
-        return PeftModel.from_pretrained(lm, model).merge_and_unload().requires_grad_()
+        return merge(PeftModel.from_pretrained(lm, model)).requires_grad_()
 
     if checkpoint and full_tune:
         lm = AutoModelForCausalLM.from_pretrained(checkpoint, **kwargs)
