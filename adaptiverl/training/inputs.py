@@ -13,6 +13,7 @@ from typing import Any
 
 from datasets import Dataset
 from huggingface_hub import is_offline_mode
+from safetensors import SafetensorError
 from transformers import AutoConfig
 
 import adaptiverl
@@ -20,7 +21,7 @@ from adaptiverl.config.schema import ConfigError
 from adaptiverl.files import checkpoint
 from adaptiverl.rl.data import load_prompts, split_prompts
 from adaptiverl.rl.formats import file_format
-from adaptiverl.rl.loading import adapter_config
+from adaptiverl.rl.loading import adapter_config, refuse_other_kinds
 from adaptiverl.training.hub import go_offline_without_it
 from adaptiverl.training.keys import RunConfig
 from adaptiverl.training.metrics import is_own
@@ -38,6 +39,10 @@ def as_config_error(key: str) -> Iterator[None]:
         yield
     except (ValueError, OSError, ImportError, sqlite3.Error) as error:
         raise ConfigError(f"{key}: {error}") from error
+    except SafetensorError as error:
+        raise ConfigError(
+            f"{key}: a .safetensors file is damaged or cut short ({error}): get it anew"
+        ) from error
 
 
 def located(model: str) -> str:
@@ -145,6 +150,7 @@ def max_prompt_tokens(c: RunConfig) -> int | None:
         hint = f"Without the hub, MODEL={shipped} works: it comes with the program"
         with _from_hub(base, hint):
             limits = AutoConfig.from_pretrained(base)
+        refuse_other_kinds(limits)
     positions = getattr(limits, "max_position_embeddings", None)
     if positions and c.MAXSEQ and positions < c.MAXSEQ:
         raise ConfigError(f"MAXSEQ {c.MAXSEQ} is beyond the {positions} positions of {c.MODEL}")
