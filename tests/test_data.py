@@ -4,6 +4,7 @@ import csv
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow
 import pyarrow.parquet
@@ -16,6 +17,8 @@ from hypothesis import strategies as st
 
 from adaptiverl.rl import data
 from adaptiverl.rl.data import indices_at, load_prompts
+from adaptiverl.training.inputs import check_names
+from adaptiverl.training.keys import RunConfig
 
 ROWS = [
     {"prompt": "This", "reference": "is a film, or so.", "year": 1999},
@@ -309,3 +312,26 @@ def test_a_comma_in_a_text_that_is_not_quoted_is_told(tmp_path):
     path.write_text("prompt;genre\nfoo;b\n")
     with pytest.raises(ValueError, match="only prompt;genre; columns of a"):
         load_prompts(str(path), "prompt")
+
+
+# Columns that rewards do not see
+
+
+@pytest.mark.parametrize(
+    ("column", "others", "said"),
+    [
+        ("prompt", ["completion", "reference"], ["completion"]),
+        ("question", ["prompt"], ["prompt"]),
+        ("prompts", ["reference"], []),
+        ("completion", ["reference"], []),
+    ],
+)
+def test_a_column_of_other_trainers_is_warned_of(caplog, column, others, said):
+    """`prompts` and the like are refused: tests/test_mistakes.py."""
+    rows = Dataset.from_list([dict.fromkeys([column, *others], "This")])
+    config = RunConfig(PROMPT_COLUMN=column)
+    for is_main in (False, True):
+        check_names(config, {"a.json": rows}, SimpleNamespace(is_main=is_main))
+    assert caplog.messages == [
+        f"a.json has a column {name}: rewards do not see it, that name is taken" for name in said
+    ]

@@ -3,6 +3,7 @@
 Each function raises ConfigError, before the model loads.
 """
 
+import logging
 import math
 import os
 import sqlite3
@@ -19,7 +20,7 @@ from transformers import AutoConfig
 import adaptiverl
 from adaptiverl.config.schema import ConfigError
 from adaptiverl.files import checkpoint
-from adaptiverl.rl.data import load_prompts, split_prompts
+from adaptiverl.rl.data import fingerprint, load_prompts, split_prompts
 from adaptiverl.rl.formats import file_format
 from adaptiverl.rl.loading import adapter_config, refuse_other_kinds
 from adaptiverl.training.hub import go_offline_without_it
@@ -118,6 +119,34 @@ def prompt_files(c: RunConfig) -> tuple[Dataset, Dataset | None]:
         return train, None
     with as_config_error("EVAL_FILE"):
         return train, load_prompts(c.EVAL_FILE, c.PROMPT_COLUMN, split="test")
+
+
+def check_names(c: RunConfig, files: Mapping[str, Dataset], runtime: Runtime) -> None:
+    """Refuses a column that no reward could see, because rewards are called with its name.
+
+    One named `completion` or `prompt` is only warned of: data sets for other trainers have them.
+    """
+    for source, rows in files.items():
+        hidden = sorted(RESERVED.intersection(rows.column_names) - {c.PROMPT_COLUMN})
+        allowed = [name for name in hidden if name in ("completion", "prompt")]
+        if refused := [name for name in hidden if name not in allowed]:
+            raise ConfigError(
+                f"{source} has a column {refused[0]}, which no reward would see: rewards are "
+                "called with that name. Give the column another one"
+            )
+        if runtime.is_main:
+            for name in allowed:
+                logging.warning(
+                    "%s has a column %s: rewards do not see it, that name is taken", source, name
+                )
+
+
+def fingerprints(c: RunConfig, train: Dataset, evaluated: Dataset | None) -> dict[str, str]:
+    """What a checkpoint keeps of the rows, by the key that names them."""
+    result = {"TRAIN_FILE": fingerprint(train)}
+    if evaluated is not None:
+        result["EVAL_SPLIT" if c.EVAL_SPLIT else "EVAL_FILE"] = fingerprint(evaluated)
+    return result
 
 
 def last_step_of(c: RunConfig, prompts: int) -> int:
