@@ -6,7 +6,7 @@ The class of a reward is its config schema, its constructor and its section of d
 import importlib.util
 import inspect
 from collections.abc import Sequence, Set
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -30,6 +30,26 @@ KEYS = ConfigDict(
     serialize_by_alias=True,
     json_schema_extra=_type_is_required,
 )
+
+
+def is_no_number(value: Any, annotation: Any) -> bool:
+    """Whether it is, or holds, true or false where a key takes numbers.
+
+    Pydantic would read 1 or 0, and a config that says `SEED: true` means something else.
+    """
+    kinds = _kinds(annotation)
+    return _holds_truth_value(value) and bool(kinds & {int, float}) and not kinds & {bool, Any}
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that an annotation names, at any depth."""
+    return {annotation}.union(*map(_kinds, get_args(annotation)))
+
+
+def _holds_truth_value(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return any(map(_holds_truth_value, value))
+    return isinstance(value, bool)
 
 
 class Interrupted(Exception):
@@ -74,6 +94,15 @@ class Reward(BaseModel):
     )
     clip: tuple[float, float] | None = Field(None, description="Limits, after NORMALIZE")
     _started: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers(cls, given: Any) -> Any:
+        for name, field in cls.model_fields.items():
+            for key in {name, name.upper()} & set(given if isinstance(given, dict) else ()):
+                if is_no_number(given[key], field.annotation):
+                    raise ValueError(f"{key} is {str(given[key]).lower()}: it must be a number")
+        return given
 
     @model_validator(mode="after")
     def _possible(self) -> "Reward":

@@ -831,3 +831,24 @@ def test_keys_are_listed_with_their_choices():
     text = commands.table()
     assert "(linear, constant)" in text and "(aim, clearml, comet_ml" in text
     assert "(tokens, words)" in text
+
+
+@pytest.mark.parametrize(
+    ("keys", "name", "value"),
+    [
+        ({"SEED": True}, "SEED", True),
+        ({"STEPS": False}, "STEPS", False),
+        ({"LRATE": True}, "LRATE", True),
+        ({"MAXSEQ": True}, "MAXSEQ", True),
+        ({"REWARDS": [{"TYPE": "length", "MAX": True}]}, "REWARDS.0: MAX", True),
+        (
+            {"REWARDS": [{"TYPE": "length", "MAX": 3, "WEIGHT": [[0, 1], [9, False]]}]},
+            "REWARDS.0: WEIGHT",
+            [[0, 1], [9, False]],
+        ),
+    ],
+)
+def test_true_is_no_number(mistake, keys, name, value):
+    assert mistake(keys).endswith(f": {name} is {json.dumps(value)}: it must be a number")
+    assert mistake({}, "SEED=true") == "the command line: SEED is true: it must be a number"
+    assert RunConfig(SEED="1", BF16=True, LR_RULE="trust_region").SEED == 1

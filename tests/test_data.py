@@ -4,6 +4,7 @@ import csv
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow
 import pyarrow.parquet
@@ -16,6 +17,8 @@ from hypothesis import strategies as st
 
 from adaptiverl.rl import data
 from adaptiverl.rl.data import indices_at, load_prompts
+from adaptiverl.training.inputs import check_names
+from adaptiverl.training.keys import RunConfig
 
 ROWS = [
     {"prompt": "This", "reference": "is a film, or so.", "year": 1999},
@@ -158,10 +161,10 @@ def test_a_malformed_file_is_told_by_the_first_line_of_the_cause(tmp_path, monke
         raise DatasetGenerationError("no use") from OSError("one\ntwo")
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    path = write(tmp_path / "a.json", ROWS)
+    path = write(tmp_path / "a.parquet", ROWS)
     with pytest.raises(ValueError) as caught:
         load_prompts(str(path), "prompt")
-    assert str(caught.value) == f"{path} cannot be read as json: one"
+    assert str(caught.value) == f"{path} cannot be read as parquet: one"
 
 
 @pytest.mark.parametrize(
@@ -195,7 +198,6 @@ def test_prompts_are_checked_all_at_once(tmp_path, monkeypatch):
 
 
 def test_prompts_of_several_kinds(tmp_path):
-    """`datasets` keeps such a column as JSON."""
     path = write(tmp_path / "a.json", [{"prompt": "This"}, {"prompt": 3}])
     with pytest.raises(ValueError, match="row 1 of column 'prompt' is 3, not text"):
         load_prompts(str(path), "prompt")
@@ -301,7 +303,6 @@ def test_the_shuffle_leaves_torchs_random_numbers_alone():
 
 
 def test_a_comma_in_a_text_that_is_not_quoted_is_told(tmp_path):
-    """pandas would take `Hello` for an index, and ` my friend` for the prompt."""
     path = tmp_path / "comma.csv"
     path.write_text("prompt,genre\nHello, my friend,drama\nfoo,b\n")
     with pytest.raises(ValueError, match=r"line 2 has 3 fields, and the first line names 2: put"):
@@ -311,3 +312,26 @@ def test_a_comma_in_a_text_that_is_not_quoted_is_told(tmp_path):
     path.write_text("prompt;genre\nfoo;b\n")
     with pytest.raises(ValueError, match="only prompt;genre; columns of a"):
         load_prompts(str(path), "prompt")
+
+
+# Columns that rewards do not see
+
+
+@pytest.mark.parametrize(
+    ("column", "others", "said"),
+    [
+        ("prompt", ["completion", "reference"], ["completion"]),
+        ("question", ["prompt"], ["prompt"]),
+        ("prompts", ["reference"], []),
+        ("completion", ["reference"], []),
+    ],
+)
+def test_a_column_of_other_trainers_is_warned_of(caplog, column, others, said):
+    """`prompts` and the like are refused: tests/test_mistakes.py."""
+    rows = Dataset.from_list([dict.fromkeys([column, *others], "This")])
+    config = RunConfig(PROMPT_COLUMN=column)
+    for is_main in (False, True):
+        check_names(config, {"a.json": rows}, SimpleNamespace(is_main=is_main))
+    assert caplog.messages == [
+        f"a.json has a column {name}: rewards do not see it, that name is taken" for name in said
+    ]

@@ -11,9 +11,15 @@ from tokenizers import normalizers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BartConfig,
+    BertConfig,
+    BertLMHeadModel,
     Llama4ForCausalLM,
     Llama4TextConfig,
     PreTrainedTokenizerFast,
+    RwkvConfig,
+    RwkvForCausalLM,
+    T5Config,
 )
 
 pytestmark = pytest.mark.filterwarnings(
@@ -194,6 +200,68 @@ def test_an_end_of_text_that_the_model_lacks(main, settings, tiny, tmp_path, cap
     assert main(settings | {"MODEL": str(folder)}) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(f"error: MODEL {folder}: its tokenizer ends texts with '[END]', token ")
+
+
+# What is no policy
+
+
+def test_weights_that_are_cut_short(main, settings, tiny, tmp_path, capsys):
+    """As a download that broke off."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny, folder)
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.truncate(5000)
+    assert main(settings | {"MODEL": str(folder)}) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    start = f"error: MODEL {folder}: a .safetensors file is damaged or cut short ("
+    assert error.startswith(start) and error.endswith("): get it anew")
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (T5Config(architectures=["T5ForConditionalGeneration"]), "T5ForConditionalGeneration"),
+        (BartConfig(), "bart"),
+    ],
+)
+def test_a_model_with_an_encoder(main, settings, tmp_path, capsys, config, name):
+    config.save_pretrained(tmp_path / "model")
+    assert main(settings | {"MODEL": str(tmp_path / "model")}) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"error: MODEL {tmp_path / 'model'}: it is not a decoder-only causal language model "
+        f"({name}): name one, as GPT-2, Llama and Qwen are"
+    )
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2}
+OTHERS = [
+    (
+        BertLMHeadModel,
+        BertConfig(intermediate_size=32, num_attention_heads=2, initializer_range=0.3, **SMALL),
+        "it is not a decoder-only causal language model (BertLMHeadModel): what it says of a token "
+        "depends on later ones",
+    ),
+    (
+        RwkvForCausalLM,
+        RwkvConfig(attention_hidden_size=32, context_length=64, **SMALL),
+        "RwkvForCausalLM ignores the attention mask, so that its padding changes what it says of a "
+        "prompt: it cannot be trained here",
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "config", "message"), OTHERS)
+def test_a_model_that_heeds_what_it_must_not(
+    main, settings, tiny, tmp_path, capsys, kind, config, message
+):
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.save_pretrained(tmp_path / "model")
+    config.vocab_size, config.eos_token_id = len(tokenizer), tokenizer.eos_token_id
+    torch.manual_seed(0)
+    kind(config).save_pretrained(tmp_path / "model")
+    assert main(settings | {"MODEL": str(tmp_path / "model")}) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == f"error: MODEL {tmp_path / 'model'}: {message}"
 
 
 # Unusual architectures

@@ -293,6 +293,20 @@ def test_held_out_prompts_without_the_column_of_a_reward(mistake, tmp_path):
     assert message == f"REWARDS.0: {path} has no column 'reference' (COLUMN)"
 
 
+@pytest.mark.parametrize("key", ["TRAIN_FILE", "EVAL_FILE"])
+@pytest.mark.parametrize(
+    "name",
+    ["prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra"],
+)
+def test_a_column_that_no_reward_would_see(mistake, tmp_path, key, name):
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps([{"prompt": "This", "reference": "film", name: "x"}]))
+    assert mistake({key: str(path)}) == (
+        f"{path} has a column {name}, which no reward would see: rewards are called with that "
+        "name. Give the column another one"
+    )
+
+
 def test_an_output_dir_that_is_a_file(mistake, settings, tmp_path):
     path = tmp_path / "taken"
     path.touch()

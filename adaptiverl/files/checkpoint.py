@@ -64,8 +64,44 @@ def newest(output_dir: Path, steps: Collection[int] | None = None) -> tuple[Path
         wrong = _damage(folder, manifest["files"])
         if wrong is None:
             return folder, step
-        log.warning("%s is damaged (%s): using the one before it", folder, wrong)
+        log.warning("%s is damaged (%s): not used", folder, wrong)
     return None
+
+
+def to_resume(output_dir: Path) -> Path | str | None:
+    """The checkpoint that a run goes on from: the newest, or best/ if no other is undamaged.
+
+    None where there was none yet; words where there were some, and a run would begin again.
+    """
+    if found := newest(output_dir):
+        return found[0]
+    for best in (output_dir / BEST, output_dir / f".old-{BEST}"):
+        if best.is_dir() and (wrong := damage(best)) is None:
+            log.warning("no other checkpoint in %s is undamaged: going on from best/", output_dir)
+            return best
+        if best.is_dir():
+            log.warning("%s is damaged (%s): not used", best, wrong)
+    anew = "To start anew leave RESUME out: what is there is then put aside, in earlier-001 or so"
+    if any(path for name in ("step-*", "final", BEST, ".old-*") for path in output_dir.glob(name)):
+        return f"all checkpoints in {output_dir} are damaged. {anew}"
+    steps = _steps_of(output_dir)
+    if steps > _save_every(output_dir) > 0:
+        return f"the run in {output_dir} has {steps} steps and no checkpoint any more. {anew}"
+    return None
+
+
+def _steps_of(output_dir: Path) -> int:
+    """How many steps the run there has written."""
+    metrics = output_dir / FILES[0]
+    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+
+def _save_every(output_dir: Path) -> int:
+    """SAVE_EVERY of the run there; 0 where that is not known."""
+    try:
+        return int(json.loads((output_dir / "config.json").read_text("utf-8"))["SAVE_EVERY"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
 
 
 def _found(output_dir: Path) -> list[tuple[int, bool, Path, dict[str, Any]]]:

@@ -38,8 +38,9 @@ class RunLog:
         self.began, self.done = time.monotonic(), 0  # steps since then
         self.replaced: dict[str, list[Row]] = {}
         self.files = {}
+        self.kept: dict[str, int] = {}  # the last step of each file that is left
         for name in files:
-            _keep_until(output_dir / name, step)
+            self.kept[name] = _keep_until(output_dir / name, step)
             self.files[name] = (output_dir / name).open("a", encoding="utf-8", errors=ESCAPED)
         # disable=None: a bar on a terminal, nothing in a file or a pipe
         self.bar = tqdm(total=last_step, initial=step, disable=None, unit="step")
@@ -123,25 +124,31 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | str) else str(value)
 
 
-def _keep_until(path: Path, step: int) -> None:
-    """Cuts the file after its last whole line of `step` or an earlier one.
+def _keep_until(path: Path, step: int) -> int:
+    """Cuts the file after its last whole line of `step` or an earlier one, and returns that one.
 
-    Read from the end: of a long file, only what is cut off is parsed.
+    0 where no line is left. Read from the end: of a long file, only what is cut off is parsed.
     """
     if not path.exists() or not path.stat().st_size:
-        return
+        return 0
+    last: int | None = 0
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
         end = text.rfind(b"\n") + 1
         while end:
             begin = text.rfind(b"\n", 0, end - 1) + 1
-            if _is_until(text[begin:end], step):
+            last = _step_of(text[begin:end])
+            if last is not None and last <= step:
                 break
-            end = begin
+            end, last = begin, 0
     os.truncate(path, end)
+    return last or 0
 
 
-def _is_until(line: bytes, step: int) -> bool:
+def _step_of(line: bytes) -> int | None:
+    """The step of a line; None for what no RunLog wrote: a power cut can leave zeros."""
     try:
-        return json.loads(line)["step"] <= step
-    except ValueError:  # a power cut can leave zeros
-        return False
+        row = json.loads(line)
+    except ValueError:
+        return None
+    step = row.get("step") if isinstance(row, dict) else None
+    return step if isinstance(step, int) else None

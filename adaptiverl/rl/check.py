@@ -19,7 +19,8 @@ def allowed_gap(sampler_matches_policy: bool) -> float:
 def check_policy(policy: Policy, rollout: Rollout, sampler_matches_policy: bool) -> float:
     """Compares a rollout and the policy's measurement of it with the library's forward pass.
 
-    Returns the largest gap in nats; raises ValueError as `check_logprobs` does.
+    Returns the largest gap in nats; raises ValueError as `check_logprobs` does, or with what the
+    model does that no policy may.
     """
     library = torch.zeros_like(rollout.logprobs)
     for row, completion in enumerate(rollout.tokens()):
@@ -32,7 +33,42 @@ def check_policy(policy: Policy, rollout: Rollout, sampler_matches_policy: bool)
         table = (logits[0, len(ids) - 1 : -1].float() / policy.temperature).log_softmax(-1)
         library[row, : len(tokens)] = table.gather(-1, tokens[:, None])[:, 0]
     measured = policy.logprobs(rollout)
-    return check_logprobs(rollout.logprobs, measured, library, rollout, sampler_matches_policy)
+    try:
+        return check_logprobs(rollout.logprobs, measured, library, rollout, sampler_matches_policy)
+    except ValueError as error:
+        if why := _why_unfit(policy, rollout):
+            raise ValueError(why) from error
+        raise
+
+
+def _why_unfit(policy: Policy, rollout: Rollout) -> str | None:
+    """What no policy may do, if the model does it: heed later tokens, or padding."""
+    name = type(policy.base).__name__
+    mask = rollout.prompt_mask[rollout.prompt_of[0]].bool()
+    prompt = rollout.prompt_ids[rollout.prompt_of[0]][mask]
+    ids = torch.cat([prompt, prompt[:1], prompt[:1]])[None]
+    changed, full = ids.clone(), torch.ones_like(ids)
+    changed[:, -1] = rollout.completion_ids[0, 0]
+    cut = full.clone()
+    cut[:, 0] = 0
+    with torch.autocast(ids.device.type, enabled=False):
+        first, again, other, without = (
+            policy.lm(input_ids=each, attention_mask=mask).logits[:, 1:-1]
+            for each, mask in ((ids, full), (ids, full), (changed, full), (ids, cut))
+        )
+    if not torch.equal(first, again):  # dropout is on: nothing can be compared
+        return None
+    if not torch.allclose(first, other, rtol=1e-3, atol=1e-3):
+        return (
+            f"it is not a decoder-only causal language model ({name}): what it says of a token "
+            "depends on later ones"
+        )
+    if torch.equal(first, without):
+        return (
+            f"{name} ignores the attention mask, so that its padding changes what it says of a "
+            "prompt: it cannot be trained here"
+        )
+    return None
 
 
 def check_logprobs(

@@ -1,7 +1,8 @@
-"""Prompts: loading them through `datasets`, and which of them each step trains on."""
+"""Prompts: loading them, and which of them each step trains on."""
 
-import csv
 import glob
+import hashlib
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,10 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.utils.logging import disable_progress_bar, get_verbosity, set_verbosity
 
 from adaptiverl.rl.chat import mistake
-from adaptiverl.rl.formats import FORMATS, check_file
+from adaptiverl.rl.csv_rows import read_csv
+from adaptiverl.rl.exact import exact_dataset
+from adaptiverl.rl.formats import FORMATS, check_file, file_format
+from adaptiverl.rl.json_rows import read_json
 
 
 def load_prompts(source: str, column: str, split: str = "train") -> Dataset:
@@ -30,24 +34,10 @@ def load_prompts(source: str, column: str, split: str = "train") -> Dataset:
     disable_progress_bar()
     path = Path(source)
     check_file(source)
-    if path.suffix in FORMATS:
+    if (kind := file_format(source)) is not None:
         if path.stat().st_size == 0:
             raise ValueError(f"{source} is empty")
-        if path.suffix == ".csv":
-            _check_fields(path)
-        name = glob.escape(str(path))
-        try:
-            with _silent():
-                rows = datasets.load_dataset(FORMATS[path.suffix], data_files=name, split="train")
-            rows.data.validate(full=True)  # its text is UTF-8
-        except (DatasetGenerationError, ValueError) as error:
-            reason = str(error.__cause__ or error).splitlines()[0]
-            # what `datasets` says of a file that is well-formed and has no rows
-            if "corresponds to no data" in reason or "BatchSize must be greater" in reason:
-                raise ValueError(f"{source} has no rows") from error
-            if isinstance(error.__cause__, UnicodeDecodeError) or "Invalid UTF8" in reason:
-                raise ValueError(f"{source} is not UTF-8 ({reason}): save it as UTF-8") from error
-            raise ValueError(f"{source} cannot be read as {path.suffix[1:]}: {reason}") from error
+        rows = _read(path, kind, column)
     elif path.exists():
         raise ValueError(f"{source} must end in one of {', '.join(FORMATS)}")
     else:
@@ -76,24 +66,28 @@ def load_prompts(source: str, column: str, split: str = "train") -> Dataset:
     return rows
 
 
-def _check_fields(path: Path) -> None:
-    """Raises ValueError for a line with more fields than the first.
-
-    pandas takes its first field for an index, and shifts the others. What cannot be read at all is
-    left to `datasets`, which says why.
-    """
-    with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
-        lines = csv.reader(file)
-        try:
-            head = len(next(lines, []))
-            wrong = next(((lines.line_num, len(row)) for row in lines if len(row) > head), None)
-        except csv.Error:
-            return
-    if wrong:
-        raise ValueError(
-            f"{path}: line {wrong[0]} has {wrong[1]} fields, and the first line names {head}: put "
-            'a text that has a comma in it into quotes, "like, this"'
-        )
+def _read(path: Path, kind: str, column: str) -> Dataset:
+    """The rows of a file; raises ValueError where it cannot be read as what its name says."""
+    try:
+        if kind == "csv":
+            return exact_dataset(read_csv(path, column))
+        if kind == "json":
+            return exact_dataset(read_json(path, column))
+        with _silent():
+            name = glob.escape(str(path))
+            rows = datasets.load_dataset(kind, data_files=name, split="train")
+        rows.data.validate(full=True)  # its text is UTF-8
+        return rows
+    except (DatasetGenerationError, ValueError) as error:
+        told = error.__cause__ if isinstance(error, DatasetGenerationError) else None
+        reason = str(told or error).splitlines()[0]
+        # what `datasets` says of a file that is well-formed and has no rows
+        if "corresponds to no data" in reason or "BatchSize must be greater" in reason:
+            raise ValueError(f"{path} has no rows") from error
+        if isinstance(error, UnicodeDecodeError) or "Invalid UTF8" in reason:
+            raise ValueError(f"{path} is not UTF-8 ({reason}): save it as UTF-8") from error
+        ending = path.suffix[1:].lower()
+        raise ValueError(f"{path} cannot be read as {ending}: {reason}") from error
 
 
 def holds_chats(rows: Dataset, column: str) -> bool:
@@ -116,6 +110,15 @@ def split_prompts(rows: Dataset, column: str, share: float, seed: int) -> tuple[
     sides = ([i for i, text in enumerate(texts) if (text in held_out) == side] for side in (0, 1))
     train, evaluated = (rows.select(side) for side in sides)
     return train, evaluated
+
+
+def fingerprint(rows: Dataset) -> str:
+    """A hash of all values in their order, whatever file they are from."""
+    digest, stored = hashlib.sha256(), rows.with_format("arrow")  # as stored: no image is decoded
+    for start in range(0, len(rows), 10_000):
+        part = stored[start : start + 10_000].to_pydict()
+        digest.update(json.dumps(part, default=str).encode())
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -5,7 +5,12 @@ from pathlib import Path
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
+def file_format(source: str) -> str | None:
+    """What a file of the name `source` holds; None for a name that no file of prompts has."""
+    return FORMATS.get(Path(source).suffix.lower())
+
+
 def check_file(source: str) -> None:
     """Raises FileNotFoundError where `source` has the name of a file, and there is none."""
-    if Path(source).suffix in FORMATS and not Path(source).is_file():
+    if file_format(source) and not Path(source).is_file():
         raise FileNotFoundError(f"there is no file {source}")

@@ -17,12 +17,14 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file, find_adapter_config_file
 
+from adaptiverl.rl.merging import merge
 from adaptiverl.rl.policy import REFERENCE, Policy
 
 
@@ -30,6 +32,19 @@ def adapter_config(model: str) -> dict[str, Any] | None:
     """The adapter_config.json of `model`, a hub id or a folder; None if it is no adapter."""
     file = find_adapter_config_file(model)
     return json.loads(Path(file).read_text(encoding="utf-8")) if file else None
+
+
+def refuse_other_kinds(config: PretrainedConfig) -> None:
+    """Raises ValueError unless the model of `config` is a language model of a decoder alone.
+
+    One that is loaded as such and yet looks ahead, as BERT, is found by check.py.
+    """
+    if config.is_encoder_decoder or type(config) not in AutoModelForCausalLM._model_mapping:
+        name = (config.architectures or [config.model_type])[0]
+        raise ValueError(
+            f"it is not a decoder-only causal language model ({name}): name one, as GPT-2, Llama "
+            "and Qwen are"
+        )
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
@@ -114,7 +129,7 @@ def load_policy(
             return lm
         from peft import PeftModel  # seconds to import
 
-        return PeftModel.from_pretrained(lm, model).merge_and_unload().requires_grad_()
+        return merge(PeftModel.from_pretrained(lm, model)).requires_grad_()
 
     if checkpoint and full_tune:
         lm = AutoModelForCausalLM.from_pretrained(checkpoint, **kwargs)

@@ -1,6 +1,8 @@
 """An adapter merged into its base, as a model that needs neither peft nor bitsandbytes."""
 
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -8,6 +10,26 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from adaptiverl.rl.policy import Policy
+
+
+def merge(adapted: Any) -> PreTrainedModel:
+    """The base of peft's model `adapted` with the adapter in its weights.
+
+    Where one of two layers that share a weight has an adapter, each gets a weight of its own: the
+    other must not change.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer  # seconds to import
+
+    base = adapted.get_base_model()
+    users = Counter(id(weight) for _, weight in base.named_parameters(remove_duplicate=False))
+    for layer in [module for module in base.modules() if isinstance(module, BaseTunerLayer)]:
+        inner = layer.get_base_layer()
+        if users[id(inner.weight)] > 1:
+            inner.weight = nn.Parameter(inner.weight.detach().clone())
+            for config in (base.config, base.config.get_text_config()):
+                config.tie_word_embeddings = False
+            base.all_tied_weights_keys = {}  # or a checkpoint would leave one of them out
+    return adapted.merge_and_unload()
 
 
 def merged(policy: Policy, adapter: Path) -> PreTrainedModel:
@@ -30,7 +52,7 @@ def merged(policy: Policy, adapter: Path) -> PreTrainedModel:
         base._weight_conversions = None
     from peft import PeftModel  # seconds to import
 
-    lm = PeftModel.from_pretrained(base.float(), adapter).merge_and_unload()
+    lm = merge(PeftModel.from_pretrained(base.float(), adapter))
     for name in transposed:
         linear = lm.get_submodule(name)
         conv = Conv1D(linear.out_features, linear.in_features)

@@ -73,6 +73,7 @@ class Parts:
     precision: Precision
     progress: state.Progress
     stateful: dict[str, state.Stateful]  # what a checkpoint holds
+    prompts: dict[str, str]  # fingerprints of the rows, by the key that names them
     resumed: Path | None  # the checkpoint that the run continues
 
     @property
@@ -100,6 +101,7 @@ def build(
     files = {c.TRAIN_FILE: prompts}
     if c.EVAL_FILE and eval_prompts:  # those of an EVAL_SPLIT have the same columns
         files[c.EVAL_FILE] = eval_prompts
+    inputs.check_names(c, files, runtime)
     last_step = inputs.last_step_of(c, len(prompts))
     if eval_prompts and last_step < c.EVAL_EVERY and runtime.is_main:
         steps = f"EVAL_EVERY {c.EVAL_EVERY} is above the {last_step} steps of the run"
@@ -109,9 +111,10 @@ def build(
         inputs.make_rewards(c, key, files, runtime) for key in ("REWARDS", "HELD_OUT")
     )
     try_rules(c, last_step)
+    marks = inputs.fingerprints(c, prompts, eval_prompts)
     resumed = resume(c, runtime)
     if resumed:
-        state.refuse_changes(resumed, c)
+        state.refuse_changes(resumed, c, marks)
 
     sampler = make_sampler(c, runtime, resumed, max_prompt, files)
     named = [(name, p) for name, p in sampler.policy.named_parameters() if p.requires_grad]
@@ -161,6 +164,7 @@ def build(
         precision=precision,
         progress=progress,
         stateful=stateful,
+        prompts=marks,
         resumed=resumed,
     )
 

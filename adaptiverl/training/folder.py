@@ -67,6 +67,8 @@ class RunFolder:
                 if advice := bf16_advice(c, parts):
                     print(advice)
             self._begin_logs()
+            if parts.resumed:
+                self._tell_missing_steps()
             if not (parts.resumed and parts.done):
                 resolved = c.model_dump_json(by_alias=True, indent=2)
                 (self.path / "config.json").write_text(resolved + "\n", "utf-8")
@@ -84,6 +86,17 @@ class RunFolder:
         files = checkpoint.FILES if parts.dynamics else checkpoint.FILES[:-1]
         self.log = RunLog(self.path, parts.progress.step, parts.last_step, files)
         self.log.replace(checkpoint.EVENTS, parts.guards.events)
+
+    def _tell_missing_steps(self) -> None:
+        """Warns where metrics.jsonl, beside a checkpoint, has lost lines: nobody else would."""
+        assert self.log is not None, "of the main process"
+        kept, step = self.log.kept["metrics.jsonl"], self.parts.progress.step
+        if kept < step:
+            has = f"ends at step {kept}" if kept else "has no steps"
+            what = f"steps {kept + 1} to {step} are" if step > kept + 1 else f"step {step} is"
+            said = f"metrics.jsonl {has}, the checkpoint is of step {step}: {what} missing from it"
+            self.parts.guards.event(step, "metrics lost", said, "warn")
+            self.log.replace(checkpoint.EVENTS, self.parts.guards.events)
 
     def record(self, metrics: Metrics, samples: list[Row]) -> None:
         """Writes the step to the run's files and the trackers, and a line to the console."""
@@ -138,6 +151,7 @@ class RunFolder:
                 parts.sampler.tokenizer.save_pretrained(where)
                 resolved = self.config.model_dump_json(by_alias=True)
                 (where / "run_config.json").write_text(resolved, "utf-8")
+                (where / state.PROMPTS).write_text(json.dumps(parts.prompts), "utf-8")
                 torch.save(saved, where / "trainer.pt")
                 if evaluation is not None:
                     shown = {k: v for k, v in evaluation.items() if k.startswith("eval/")}

@@ -3,6 +3,7 @@
 Each function raises ConfigError, before the model loads.
 """
 
+import logging
 import math
 import os
 import sqlite3
@@ -13,14 +14,15 @@ from typing import Any
 
 from datasets import Dataset
 from huggingface_hub import is_offline_mode
+from safetensors import SafetensorError
 from transformers import AutoConfig
 
 import adaptiverl
 from adaptiverl.config.schema import ConfigError
 from adaptiverl.files import checkpoint
-from adaptiverl.rl.data import load_prompts, split_prompts
-from adaptiverl.rl.formats import FORMATS
-from adaptiverl.rl.loading import adapter_config
+from adaptiverl.rl.data import fingerprint, load_prompts, split_prompts
+from adaptiverl.rl.formats import file_format
+from adaptiverl.rl.loading import adapter_config, refuse_other_kinds
 from adaptiverl.training.hub import go_offline_without_it
 from adaptiverl.training.keys import RunConfig
 from adaptiverl.training.metrics import is_own
@@ -38,6 +40,10 @@ def as_config_error(key: str) -> Iterator[None]:
         yield
     except (ValueError, OSError, ImportError, sqlite3.Error) as error:
         raise ConfigError(f"{key}: {error}") from error
+    except SafetensorError as error:
+        raise ConfigError(
+            f"{key}: a .safetensors file is damaged or cut short ({error}): get it anew"
+        ) from error
 
 
 def located(model: str) -> str:
@@ -82,7 +88,7 @@ def use_hub(c: RunConfig) -> None:
     for reward in (*c.REWARDS, *c.HELD_OUT):
         names += [reward.model_dump(by_alias=False)["model"]] if reward.loads_model else []
     for name in filter(None, names):
-        here = name.startswith(ASSETS) or Path(name).exists() or Path(name).suffix in FORMATS
+        here = name.startswith(ASSETS) or Path(name).exists() or file_format(name)
         if not here:
             go_offline_without_it()
             break
@@ -115,6 +121,34 @@ def prompt_files(c: RunConfig) -> tuple[Dataset, Dataset | None]:
         return train, load_prompts(c.EVAL_FILE, c.PROMPT_COLUMN, split="test")
 
 
+def check_names(c: RunConfig, files: Mapping[str, Dataset], runtime: Runtime) -> None:
+    """Refuses a column that no reward could see, because rewards are called with its name.
+
+    One named `completion` or `prompt` is only warned of: data sets for other trainers have them.
+    """
+    for source, rows in files.items():
+        hidden = sorted(RESERVED.intersection(rows.column_names) - {c.PROMPT_COLUMN})
+        allowed = [name for name in hidden if name in ("completion", "prompt")]
+        if refused := [name for name in hidden if name not in allowed]:
+            raise ConfigError(
+                f"{source} has a column {refused[0]}, which no reward would see: rewards are "
+                "called with that name. Give the column another one"
+            )
+        if runtime.is_main:
+            for name in allowed:
+                logging.warning(
+                    "%s has a column %s: rewards do not see it, that name is taken", source, name
+                )
+
+
+def fingerprints(c: RunConfig, train: Dataset, evaluated: Dataset | None) -> dict[str, str]:
+    """What a checkpoint keeps of the rows, by the key that names them."""
+    result = {"TRAIN_FILE": fingerprint(train)}
+    if evaluated is not None:
+        result["EVAL_SPLIT" if c.EVAL_SPLIT else "EVAL_FILE"] = fingerprint(evaluated)
+    return result
+
+
 def last_step_of(c: RunConfig, prompts: int) -> int:
     """Where STEPS or EPOCHS ends the run, whichever comes first."""
     if c.EPOCHS is None:
@@ -145,6 +179,7 @@ def max_prompt_tokens(c: RunConfig) -> int | None:
         hint = f"Without the hub, MODEL={shipped} works: it comes with the program"
         with _from_hub(base, hint):
             limits = AutoConfig.from_pretrained(base)
+        refuse_other_kinds(limits)
     positions = getattr(limits, "max_position_embeddings", None)
     if positions and c.MAXSEQ and positions < c.MAXSEQ:
         raise ConfigError(f"MAXSEQ {c.MAXSEQ} is beyond the {positions} positions of {c.MODEL}")

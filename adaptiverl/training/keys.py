@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from adaptiverl.config.schema import LR_BOUNDS, Config
 from adaptiverl.optim.rules import Rule, parse_rules
 from rewards import AnyReward, ClassifierReward, check_rewards
+from rewards.base import is_no_number
 
 RULE_KEYS = ("LR_RULE", "REWARD_RULE", "MOMENTUM_RULE", "BETAS_RULE", "ALPHA_RULE", "WD_RULE")
 READ_BY_RULES = {  # keys that only rules read, and which
@@ -29,6 +31,13 @@ class RunConfig(Config[AnyReward]):
     REWARDS: list[AnyReward] = Field(
         [ClassifierReward()], description=Config.model_fields["REWARDS"].description
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        if is_no_number(value, cls.model_fields[info.field_name or ""].annotation):
+            raise PydanticCustomError("number_type", "it must be a number")
+        return value
 
     @field_validator(*RULE_KEYS)
     @classmethod

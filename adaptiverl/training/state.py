@@ -21,6 +21,7 @@ from adaptiverl.training.keys import RunConfig
 from adaptiverl.training.runtime import Runtime
 from rewards import REWARD_TYPES
 
+PROMPTS = "prompts.json"  # in a checkpoint: fingerprints of the rows, by key
 FREE_OF_REWARD = frozenset().union(*(kind.free_keys for kind in REWARD_TYPES))
 
 
@@ -80,8 +81,15 @@ def restore(folder: Path, stateful: Mapping[str, Stateful], mapped: bool) -> Non
 
 
 def newest(c: RunConfig, runtime: Runtime) -> Path | None:
-    """The checkpoint that RESUME continues; one process verifies it and tells the others."""
-    return among(c, runtime) if c.RESUME else runtime.from_main(None)
+    """The checkpoint that RESUME continues; one process verifies it and tells the others.
+
+    Raises ConfigError where there were checkpoints, and none is left to go on from.
+    """
+    looks = c.RESUME and runtime.is_main
+    found = runtime.from_main(checkpoint.to_resume(Path(c.OUTPUT_DIR)) if looks else None)
+    if isinstance(found, str):
+        raise ConfigError(f"RESUME: {found}")
+    return found
 
 
 def among(c: RunConfig, runtime: Runtime, steps: Collection[int] | None = None) -> Path | None:
@@ -90,8 +98,11 @@ def among(c: RunConfig, runtime: Runtime, steps: Collection[int] | None = None) 
     return runtime.from_main(found and found[0])
 
 
-def refuse_changes(folder: Path, c: RunConfig) -> None:
-    """Raises ConfigError where a run that continues from `folder` would be another one."""
+def refuse_changes(folder: Path, c: RunConfig, prompts: Mapping[str, str]) -> None:
+    """Raises ConfigError where a run that continues from `folder` would be another one.
+
+    `prompts` are the fingerprints of its rows, by the key that names them.
+    """
     before = _with_defaults(RunConfig, json.loads((folder / "run_config.json").read_text("utf-8")))
     now = json.loads(c.model_dump_json(by_alias=True))
     kinds = {kind.model_fields["type"].default: kind for kind in REWARD_TYPES}
@@ -108,6 +119,18 @@ def refuse_changes(folder: Path, c: RunConfig) -> None:
                 f"RESUME: {key} was {before.get(key)} in {folder} and is {now[key]} now. A resumed "
                 f"run continues as it was. For another run, start a new one with MODEL={folder} "
                 "and another OUTPUT_DIR"
+            )
+    file = folder / PROMPTS  # earlier versions wrote none
+    rows = json.loads(file.read_text("utf-8")) if file.exists() else {}
+    for key in rows.keys() & prompts.keys():
+        # EVAL_FILE may be another one
+        if rows[key] != prompts[key] and before[key] == now[key]:
+            name = now[key] if key.endswith("FILE") else c.TRAIN_FILE
+            also = ", or give the new ones another name" if key == "EVAL_FILE" else ""
+            raise ConfigError(
+                f"RESUME: {name} has other rows than when {folder} was written. A resumed run "
+                f"continues as it was: put its rows back{also}. For another run, start a new one "
+                f"with MODEL={folder} and another OUTPUT_DIR"
             )
 
 

@@ -1,0 +1,94 @@
+"""The columns of a .csv file, with each value as it was written.
+
+Libraries guess the kind of a column from its beginning, and make 7 of 007 and nothing of NA.
+"""
+
+import csv
+import re
+from collections import Counter
+from collections.abc import Iterator
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")  # of 64 bits
+DECIMAL = re.compile(r"-?(0|[1-9][0-9]{0,17})(\.[0-9]{1,17})?")
+SAID = {  # of errors of `csv`, in words that say what to do
+    "unexpected end of data": "a quote is not closed",
+    "',' expected after '\"'": 'a quote within quotes is written twice: "He said ""no"""',
+}
+csv.field_size_limit(2**31 - 1)  # a prompt may be longer than the usual 128 KiB
+
+
+def read_csv(path: Path, column: str) -> dict[str, list[Any]]:
+    """The values of each column: texts, None where a field is empty.
+
+    A column but `column`, the prompts, is of numbers if all its values are plain ones, such as 12
+    and -0.5. Raises ValueError, which says the line.
+    """
+    records = list(_records(path))
+    if not records:
+        return {}
+    names = _distinct([name.strip() for name in records[0]])
+    fields = zip(*records[1:], strict=True) if len(records) > 1 else [()] * len(names)
+    texts = {
+        name: [text or None for text in values] for name, values in zip(names, fields, strict=True)
+    }
+    return {name: v if name == column else _as_numbers(v) for name, v in texts.items()}
+
+
+def _records(path: Path) -> Iterator[list[str]]:
+    """The fields of each record, the names first; blank lines are none."""
+    named, end = 0, 0
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        lines = csv.reader(file, strict=True)
+        while True:
+            begin = end + 1
+            try:
+                fields = next(lines, None)
+            except csv.Error as error:
+                why = SAID.get(str(error), str(error))
+                raise ValueError(f"line {begin}: {why}") from error
+            if fields is None:
+                return
+            end = lines.line_num
+            if len(fields) < 2 and not "".join(fields).strip():
+                continue
+            named = named or len(fields)
+            if len(fields) != named:
+                hint = "an empty field has its comma, too"
+                if len(fields) > named:
+                    hint = 'put a text that has a comma in it into quotes, "like, this"'
+                count = f"{len(fields)} field" + "s" * (len(fields) != 1)
+                raise ValueError(
+                    f"line {begin} has {count}, and the first line names {named}: {hint}"
+                )
+            yield fields
+
+
+def _distinct(names: list[str]) -> list[str]:
+    """As pandas has them where a name is empty or there before: "Unnamed: 0", "genre.1"."""
+    seen: Counter[str] = Counter()
+    result = []
+    for place, name in enumerate(names):
+        name = name or f"Unnamed: {place}"
+        result.append(f"{name}.{seen[name]}" if seen[name] else name)
+        seen[name] += 1
+    return result
+
+
+def _as_numbers(texts: list[str | None]) -> list[Any]:
+    """Integers, or else floats, where no text of a column would lose anything; else the texts."""
+    if all(text is None or INTEGER.fullmatch(text) for text in texts):
+        return [None if text is None else int(text) for text in texts]
+    if all(text is None or _is_exact(text) for text in texts):
+        return [None if text is None else float(text) for text in texts]
+    return texts
+
+
+def _is_exact(text: str) -> bool:
+    """Whether it is a decimal that a float keeps all digits of."""
+    if not DECIMAL.fullmatch(text):
+        return False
+    kept = repr(float(text))
+    return kept == text or Decimal(kept) == Decimal(text)
