@@ -44,7 +44,7 @@ Record = Callable[[dict[str, Any]], None]
 class UpdateInfo:
     """What one update did."""
 
-    lr: float  # the rate that the step took, after the line search, inside its bounds
+    lr: float  # the rate that the step took, after the line search, which heeds no lower bound
     kl: float | None  # nats per token; None where it was not measured
     target: float  # nats per token
     scale: float = 1.0  # the factor of the line search; 1 if there was none, 0: left out
@@ -206,8 +206,7 @@ class TrustRegion:
         except BaseException:  # also an interrupt: nobody has searched this update
             update.rescale(0.0)
             raise
-        lr = clamp(rate * scale, self.bounds)
-        info = UpdateInfo(lr, kl, target, scale, self.alignments.value)
+        info = UpdateInfo(rate * scale, kl, target, scale, self.alignments.value)
         self._set_ratio(base, self.ratio * scale, "line_search", kl)
         # That nothing is left of an update is no sign that the rate was too small, and the
         # next one is searched too.
