@@ -111,6 +111,13 @@ class Reward(BaseModel):
     def close(self) -> None:
         """Gives back what `start` took: a terminal, a port."""
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it, in plain numbers and texts; most keep nothing."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from what `state_dict` gave."""
+
     def changed(self) -> set[str]:
         """The keys, in upper case, that were given another value than their default."""
         fields = type(self).model_fields

@@ -168,10 +168,11 @@ class CompositeReward:
         return result
 
     def state_dict(self) -> dict[str, Any]:
-        """What running scales and warnings have learned and what was counted, in plain numbers."""
+        """What running scales, warnings and rewards have learned and what was counted, plainly."""
         scales = {name: dict(scale.state) for name, scale in self.scales.items()}
+        own = {name: r.state_dict() for name, r in self.rewards.items() if isinstance(r, Reward)}
         state = {"scales": scales, "monitor": self.monitor.state, "quarantined": self.quarantined}
-        return copy.deepcopy(state)
+        return copy.deepcopy(state | {"rewards": {k: kept for k, kept in own.items() if kept}})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from `state`; what it has of rewards that are not here any more is left out."""
@@ -179,6 +180,9 @@ class CompositeReward:
             self.scales[name].state = dict(state["scales"][name])
             self.quarantined[name] = state["quarantined"][name]
         self.monitor.state = copy.deepcopy(state["monitor"])
+        for name, kept in state.get("rewards", {}).items():  # an earlier version has none
+            if isinstance(reward := self.rewards.get(name), Reward):
+                reward.load_state_dict(copy.deepcopy(kept))
 
     def interrupt(self) -> None:
         """Ends the waiting of rewards that wait for people; safe in a signal handler."""
