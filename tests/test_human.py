@@ -13,6 +13,7 @@ import sys
 import termios
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -507,6 +508,30 @@ def test_a_scale_of_numbers_says_which_end_is_good(pseudo):
     terminal, master = pseudo
     terminal._show(Question("k", "p", "c"))
     assert "[1] worst  [2]  [3]  [4]  [5] best" in os.read(master, 4096).decode()
+
+
+@pytest.mark.parametrize("when", ["before a question", "before a key"])
+def test_a_terminal_that_goes_away_stops_the_run_and_is_named(queue, when, monkeypatch):
+    """Its window was closed, and the run does not end by that (nohup)."""
+    unhandled = []
+    monkeypatch.setattr(threading, "excepthook", unhandled.append)
+    master, slave = os.openpty()
+    terminal = Terminal(queue, "Good?", device=os.ttyname(slave))
+    os.close(slave)
+    if when == "before a question":
+        os.close(master)
+    terminal.start()
+    run = ThreadPoolExecutor(1).submit(queue.ask, questions(queue, "x"), None)
+    if when == "before a key":
+        shown = ""
+        while "[u] undo" not in shown:
+            shown += os.read(master, 4096).decode()
+        os.close(master)
+    with pytest.raises(Interrupted, match="^the terminal on which people were asked is gone"):
+        run.result(60)
+    terminal.close()
+    os.close(terminal.file)
+    assert unhandled == [] and not terminal.thread.is_alive()
 
 
 class Typist:
