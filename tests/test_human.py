@@ -278,7 +278,7 @@ def steps(reward: HumanReward, texts: list[str], numbers: range) -> list[tuple]:
 
 @pytest.mark.parametrize("reward_model", [None, "online"])
 def test_a_run_that_is_killed_asks_and_scores_as_one_that_is_not(human, tmp_path, reward_model):
-    """Killed in its tenth step after one of two labels, it goes on from a checkpoint of the seventh."""
+    """Killed in its tenth step, after two labels of three; its checkpoint is of the seventh."""
     texts, truth = spoken(60)
     good = {text for text, score in zip(texts, truth, strict=True) if score > 0}
     keys = {"ask": 3, "reward_model": reward_model}
@@ -527,7 +527,7 @@ def test_a_terminal_that_goes_away_stops_the_run_and_is_named(queue, when, monke
         while "[u] undo" not in shown:
             shown += os.read(master, 4096).decode()
         os.close(master)
-    with pytest.raises(Interrupted, match="^the terminal on which people were asked is gone"):
+    with pytest.raises(Interrupted, match=r"^the terminal on which people were asked is gone"):
         run.result(60)
     terminal.close()
     os.close(terminal.file)
