@@ -16,7 +16,7 @@ from pydantic import Field, PrivateAttr, model_validator
 from rewards.base import Reward, require
 from rewards.label_queue import FrontEnd, LabelQueue, Question
 from rewards.labels import Labels
-from rewards.messages import Text, texts_of, transcripts_of
+from rewards.messages import Text, encodable, texts_of, transcripts_of
 
 if TYPE_CHECKING:  # numpy, which a config is validated without
     from rewards.head import RidgeHead
@@ -126,7 +126,8 @@ class HumanReward(Reward):
 
         self.start()
         answers = [not isinstance(prompt, str) for prompt in prompts]
-        prompts, completions = transcripts_of(prompts), texts_of(completions)
+        prompts = [encodable(text) for text in transcripts_of(prompts)]
+        completions = [encodable(text) for text in texts_of(completions)]
         keys = [self._labels.key(p, c) for p, c in zip(prompts, completions, strict=True)]
         others = dict(scores or {})
         first = self._labels.first_asked(getattr(trainer_state, "global_step", None), keys)

@@ -22,7 +22,7 @@ from rewards.endpoint import KEY_ENV, secret
 from rewards.judge_asking import Asker, Batch
 from rewards.judge_cache import JudgeCache
 from rewards.judge_ledger import account_of
-from rewards.judge_limits import Budget, RateLimiter, money
+from rewards.judge_limits import Budget, Gate, RateLimiter, money
 from rewards.judge_prompt import JudgePrompt
 from rewards.messages import Text, texts_of, transcripts_of
 
@@ -125,7 +125,7 @@ class JudgeReward(Reward):
             Budget(self.max_calls, self.max_cost, self.prices, self.name),
             key_env=self.key_env,
             base_url=self.base_url,
-            concurrency=self.concurrency,
+            gate=Gate(self.concurrency),
             timeout=self.timeout,
             retries=self.retries,
             backoff=self.backoff,

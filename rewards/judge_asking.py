@@ -18,7 +18,7 @@ from rewards.base import FatalJudgeError
 from rewards.endpoint import Reply, ask, secret
 from rewards.judge_cache import JudgeCache
 from rewards.judge_ledger import Account, Hold, Outcome
-from rewards.judge_limits import Budget, RateLimiter
+from rewards.judge_limits import Budget, Gate, RateLimiter
 from rewards.judge_prompt import JudgePrompt, token_count
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class Asker:
     budget: Budget
     key_env: str
     base_url: str | None
-    concurrency: int
+    gate: Gate  # of CONCURRENCY requests at a time
     timeout: float
     retries: int
     backoff: float
@@ -83,7 +83,6 @@ class Asker:
             key: case for key, case in zip(keys, cases, strict=True) if batch.cache.get(key) is None
         }
         batch.account.readable |= any(key not in missing for key in keys)
-        gate = asyncio.Semaphore(self.concurrency)
         async with AsyncOpenAI(
             api_key=secret(self.key_env, self.base_url),
             base_url=self.base_url,
@@ -93,7 +92,7 @@ class Asker:
 
             async def one(key: str, case: dict[str, str]) -> None:
                 while True:
-                    async with gate:
+                    async with self.gate:
                         if (other := batch.account.claim(key)) is None:
                             await self._claimed(client, key, case, batch)
                             return

@@ -7,12 +7,53 @@ here.
 import asyncio
 import logging
 import math
+import threading
 import time
+from collections import deque
+from concurrent.futures import Future
 
 from rewards.judge_cache import JudgeCache
 from rewards.judge_ledger import Account, Hold
 
 log = logging.getLogger(__name__)
+
+
+class Gate:
+    """At most `count` inside at a time, of all threads and their event loops; first come, first in.
+
+    An evaluation scores its batches in threads of their own.
+    """
+
+    def __init__(self, count: int):
+        self.free, self.waiting, self.lock = count, deque[Future](), threading.Lock()
+
+    async def __aenter__(self) -> None:
+        with self.lock:
+            if self.free:
+                self.free -= 1
+                return
+            turn: Future = Future()
+            turn.set_running_or_notify_cancel()  # so that only `_leave` ends it
+            self.waiting.append(turn)
+        try:
+            await asyncio.wrap_future(turn)
+        except asyncio.CancelledError:
+            with self.lock:
+                if turn in self.waiting:
+                    self.waiting.remove(turn)
+                else:  # its turn came as it was cancelled
+                    self._leave()
+            raise
+
+    async def __aexit__(self, *_: object) -> None:
+        with self.lock:
+            self._leave()
+
+    def _leave(self) -> None:
+        if self.waiting:
+            self.waiting.popleft().set_result(None)
+        else:
+            self.free += 1
 
 
 class RateLimiter:
@@ -21,6 +62,7 @@ class RateLimiter:
     def __init__(self, requests: int | None, tokens: int | None):
         self.requests, self.tokens = requests, tokens
         self.free = 0.0  # when the next request may start
+        self.lock = threading.Lock()
 
     async def acquire(self, tokens: float) -> None:
         """Waits until a request of so many tokens may start."""
@@ -28,9 +70,10 @@ class RateLimiter:
             60 / self.requests if self.requests else 0.0,
             60 * tokens / self.tokens if self.tokens else 0.0,
         )
-        now = time.monotonic()
-        start = max(now, self.free)
-        self.free = start + seconds
+        with self.lock:
+            now = time.monotonic()
+            start = max(now, self.free)
+            self.free = start + seconds
         await asyncio.sleep(start - now)
 
 

@@ -38,6 +38,11 @@ def joined(prompt: Text, completion: Text) -> str:
     return text_of(prompt) + between + text_of(completion)
 
 
+def encodable(text: str) -> str:
+    """Half of a character, which UTF-8 cannot have, becomes its escape, as in the logs."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def _content(message: dict[str, Any]) -> str:
     content = message.get("content") or ""
     if isinstance(content, str):

@@ -28,7 +28,7 @@ from adaptiverl.training.build import Parts, build
 from adaptiverl.training.keys import RunConfig
 from adaptiverl.training.scoring import Scoring
 from rewards import CompositeReward, FatalJudgeError, Interrupted, JudgeReward, LocalJudgeReward
-from rewards.judge_limits import RateLimiter, money
+from rewards.judge_limits import Gate, RateLimiter, money
 from rewards.judge_prompt import JudgePrompt
 
 FAULTS = (
@@ -221,6 +221,39 @@ def test_no_more_requests_at_a_time_than_allowed(server, judge, concurrency):
     server.delay = 0.05
     ask(judge(concurrency=concurrency), texts(24))
     assert server.busiest == concurrency
+
+
+def test_batches_that_are_scored_at_once_share_what_is_allowed(server, judge):
+    """Each in a thread of its own, as of an evaluation."""
+    server.delay = 0.05
+    own = judge(concurrency=2)
+    own.start()
+    one = CompositeReward([own])
+    pending = [one.begin(["p"] * 4, [f"{k} {i}" for i in range(4)]) for k in range(3)]
+    for scores in pending:
+        assert scores().flatten().tolist() == [pytest.approx(1 / 9)] * 4
+    assert server.busiest == 2 and len(server.seen) == 12
+
+
+def test_who_is_cancelled_before_a_gate_takes_nobodys_turn():
+    async def crowd() -> list[str]:
+        gate, inside = Gate(1), []
+
+        async def enter(name: str) -> None:
+            async with gate:
+                inside.append(name)
+                await asyncio.sleep(0)
+
+        async with gate:
+            tasks = [asyncio.ensure_future(enter(name)) for name in "abc"]
+            await asyncio.sleep(0)  # all three wait
+            tasks[1].cancel()
+        tasks[0].cancel()  # its turn has just come
+        await asyncio.wait(tasks)
+        async with asyncio.timeout(60), gate:
+            return inside
+
+    assert asyncio.run(crowd()) == ["c"]
 
 
 def test_a_rate_limiter_spreads_requests_and_tokens(monkeypatch):
