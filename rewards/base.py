@@ -57,6 +57,8 @@ class Reward(BaseModel):
     one_process: ClassVar[bool] = False
     # Asks people, or a service that may cost money
     external: ClassVar[bool] = False
+    # What it reports as NAME/… that adds up over batches; of anything else the mean is of use
+    counts: ClassVar[frozenset[str]] = frozenset()
     # Keys that are of use only where a policy is trained on the reward
     training_keys: ClassVar[frozenset[str]] = frozenset({"WEIGHT", "NORMALIZE", "CLIP"})
     # Keys that a run may change when it is resumed, because they do not change what is rewarded

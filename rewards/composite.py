@@ -96,6 +96,8 @@ class CompositeReward:
             raise ValueError(f"{len(prompts)} prompts for {len(completions)} completions")
         self.metrics, self.extras = {}, {}
         # TRL's trainer passes its own log_metric and log_extra; without one, they are kept here
+        # Several batches may be begun before one is waited for: each has reports of its own
+        metrics, extras = self.metrics, self.extras
         given = self._reports(len(completions)) | columns
         given |= {"prompts": prompts, "completions": completions}
 
@@ -105,7 +107,23 @@ class CompositeReward:
             return scores
 
         wait = begin_calls(self.rewards, given, check)
-        return lambda: as_tensor(list(wait().values()), len(completions))
+
+        def scores() -> Tensor:
+            found = as_tensor(list(wait().values()), len(completions))
+            self.metrics, self.extras = metrics, extras
+            return found
+
+        return scores
+
+    def over_batches(self, reports: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        """The metrics that rewards reported of several batches, as one: counts are added up."""
+        own = {n: r.counts for n, r in self.rewards.items() if isinstance(r, Reward)}
+        counts = {f"{name}/{what}" for name, every in own.items() for what in every}
+        result = {}
+        for name in dict.fromkeys(name for report in reports for name in report):
+            values = [report[name] for report in reports if name in report]
+            result[name] = sum(values) / (1 if name in counts else len(values))
+        return result
 
     def combine(
         self, scores: Tensor, step: int | None = None, groups: int | Sequence[int] = 1
@@ -198,17 +216,18 @@ class CompositeReward:
 
     def _reports(self, rows: int) -> dict[str, Callable]:
         """TRL's log_metric and log_extra, for a batch of `rows` completions."""
+        metrics, extras = self.metrics, self.extras
 
         def log_metric(name: str, value: Any) -> None:
             if self.reserved(name):
                 raise ValueError(f"log_metric({name!r}, …): {TAKEN}")
-            self.metrics[name] = float(value)
+            metrics[name] = float(value)
 
         def log_extra(name: str, values: Sequence) -> None:
             if self.reserved(name):
                 raise ValueError(f"log_extra({name!r}, …): {TAKEN}")
             if len(values) != rows:
                 raise ValueError(f"log_extra({name!r}, …): {len(values)} values for {rows} rows")
-            self.extras[name] = list(values)
+            extras[name] = list(values)
 
         return {"log_metric": log_metric, "log_extra": log_extra}

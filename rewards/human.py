@@ -34,6 +34,7 @@ class HumanReward(Reward):
     """
 
     external: ClassVar[bool] = True
+    counts: ClassVar[frozenset[str]] = frozenset({"asked"})
     one_process: ClassVar[bool] = True
     free_keys: ClassVar[frozenset[str]] = frozenset({
         "TIMEOUT", "WHERE", "HOST", "PORT", "TOKEN_ENV", "LABELS"
@@ -126,8 +127,8 @@ class HumanReward(Reward):
 
         self.start()
         answers = [not isinstance(prompt, str) for prompt in prompts]
-        prompts = [encodable(text) for text in transcripts_of(prompts)]
-        completions = [encodable(text) for text in texts_of(completions)]
+        prompts = encodable(transcripts_of(prompts))
+        completions = encodable(texts_of(completions))
         keys = [self._labels.key(p, c) for p, c in zip(prompts, completions, strict=True)]
         others = dict(scores or {})
         first = self._labels.first_asked(getattr(trainer_state, "global_step", None), keys)

@@ -91,5 +91,5 @@ def token_count(request: dict[str, Any]) -> float:
 
 
 def _framed(case: dict[str, str], mark: str) -> str:
-    parts = ((name, encodable(text)) for name, text in case.items())
+    parts = zip(case, encodable(case.values()), strict=True)
     return "\n".join(f"{name}:\n{mark}\n{text}\n{mark}" for name, text in parts)

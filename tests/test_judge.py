@@ -1162,6 +1162,23 @@ def test_an_evaluation_leaves_out_who_compares_completions_of_a_prompt(
     assert len(server.seen) <= 2 * 4 * 3, "nothing is asked for it"
 
 
+def test_an_evaluation_counts_what_all_of_its_batches_took(server, settings, tmp_path, main):
+    """They are begun before the first is waited for."""
+    prompts = [{"prompt": f"Say {k}:"} for k in range(20)]
+    (tmp_path / "eval.json").write_text(json.dumps(prompts))
+    keys = keys_of(settings, server, tmp_path) | {"STEPS": 1, "EVAL_EVERY": 1}
+    assert main(keys | {"EVAL_FILE": str(tmp_path / "eval.json")}) == 0
+    (row,) = read_jsonl(Path(settings["OUTPUT_DIR"]) / "metrics.jsonl")
+    assert row["eval/judge/calls"] + row["eval/judge/cached"] == 20
+    assert row["judge/calls"] + row["eval/judge/calls"] == len(server.seen)
+
+
+def test_reports_of_several_batches_are_added_up_or_averaged(judge):
+    one = CompositeReward({"judge": judge(), "plain": lambda **_: []})
+    reports = [{"judge/calls": 3, "plain/calls": 3}, {"judge/calls": 2}, {"plain/calls": 4}]
+    assert one.over_batches(reports) == {"judge/calls": 5, "plain/calls": 3.5}
+
+
 def test_a_reward_that_raises_pauses_too(settings, main, capsys, tmp_path, monkeypatch):
     (tmp_path / "broken.py").write_text(
         "def broken(completions, trainer_state, **_):\n"
