@@ -77,6 +77,8 @@ class Reward(BaseModel):
     one_process: ClassVar[bool] = False
     # Asks people, or a service that may cost money
     external: ClassVar[bool] = False
+    # What it reports as NAME/… that adds up over batches; of anything else the mean is of use
+    counts: ClassVar[frozenset[str]] = frozenset()
     # Keys that are of use only where a policy is trained on the reward
     training_keys: ClassVar[frozenset[str]] = frozenset({"WEIGHT", "NORMALIZE", "CLIP"})
     # Keys that a run may change when it is resumed, because they do not change what is rewarded
@@ -139,6 +141,13 @@ class Reward(BaseModel):
 
     def close(self) -> None:
         """Gives back what `start` took: a terminal, a port."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it, in plain numbers and texts; most keep nothing."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from what `state_dict` gave."""
 
     def changed(self) -> set[str]:
         """The keys, in upper case, that were given another value than their default."""

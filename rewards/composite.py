@@ -103,6 +103,8 @@ class CompositeReward:
             raise ValueError(f"{len(prompts)} prompts for {len(completions)} completions")
         self.metrics, self.extras = {}, {}
         # TRL's trainer passes its own log_metric and log_extra; without one, they are kept here
+        # Several batches may be begun before one is waited for: each has reports of its own
+        metrics, extras = self.metrics, self.extras
         given = self._reports(len(completions)) | columns
         given |= {"prompts": prompts, "completions": completions}
 
@@ -112,7 +114,23 @@ class CompositeReward:
             return scores
 
         wait = begin_calls(self.rewards, given, check)
-        return lambda: as_tensor(list(wait().values()), len(completions))
+
+        def scores() -> Tensor:
+            found = as_tensor(list(wait().values()), len(completions))
+            self.metrics, self.extras = metrics, extras
+            return found
+
+        return scores
+
+    def over_batches(self, reports: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        """The metrics that rewards reported of several batches, as one: counts are added up."""
+        own = {n: r.counts for n, r in self.rewards.items() if isinstance(r, Reward)}
+        counts = {f"{name}/{what}" for name, every in own.items() for what in every}
+        result = {}
+        for name in dict.fromkeys(name for report in reports for name in report):
+            values = [report[name] for report in reports if name in report]
+            result[name] = sum(values) / (1 if name in counts else len(values))
+        return result
 
     def combine(
         self, scores: Tensor, step: int | None = None, groups: int | Sequence[int] = 1
@@ -190,10 +208,11 @@ class CompositeReward:
         return result
 
     def state_dict(self) -> dict[str, Any]:
-        """What running scales and warnings have learned and what was counted, in plain numbers."""
+        """What running scales, warnings and rewards have learned and what was counted, plainly."""
         scales = {name: dict(scale.state) for name, scale in self.scales.items()}
+        own = {name: r.state_dict() for name, r in self.rewards.items() if isinstance(r, Reward)}
         state = {"scales": scales, "monitor": self.monitor.state, "quarantined": self.quarantined}
-        return copy.deepcopy(state)
+        return copy.deepcopy(state | {"rewards": {k: kept for k, kept in own.items() if kept}})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from `state`; what it has of rewards that are not here any more is left out."""
@@ -201,6 +220,9 @@ class CompositeReward:
             self.scales[name].state = dict(state["scales"][name])
             self.quarantined[name] = state["quarantined"][name]
         self.monitor.state = copy.deepcopy(state["monitor"])
+        for name, kept in state.get("rewards", {}).items():  # an earlier version has none
+            if isinstance(reward := self.rewards.get(name), Reward):
+                reward.load_state_dict(copy.deepcopy(kept))
 
     def interrupt(self) -> None:
         """Ends the waiting of rewards that wait for people; safe in a signal handler."""
@@ -216,17 +238,18 @@ class CompositeReward:
 
     def _reports(self, rows: int) -> dict[str, Callable]:
         """TRL's log_metric and log_extra, for a batch of `rows` completions."""
+        metrics, extras = self.metrics, self.extras
 
         def log_metric(name: str, value: Any) -> None:
             if self.reserved(name):
                 raise ValueError(f"log_metric({name!r}, …): {TAKEN}")
-            self.metrics[name] = float(value)
+            metrics[name] = float(value)
 
         def log_extra(name: str, values: Sequence) -> None:
             if self.reserved(name):
                 raise ValueError(f"log_extra({name!r}, …): {TAKEN}")
             if len(values) != rows:
                 raise ValueError(f"log_extra({name!r}, …): {len(values)} values for {rows} rows")
-            self.extras[name] = list(values)
+            extras[name] = list(values)
 
         return {"log_metric": log_metric, "log_extra": log_extra}

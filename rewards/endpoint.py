@@ -8,7 +8,9 @@ import ipaddress
 import json
 import math
 import os
+import time
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -26,7 +28,7 @@ class Reply:
     kind: Literal["answer", "fault", "rejected", "refused", "foreign"]
     text: str = ""  # what the model said
     fault: str = ""
-    tokens: tuple[int, int] = (0, 0)  # in and out
+    tokens: tuple[int | None, int | None] = (None, None)  # in and out; None: it does not say
     wait: float = 0.0  # seconds that the server asks for before the next try
 
 
@@ -101,21 +103,28 @@ def _read(body: bytes, kind: str) -> Reply:
                     case {"type": "text", "text": str(content)}:
                         text += content
     usage = reply.get("usage")
-    return Reply("answer", text, tokens=(_count(usage, "prompt"), _count(usage, "completion")))
+    tokens = _count(usage, "prompt") or None, _count(usage, "completion")  # a prompt has some
+    return Reply("answer", text, tokens=tokens)
 
 
-def _count(usage: Any, what: str) -> int:
-    """Tokens that were used, 0 where the server does not say."""
+def _count(usage: Any, what: str) -> int | None:
+    """Tokens that were used, None where the server does not say. A few write 12.0."""
     count = usage.get(f"{what}_tokens") if isinstance(usage, dict) else None
-    return min(max(count, 0), 2**32) if isinstance(count, int) else 0
+    if isinstance(count, bool) or not isinstance(count, int | float) or not 0 <= count < math.inf:
+        return None
+    return min(math.ceil(count), 2**32)
 
 
 def _retry_after(headers: Any) -> float:
-    """Seconds, 0 where the header is absent or no number."""
+    """Seconds, or those until a date; 0 where the header is absent or neither, or in the past."""
+    value = headers.get("retry-after", "0")
     try:
-        seconds = float(headers.get("retry-after", 0))
+        seconds = float(value)
     except ValueError:
-        return 0.0
+        try:
+            seconds = parsedate_to_datetime(value).timestamp() - time.time()
+        except (ValueError, OverflowError, OSError):
+            return 0.0
     return seconds if math.isfinite(seconds) and seconds > 0 else 0.0
 
 

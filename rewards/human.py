@@ -7,16 +7,16 @@ nobody gave.
 
 import asyncio
 import importlib.util
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from rewards.base import Reward, require
 from rewards.label_queue import FrontEnd, LabelQueue, Question
 from rewards.labels import Labels
-from rewards.messages import Text, texts_of, transcripts_of
+from rewards.messages import Text, encodable, texts_of, transcripts_of
 
 if TYPE_CHECKING:  # numpy, which a config is validated without
     from rewards.head import RidgeHead
@@ -34,6 +34,7 @@ class HumanReward(Reward):
     """
 
     external: ClassVar[bool] = True
+    counts: ClassVar[frozenset[str]] = frozenset({"asked"})
     one_process: ClassVar[bool] = True
     free_keys: ClassVar[frozenset[str]] = frozenset({
         "TIMEOUT", "WHERE", "HOST", "PORT", "TOKEN_ENV", "LABELS"
@@ -57,8 +58,8 @@ class HumanReward(Reward):
     _labels: Labels
     _queue: LabelQueue
     _front_end: FrontEnd
-    # The last labels of this run, beside the scores of the other rewards
-    _compared: deque[tuple[float, dict[str, float]]]
+    # The last labels of this run by key, beside the scores of the other rewards
+    _compared: dict[str, tuple[float, dict[str, float]]] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
     def _page_keys(self) -> "HumanReward":
@@ -69,7 +70,7 @@ class HumanReward(Reward):
     def _load(self, device: Any) -> None:
         self._labels = Labels(self.labels, self.question, self.scale)
         self._queue = LabelQueue(self._labels, self.scale)
-        self._compared = deque(maxlen=AGREEMENT_WINDOW)
+        self._compared = {}
         if self.where == "terminal":
             if importlib.util.find_spec("termios") is None:  # on Windows
                 raise ValueError(
@@ -114,58 +115,71 @@ class HumanReward(Reward):
         scores: Mapping[str, Column] | None = None,
         log_metric: Callable[[str, float], Any] | None = None,
         log_extra: Callable[[str, list], Any] | None = None,
+        trainer_state: Any = None,
         **columns: Any,
     ) -> Column:
-        """Asks, waits, and fills in. Raises Interrupted once `interrupt` is called."""
+        """Asks, waits, and fills in. Raises Interrupted once `interrupt` is called.
+
+        A step that a resumed run repeats asks for the completions that it asked for before, and
+        sees no label of a later step: its numbers are those of a run that was never ended.
+        """
         from rewards.opinions import asking_order
 
         self.start()
         answers = [not isinstance(prompt, str) for prompt in prompts]
-        prompts, completions = transcripts_of(prompts), texts_of(completions)
+        prompts = encodable(transcripts_of(prompts))
+        completions = encodable(texts_of(completions))
         keys = [self._labels.key(p, c) for p, c in zip(prompts, completions, strict=True)]
         others = dict(scores or {})
-        head = self._head()
+        first = self._labels.first_asked(getattr(trainer_state, "global_step", None), keys)
+        head = self._head(first)
         opinions = list(others.values()) + ([head(completions)] if head else [])
-        rows = [i for i in asking_order(opinions, len(keys)) if self._labels.find(keys[i]) is None]
-        questions: dict[str, Question] = {}
-        for i in rows:
-            if self.ask is None or len(questions) < self.ask:
+        asked: dict[str, Question] = {}
+        for i in asking_order(opinions, len(keys)):
+            known = self._labels.find(keys[i], first) is not None
+            if not known and (self.ask is None or len(asked) < self.ask):
                 given = {name: x for name, col in others.items() if (x := col[i]) is not None}
                 question = Question(keys[i], prompts[i], completions[i], given, answers[i])
-                questions.setdefault(keys[i], question)
-        if questions:
+                asked.setdefault(keys[i], question)
+        left = [question for key, question in asked.items() if self._labels.find(key) is None]
+        if left:
             self._front_end.start()
-            await asyncio.to_thread(self._queue.ask, list(questions.values()), self.timeout)
+            await asyncio.to_thread(self._queue.ask, left, self.timeout)
 
-        found = [self._labels.find(key) for key in keys]
+        found = [self._labels.find(key, math.inf if key in asked else first) for key in keys]
         result = [None if label is None else label[0] for label in found]
-        for key, question in questions.items():
+        for key, question in asked.items():
             label = self._labels.find(key)
             if label and label[0] is not None:
-                self._compared.append((label[0], question.scores))
+                self._compared[key] = label[0], question.scores
+        for key in list(self._compared)[:-AGREEMENT_WINDOW]:
+            del self._compared[key]
         sources = ["nobody" if x is None else "people" for x in result]
-        if head := self._head():
+        if head := self._head(first, asked):
             guesses = head(completions)
             sources = ["head" if x is None else "people" for x in result]
             result = [y if x is None else x for x, y in zip(result, guesses, strict=True)]
         if log_metric:
-            self._report(log_metric, len(questions), found, head)
+            self._report(log_metric, len(asked), found, head)
         if log_extra:
-            log_extra("labelled_by", sources)
+            default = self.name == self._default_name()
+            log_extra("labelled_by" if default else f"{self.name}/labelled_by", sources)
         return result
 
-    def _head(self) -> "RidgeHead | None":
-        """Learned from all labels that there are; None while they are too few."""
+    def _head(self, until: float, also: Collection[str] = ()) -> "RidgeHead | None":
+        """Learned from the labels until then and those of `also`; None while they are too few."""
         from rewards.head import MAX_LABELS, MIN_LABELS, RidgeHead
 
-        known = self._labels.learned(MAX_LABELS) if self.reward_model == "online" else []
+        if self.reward_model != "online":
+            return None
+        known = self._labels.learned(MAX_LABELS, until, also)
         return RidgeHead(*zip(*known, strict=True)) if len(known) >= MIN_LABELS else None
 
     def agreement(self) -> dict[str, float]:
         """Of each other reward, over this run's last labels: see opinions.agreement."""
         from rewards.opinions import agreement
 
-        last, result = list(self._compared), {}
+        last, result = list(self._compared.values()), {}
         for name in {name for _, scores in last for name in scores}:
             both = [(label, scores[name]) for label, scores in last if name in scores]
             share = agreement(*zip(*both, strict=True))
@@ -176,14 +190,21 @@ class HumanReward(Reward):
     def _report(
         self, log: Callable[[str, float], Any], asked: int, found: list, head: "RidgeHead | None"
     ) -> None:
-        log("human/asked", asked)
-        log("human/labelled", sum(label is not None for label in found) / len(found))
+        log(f"{self.name}/asked", asked)
+        log(f"{self.name}/labelled", sum(label is not None for label in found) / len(found))
         for name, share in self.agreement().items():
-            log(f"human/agreement/{name}", share)
+            log(f"{self.name}/agreement/{name}", share)
         if head:
-            log("human/head_error", head.error)
-            log("human/head_error_of_mean", head.error_of_mean)
-            log("human/head_slope", head.slope)
+            log(f"{self.name}/head_error", head.error)
+            log(f"{self.name}/head_error_of_mean", head.error_of_mean)
+            log(f"{self.name}/head_slope", head.slope)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"compared": [[key, *each] for key, each in self._compared.items()]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.start()
+        self._compared = {key: (label, scores) for key, label, scores in state["compared"]}
 
     def interrupt(self) -> None:
         if self._started:

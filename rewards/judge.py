@@ -21,7 +21,8 @@ from rewards.base import KEYS, Interrupted, Reward, require
 from rewards.endpoint import KEY_ENV, secret
 from rewards.judge_asking import Asker, Batch
 from rewards.judge_cache import JudgeCache
-from rewards.judge_limits import Budget, RateLimiter
+from rewards.judge_ledger import account_of
+from rewards.judge_limits import Budget, Gate, RateLimiter, money
 from rewards.judge_prompt import JudgePrompt
 from rewards.messages import Text, texts_of, transcripts_of
 
@@ -39,18 +40,22 @@ class JudgeReward(Reward):
     """A chat model's score of the completion by a rubric, 0 to 1, or its share of wins.
 
     The model answers on the scale LOW to HIGH. PAIRWISE compares the completions of one prompt with
-    each other, in both orders; ties count half. Retries follow a rate limit, a server's error, a
-    lost connection or an answer that is not exactly what was asked for; waiting honours
-    Retry-After, up to MAX_WAIT. A request that is rejected (400, 413, 422: a text that a filter
-    stops, or one that is too long) is missing and not tried again; where all of a batch are, and
-    where the key, model or address is wrong, FatalJudgeError is raised. Rate limits hold for all
-    tries, MAX_CALLS and MAX_COST for all runs of the same model, address and rubric that share
-    CACHE: beyond, completions are missing, and that is logged once. (The last answer may cost more
-    than was left, and other processes do not see what one has under way.) What a call took is
-    reported as the metrics NAME/calls, /retries, /cached and, with PRICES, /cost.
+    each other, in both orders; ties count half, and a pair of which one order has no answer does
+    not count. Retries follow a rate limit, a server's error, a lost connection or an answer that is
+    not exactly what was asked for; waiting honours Retry-After, up to MAX_WAIT. A request that is
+    rejected (400, 413, 422: a text that a filter stops, or one that is too long) is missing and not
+    tried again; where all of a batch are, and where the key, model or address is wrong,
+    FatalJudgeError is raised. Rate limits hold for all tries, MAX_CALLS and MAX_COST for all runs
+    of the same model, address and rubric that share CACHE: beyond, completions are missing, and
+    that is logged once. Rewards of one process that use the same judge count what all of them have
+    under way, and ask nothing twice. (The last answer may cost more than was left, and other
+    processes do not see what one has under way.) Where the server does not say how many tokens it
+    took, they are estimated. What a call took is reported as the metrics NAME/calls, /retries,
+    /cached and, with PRICES, /cost.
     """
 
     external: ClassVar[bool] = True
+    counts: ClassVar[frozenset[str]] = frozenset({"calls", "retries", "cached", "cost"})
     training_keys: ClassVar[frozenset[str]] = Reward.training_keys | {"MAX_MISSING"}
     free_keys: ClassVar[frozenset[str]] = frozenset({
         "BASE_URL", "KEY_ENV", "CONCURRENCY", "REQUESTS_PER_MINUTE", "TOKENS_PER_MINUTE", "TIMEOUT",
@@ -111,22 +116,27 @@ class JudgeReward(Reward):
     def _load(self, device: Any) -> None:
         require("judge", "openai")
         secret(self.key_env, self.base_url)  # raises where there is none
+        JudgeCache(Path(self.cache), self._account).close()  # and where it is no such file
         self._asker = Asker(
             self.model,
             JudgePrompt(
                 self.rubric, self.low, self.high, self._examples(), self.pairwise, self.structured
             ),
             RateLimiter(self.requests_per_minute, self.tokens_per_minute),
-            Budget(self.max_calls, self.max_cost, self.prices),
+            Budget(self.max_calls, self.max_cost, self.prices, self.name),
             key_env=self.key_env,
             base_url=self.base_url,
-            concurrency=self.concurrency,
+            gate=Gate(self.concurrency),
             timeout=self.timeout,
             retries=self.retries,
             backoff=self.backoff,
             max_wait=self.max_wait,
         )
         self._totals, self._running = Counter(), set()
+
+    @property
+    def _account(self) -> str:
+        return json.dumps([self.model, self.base_url, self.rubric])
 
     def _examples(self) -> list[dict[str, Any]]:
         return [example.model_dump(by_alias=False) for example in self.examples]
@@ -162,9 +172,9 @@ class JudgeReward(Reward):
         """
         self.start()
         prompts, completions = transcripts_of(prompts), texts_of(completions)
-        account = json.dumps([self.model, self.base_url, self.rubric])
-        with self._interruptible(), closing(JudgeCache(Path(self.cache), account)) as cache:
-            batch = Batch(cache, Path(self.cache).resolve())
+        path = Path(self.cache).resolve()
+        with self._interruptible(), closing(JudgeCache(path, self._account)) as cache:
+            batch = Batch(cache, path, account_of(path, self._account))
             try:
                 if self.pairwise:
                     result = await self._compare(prompts, completions, batch)
@@ -195,7 +205,7 @@ class JudgeReward(Reward):
         self.interrupt()
         if self._started and self._totals:
             counts = ", ".join(
-                f"cost {value:.2f}" if what == "cost" else f"{value} {what}"
+                f"cost {money(value)}" if what == "cost" else f"{value} {what}"
                 for what, value in self._totals.items()
             )
             print(f"{self.name}: {counts}; judgements are kept in {Path(self.cache).resolve()}")
@@ -226,10 +236,12 @@ class JudgeReward(Reward):
         pairs = [pair for rows in groups.values() for pair in permutations(rows, 2)]
         cases = [{"prompt": prompts[a], "A": completions[a], "B": completions[b]} for a, b in pairs]
         points: list[list[float]] = [[] for _ in prompts]
-        for (a, b), won in zip(pairs, await self._answers(cases, batch), strict=True):
-            if won is not None:
-                points[a].append(won)
-                points[b].append(1 - won)
+        won = dict(zip(pairs, await self._answers(cases, batch), strict=True))
+        for (a, b), first in won.items():
+            # One order alone would count that the judge prefers a place, not a text
+            if first is not None and won[b, a] is not None:
+                points[a].append(first)
+                points[b].append(1 - first)
         return [sum(own) / len(own) if own else None for own in points]
 
     async def _answers(self, cases: list[dict[str, str]], batch: Batch) -> list[float | None]:

@@ -6,6 +6,7 @@ What is asked, and what becomes of the answers, is judge.py's; one request is en
 
 import asyncio
 import logging
+import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -16,7 +17,8 @@ from typing import Any
 from rewards.base import FatalJudgeError
 from rewards.endpoint import Reply, ask, secret
 from rewards.judge_cache import JudgeCache
-from rewards.judge_limits import Budget, RateLimiter
+from rewards.judge_ledger import Account, Hold, Outcome
+from rewards.judge_limits import Budget, Gate, RateLimiter
 from rewards.judge_prompt import JudgePrompt, token_count
 
 log = logging.getLogger(__name__)
@@ -31,7 +33,9 @@ class Batch:
 
     cache: JudgeCache
     cache_path: Path
-    under_way: set[asyncio.Task] = field(default_factory=set)
+    account: Account
+    under_way: dict[str, asyncio.Task] = field(default_factory=dict)  # tries, by key
+    shared: set[str] = field(default_factory=set)  # keys that somebody else asked meanwhile
     calls: int = 0
     retries: int = 0
     cached: int = 0
@@ -60,7 +64,7 @@ class Asker:
     budget: Budget
     key_env: str
     base_url: str | None
-    concurrency: int
+    gate: Gate  # of CONCURRENCY requests at a time
     timeout: float
     retries: int
     backoff: float
@@ -78,7 +82,7 @@ class Asker:
         missing = {
             key: case for key, case in zip(keys, cases, strict=True) if batch.cache.get(key) is None
         }
-        gate = asyncio.Semaphore(self.concurrency)
+        batch.account.readable |= any(key not in missing for key in keys)
         async with AsyncOpenAI(
             api_key=secret(self.key_env, self.base_url),
             base_url=self.base_url,
@@ -87,8 +91,18 @@ class Asker:
         ) as client:
 
             async def one(key: str, case: dict[str, str]) -> None:
-                async with gate:
-                    await self._judge(client, key, case, batch)
+                while True:
+                    async with self.gate:
+                        if (other := batch.account.claim(key)) is None:
+                            await self._claimed(client, key, case, batch)
+                            return
+                    outcome, trouble = await asyncio.wrap_future(other)
+                    if outcome != "dropped":
+                        break
+                self.trouble = trouble or self.trouble
+                batch.rejected += outcome == "rejected"
+                if outcome == "answered":
+                    batch.shared.add(key)
 
             tasks = [asyncio.ensure_future(one(key, case)) for key, case in missing.items()]
             try:
@@ -98,37 +112,52 @@ class Asker:
                     task.cancel()
                 with suppress(TimeoutError):  # what is under way is paid for: it is booked
                     async with asyncio.timeout(GRACE if self.stopped else self.timeout):
-                        await asyncio.gather(*batch.under_way, return_exceptions=True)
-                batch.cached = sum(key not in missing for key in keys)
+                        await asyncio.gather(*batch.under_way.values(), return_exceptions=True)
+                batch.cached = sum(key not in missing or key in batch.shared for key in keys)
         in_all = set.intersection(*(set(case.values()) for case in missing.values() or [{}]))
         text = in_all and batch.has_answered()  # it may be what all have in common
         if batch.rejected and batch.rejected == len(set(keys)) and not text:
             raise FatalJudgeError(f"the judge rejects every request; the last: {self.trouble}")
         return [batch.cache.get(key) for key in keys]
 
-    async def _judge(self, client: Any, key: str, case: dict[str, str], batch: Batch) -> None:
+    async def _claimed(self, client: Any, key: str, case: dict[str, str], batch: Batch) -> None:
+        """Asks for those who wait for the same, too; however it ends, they hear of it."""
+        outcome: Outcome = "dropped"
+        try:
+            if batch.cache.get(key) is not None:  # it has come since
+                outcome = "answered"
+                batch.shared.add(key)
+            else:
+                outcome = await self._judge(client, key, case, batch)
+        finally:
+            trying, account = batch.under_way.get(key), batch.account
+            if trying:  # this task was cancelled, and what is paid for may still come
+                trying.add_done_callback(lambda _: account.settle(key, "dropped"))
+            else:
+                failed = outcome in ("failed", "rejected")
+                account.settle(key, outcome, self.trouble if failed else "")
+
+    async def _judge(self, client: Any, key: str, case: dict[str, str], batch: Batch) -> Outcome:
         """Asks until there is an answer that is kept, tries are used up, or the budget is.
 
         By hand, because tenacity would have to be told of the budget, of the batch's end and of the
         wait that the server asks for, which is all that there is to it.
         """
-        request = self.prompt.request(self.model, case)
-        tokens = token_count(request)
+        request, account = self.prompt.request(self.model, case), batch.account
+        about = token_count(request), ANSWER_TOKENS
         for attempt in range(self.retries + 1):
-            if self.budget.is_spent(batch.cache, batch.cache_path):
-                return
+            hold = self.budget.hold(account, batch.cache, about, batch.cache_path)
+            if hold is None:
+                self.trouble = "its budget is spent"
+                return "dropped"
+            tried = await self._attempt(client, key, request, hold, batch)
+            if tried is None:
+                return "dropped"
             batch.retries += attempt > 0
-            with self.budget.in_flight(self.budget.cost(tokens, ANSWER_TOKENS)):
-                await self.rate.acquire(tokens)
-                if batch.ended:
-                    return
-                trying = asyncio.ensure_future(self._try(client, key, request, batch))
-                batch.under_way.add(trying)
-                trying.add_done_callback(batch.under_way.discard)
-                reply, answer = await asyncio.shield(trying)
+            reply, answer = tried
             if answer is not None:
-                return
-            self.trouble = reply.fault or f"its answer was {reply.text[:60]!r}"
+                return "answered"
+            self.trouble = reply.fault or self._unreadable(reply.text)
             if reply.kind == "refused":
                 batch.ended = True
                 raise FatalJudgeError(self.trouble.replace("it answered", "the judge answers", 1))
@@ -137,9 +166,54 @@ class Asker:
                 raise FatalJudgeError(f"{self.trouble}: is BASE_URL right?")
             if reply.kind == "rejected":
                 batch.rejected += 1
-                return
-            if attempt < self.retries:
+                return "rejected"
+            if attempt < self.retries and not self._hopeless(reply, account):
                 await asyncio.sleep(self._wait(attempt, reply, batch))
+            if self._hopeless(reply, account):
+                break
+        if account.is_hopeless and account.first_time("hopeless"):
+            log.warning(
+                "the judge %r has given no answer yet that can be read: such answers are not asked "
+                "for again; the last: %s",
+                self.budget.name,
+                self.trouble,
+            )
+        return "failed"
+
+    async def _attempt(
+        self, client: Any, key: str, request: dict[str, Any], hold: Hold, batch: Batch
+    ) -> tuple[Reply, float | None] | None:
+        """One try, which goes on where this task is cancelled; None: nothing is asked any more."""
+        trying: asyncio.Task | None = None
+
+        def ended(_: Any = None) -> None:
+            batch.account.release(hold)
+            batch.under_way.pop(key, None)
+
+        try:
+            await self.rate.acquire(hold.tokens[0])
+            if batch.ended:
+                return None
+            trying = batch.under_way[key] = asyncio.ensure_future(
+                self._try(client, key, request, hold, batch)
+            )
+            trying.add_done_callback(ended)
+            return await asyncio.shield(trying)
+        finally:
+            if trying is None or trying.done():
+                ended()
+
+    def _hopeless(self, reply: Reply, account: Account) -> bool:
+        return reply.kind == "answer" and account.is_hopeless
+
+    def _unreadable(self, text: str) -> str:
+        change = (
+            "the server may ignore STRUCTURED;" if self.prompt.structured else "set STRUCTURED,"
+        )
+        return (
+            f"its answer was {text[:60]!r}, and nothing but {self.prompt.form} is read: {change} "
+            "say so in RUBRIC, or choose another MODEL"
+        )
 
     def _wait(self, attempt: int, reply: Reply, batch: Batch) -> float:
         """Seconds before the next try."""
@@ -156,14 +230,28 @@ class Asker:
         return wait
 
     async def _try(
-        self, client: Any, key: str, request: dict[str, Any], batch: Batch
+        self, client: Any, key: str, request: dict[str, Any], hold: Hold, batch: Batch
     ) -> tuple[Reply, float | None]:
         """One try; an answer is booked before anything else happens."""
         reply = await ask(client, request, self.timeout)
         if reply.kind != "answer":
             return reply, None
-        answer = self.prompt.parse(reply.text)
-        batch.cache.add(key, answer, *reply.tokens)
+        answer, account = self.prompt.parse(reply.text), batch.account
+        tokens_in, tokens_out = reply.tokens
+        if None in reply.tokens and any(self.budget.prices) and account.first_time("estimated"):
+            log.warning(
+                "the server of the judge %r does not say how many tokens it took: its cost is "
+                "estimated, at four letters a token",
+                self.budget.name,
+            )
+        if tokens_in is None:
+            tokens_in = math.ceil(hold.tokens[0])
+        if tokens_out is None:
+            tokens_out = max(ANSWER_TOKENS, math.ceil(len(reply.text) / 4))
+        with account.lock:  # or the answer would count twice for a moment, as had and as awaited
+            batch.cache.add(key, answer, tokens_in, tokens_out)
+            account.release(hold)
+        account.read(key, answer is not None)
         batch.calls += 1
-        batch.cost += self.budget.cost(*reply.tokens)
+        batch.cost += self.budget.cost(tokens_in, tokens_out)
         return reply, answer

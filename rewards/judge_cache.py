@@ -7,13 +7,23 @@ from pathlib import Path
 class JudgeCache:
     """Judgements by key, and what each judge's answers cost; of all processes that share the file.
 
-    `judge` names the account on which answers are booked.
+    `judge` names the account on which answers are booked. Raises ValueError where `path` is no
+    file for it.
     """
 
     def __init__(self, path: Path, judge: str):
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.judge = judge
-        self.base = sqlite3.connect(path, isolation_level=None, timeout=60)  # each line at once
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.base = sqlite3.connect(path, isolation_level=None, timeout=60)  # each line at once
+            self._prepare()
+        except (OSError, sqlite3.Error) as error:
+            raise ValueError(
+                f"CACHE {path}: it cannot be used ({error}); name an SQLite file, or a new one in "
+                "a folder that can be written to"
+            ) from error
+
+    def _prepare(self) -> None:
         self.base.execute(
             "CREATE TABLE IF NOT EXISTS judgements (key TEXT PRIMARY KEY, score REAL)"
         )

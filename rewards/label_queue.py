@@ -59,6 +59,7 @@ class LabelQueue:
         self.acted: dict[str, float] = {}  # who → when they last did something
         self.given: dict[str, list[Question]] = {}  # who → what was answered, the last one last
         self.closed = False
+        self.why = "stopped while people were asked"
 
     def ask(self, questions: Sequence[Question], timeout: float | None) -> None:
         """Waits until all have an answer, or `timeout` seconds; raises Interrupted if closed."""
@@ -75,7 +76,7 @@ class LabelQueue:
             self.awaited -= keys
             self.changed.notify_all()
             if self.closed and done:
-                raise Interrupted("stopped while people were asked")
+                raise Interrupted(self.why)
 
     def next(self, who: str, acted: bool = True) -> Question | None:
         """What `who` should look at: what they look at already, while it is open, or else nothing
@@ -133,10 +134,11 @@ class LabelQueue:
             self.changed.notify_all()
             return True
 
-    def close(self) -> None:
+    def close(self, why: str | None = None) -> None:
         """Ends all waiting. May be called from a signal handler: the lock is reentrant."""
         with self.changed:
-            self.closed = True
+            if not self.closed:
+                self.closed, self.why = True, why or self.why
             self.changed.notify_all()
 
 

@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import math
 import sqlite3
 import time
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 
@@ -21,15 +23,33 @@ class Labels:
             "CREATE TABLE IF NOT EXISTS labels (key TEXT PRIMARY KEY, score REAL, who TEXT, "
             "time REAL, question TEXT, scale TEXT, prompt TEXT, completion TEXT)"
         )
+        # A table of its own, so that files of earlier versions go on to be read
+        self.base.execute("CREATE TABLE IF NOT EXISTS batches (batch TEXT PRIMARY KEY, time REAL)")
         self.question, self.scale = question, scale
 
     def key(self, prompt: str, completion: str) -> str:
         asked = json.dumps([self.question, self.scale, prompt, completion])
         return hashlib.sha256(asked.encode()).hexdigest()
 
-    def find(self, key: str) -> tuple[float | None] | None:
-        """(score,), (None,) if it was skipped, None if it was never labelled."""
-        return self.base.execute("SELECT score FROM labels WHERE key = ?", (key,)).fetchone()
+    def first_asked(self, step: int | None, keys: Sequence[str]) -> float:
+        """When this batch of a step was asked first: now, or before a run was ended and resumed.
+
+        Labels up to then are what the step knew, however often it is repeated. Without a step a
+        batch is a new one each time.
+        """
+        now = time.time()
+        if step is None:
+            return now
+        batch = hashlib.sha256(json.dumps([step, *keys]).encode()).hexdigest()
+        self.base.execute("INSERT OR IGNORE INTO batches VALUES (?, ?)", (batch, now))
+        found = self.base.execute("SELECT time FROM batches WHERE batch = ?", (batch,))
+        return found.fetchone()[0]
+
+    def find(self, key: str, until: float = math.inf) -> tuple[float | None] | None:
+        """(score,), (None,) if it was skipped, None if it was not labelled until then."""
+        return self.base.execute(
+            "SELECT score FROM labels WHERE key = ? AND time <= ?", (key, until)
+        ).fetchone()
 
     def add(self, prompt: str, completion: str, score: float | None, who: str) -> bool:
         """Whether it is the first label of this completion; a second one changes nothing."""
@@ -41,11 +61,17 @@ class Labels:
     def remove(self, key: str) -> None:
         self.base.execute("DELETE FROM labels WHERE key = ?", (key,))
 
-    def learned(self, last: int) -> list[tuple[str, float]]:
-        """(completion, score) of the `last` that were given to this question, oldest first."""
+    def learned(
+        self, last: int, until: float = math.inf, also: Collection[str] = ()
+    ) -> list[tuple[str, float]]:
+        """(completion, score) of the `last` that were given to this question, oldest first.
+
+        Of those until then, and of the keys `also`.
+        """
         rows = self.base.execute(
             "SELECT completion, score FROM labels WHERE question = ? AND scale = ? "
-            "AND score IS NOT NULL ORDER BY time DESC, key LIMIT ?",
-            (self.question, self.scale, last),
+            f"AND score IS NOT NULL AND (time <= ? OR key IN ({', '.join('?' * len(also))})) "
+            "ORDER BY time DESC, key LIMIT ?",
+            (self.question, self.scale, until, *also, last),
         )
         return rows.fetchall()[::-1]

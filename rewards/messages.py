@@ -1,6 +1,6 @@
 """Prompts and completions as plain text, whether they come as strings or as lists of messages."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 Text = str | Sequence[dict[str, Any]]  # messages are {"role": …, "content": …}
@@ -36,6 +36,11 @@ def joined(prompt: Text, completion: Text) -> str:
     """The completion after its prompt; messages begin on a new line."""
     between = "" if isinstance(completion, str) else "\n"
     return text_of(prompt) + between + text_of(completion)
+
+
+def encodable(texts: Iterable[str]) -> list[str]:
+    """Half of a character, which UTF-8 cannot have, becomes its escape, as in the logs."""
+    return [text.encode("utf-8", "backslashreplace").decode("utf-8") for text in texts]
 
 
 def _content(message: dict[str, Any]) -> str:

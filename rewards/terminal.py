@@ -11,12 +11,16 @@ import textwrap
 import threading
 import tty
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from rewards.label_queue import NAMES, UNDO_EXPIRED, LabelQueue, Question
 
 WHO = "terminal"
+GONE = (
+    "the terminal on which people were asked is gone; resume on another one, or set "
+    '"WHERE": "web" for this reward'
+)
 ESC = "\033"
 CONSOLE = ESC + "[["  # of the Linux console's F1 to F5, before a letter
 POLL = 0.2  # seconds after which a question that has gone is noticed
@@ -47,6 +51,12 @@ class Terminal:
             self.thread.join()
 
     def _labelling(self) -> None:
+        try:
+            self._label()
+        except (OSError, termios.error):  # of a terminal that is gone, each in its own way
+            self.queue.close(GONE)
+
+    def _label(self) -> None:
         while question := self.queue.wait_next(WHO):
             with self._single_keys():  # before it is shown: a quick key is not echoed either
                 self._show(question)
@@ -62,9 +72,8 @@ class Terminal:
         while self.queue.open.get(question.key) is question and not self.queue.closed:
             if select.select([self.file], [], [], POLL)[0]:
                 key = self._read_key()
-                if not key:  # the terminal is gone
-                    self.queue.close()
-                    return None
+                if not key:
+                    raise OSError(GONE)
                 key = KEY_ALIASES.get(key, key)
                 if key in self.queue.values or key in ("s", "u"):
                     self._write(f"{key}\n")
@@ -121,7 +130,8 @@ class Terminal:
         try:
             yield
         finally:
-            termios.tcsetattr(self.file, termios.TCSADRAIN, before)
+            with suppress(termios.error):  # gone: there is nothing to put back
+                termios.tcsetattr(self.file, termios.TCSADRAIN, before)
 
 
 def printable(text: str) -> str:

@@ -211,6 +211,21 @@ def test_each_line_is_drawn_between_two_runs(tmp_path, expected, config, samples
     assert kinds(a_run(tmp_path, config, samples, **figures)) == expected
 
 
+@pytest.mark.parametrize(
+    ("asked", "missing", "evidence"),
+    [(2, 0.75, None), (2, 0.9, None), (6, 0.5, "50% of its scores in 40 steps, of which its ASK "
+     "leaves out 25%"), (None, 0.3, "30% of its scores in 40 steps"), (99, 0.1, None)],
+)  # fmt: skip
+def test_what_nobody_was_asked_about_is_not_missing(tmp_path, asked, missing, evidence):
+    people = {"TYPE": "human", "NAME": "anna", "WEIGHT": 1.0, "ASK": asked}
+    run = a_run(
+        tmp_path, {"REWARDS": [people], "BATCH_SIZE": 8}, **{"rewards/anna/missing": missing}
+    )
+    found = [each for each in findings(read_run(run)) if each.kind == "reward missing"]
+    assert [each.evidence for each in found] == ([evidence] if evidence else [])
+    assert all("TIMEOUT of 'anna'" in each.advice for each in found)
+
+
 def test_an_end_of_text_that_ends_nothing_is_a_wrong_eos(tmp_path):
     run = a_run(tmp_path, {}, texts(32), **{"completions/clipped_ratio": 1.0})
     (run / "final/config.json").write_text('{"eos_token_id": 7}')

@@ -8,11 +8,14 @@ import random
 import re
 import select
 import signal
+import sqlite3
 import sys
 import termios
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -205,8 +208,8 @@ def human(tmp_path):
     def make(
         rule: Callable[[str], str | None] | None = lambda text: "+", **keys
     ) -> tuple[HumanReward, Robot | None]:
-        labels = str(tmp_path / "labels.sqlite")
-        reward = HumanReward(question="Good?", labels=labels, where="web", port=0, **keys)
+        keys = {"labels": str(tmp_path / "labels.sqlite")} | keys
+        reward = HumanReward(question="Good?", where="web", port=0, **keys)
         made.append((reward, Robot(reward.queue, rule) if rule else None))
         return made[-1]
 
@@ -254,6 +257,88 @@ def test_only_so_many_are_asked_and_the_rest_are_missing(human):
     assert told["human/asked"] == 2 and told["human/labelled"] == 0.5
     assert call(reward, list("abcd"), scores=scores) == [1.0] * 4, "the other two, next time"
     assert people.seen == ["d", "a", "b", "c"]
+
+
+def at(step: int) -> SimpleNamespace:
+    return SimpleNamespace(global_step=step, max_steps=9)
+
+
+def steps(reward: HumanReward, texts: list[str], numbers: range) -> list[tuple]:
+    """Result and reports of each step of eight texts, half of them from the step before."""
+    made = []
+    for step in numbers:
+        told: dict = {}
+        own = texts[4 * step : 4 * step + 8]
+        scores = {"size": [len(text) for text in own], "odd": [len(text) % 5 for text in own]}
+        report = {"log_metric": told.__setitem__, "log_extra": told.__setitem__}
+        result = call(reward, own, scores=scores, trainer_state=at(step), **report)
+        made.append((result, told))
+    return made
+
+
+@pytest.mark.parametrize("reward_model", [None, "online"])
+def test_a_run_that_is_killed_asks_and_scores_as_one_that_is_not(human, tmp_path, reward_model):
+    """Killed in its tenth step, after two labels of three; its checkpoint is of the seventh."""
+    texts, truth = spoken(60)
+    good = {text for text, score in zip(texts, truth, strict=True) if score > 0}
+    keys = {"ask": 3, "reward_model": reward_model}
+
+    def rule(text: str) -> str:
+        return "+" if text in good else "-"
+
+    reward, people = human(rule, labels=str(tmp_path / "whole.sqlite"), **keys)
+    whole = steps(reward, texts, range(12))
+    assert [told["human/asked"] for _, told in whole] == [3] * 12
+
+    reward, before = human(rule, **keys)
+    assert steps(reward, texts, range(7)) == whole[:7]
+    checkpoint = json.loads(json.dumps(reward.state_dict()))
+    assert steps(reward, texts, range(7, 10)) == whole[7:10]
+    undone = reward.queue.labels
+    undone.remove(undone.key("p", before.seen.pop()))  # of the last step two are there
+
+    reward, after = human(rule, **keys)
+    reward.load_state_dict(checkpoint)
+    assert steps(reward, texts, range(7, 12)) == whole[7:], "the same, bit for bit"
+    assert before.seen + after.seen == people.seen, "and nothing was asked twice"
+    assert "human/agreement/size" in whole[-1][1]
+    assert ("human/head_error" in whole[-1][1]) == (reward_model == "online")
+
+
+def test_labels_of_a_later_step_and_of_nobodys_choice_stay_out_of_a_repeated_step(human):
+    reward, people = human(ask=1)
+    assert call(reward, ["a", "b"], trainer_state=at(1)) == [1.0, None]
+    assert call(reward, ["b", "c"], trainer_state=at(2)) == [1.0, None]
+    assert call(reward, ["a", "b"], trainer_state=at(1)) == [1.0, None], "as the first time"
+    assert call(reward, ["a", "b", "c"], trainer_state=at(3)) == [1.0, 1.0, 1.0]
+    assert people.seen == ["a", "b", "c"]
+
+
+def test_a_file_of_labels_of_an_earlier_version_is_read(tmp_path, human):
+    with sqlite3.connect(tmp_path / "labels.sqlite") as base:
+        base.execute(
+            "CREATE TABLE labels (key TEXT PRIMARY KEY, score REAL, who TEXT, "
+            "time REAL, question TEXT, scale TEXT, prompt TEXT, completion TEXT)"
+        )
+        key = Labels(tmp_path / "other.sqlite", "Good?", "binary").key("p", "a")
+        row = (key, -1.0, "ann", 1e9, "Good?", "binary", "p", "a")
+        base.execute("INSERT INTO labels VALUES (?,?,?,?,?,?,?,?)", row)
+    reward, people = human(ask=1)
+    assert call(reward, ["a", "b", "c"], trainer_state=at(1)) == [-1.0, 1.0, None]
+    assert people.seen == ["b"]
+
+
+def test_several_people_report_under_their_names(human):
+    (ann, _), (bob, _) = human(name="ann", ask=1), human(lambda _: "1", scale="1-5", name="bob")
+    bob_told, told = {}, {}
+    scores = {"up": [1.0, 2.0]}
+    for reward, own in ((ann, told), (bob, bob_told)):
+        reports = {"log_metric": own.__setitem__, "log_extra": own.__setitem__}
+        call(reward, ["a", "b"], scores=scores, **reports)
+    assert told == {
+        "ann/asked": 1, "ann/labelled": 0.5, "ann/labelled_by": ["people", "nobody"]
+    }  # fmt: skip
+    assert bob_told["bob/asked"] == 2 and bob_told.keys().isdisjoint(told)
 
 
 def test_nobody_answers_in_time(human):
@@ -425,6 +510,30 @@ def test_a_scale_of_numbers_says_which_end_is_good(pseudo):
     assert "[1] worst  [2]  [3]  [4]  [5] best" in os.read(master, 4096).decode()
 
 
+@pytest.mark.parametrize("when", ["before a question", "before a key"])
+def test_a_terminal_that_goes_away_stops_the_run_and_is_named(queue, when, monkeypatch):
+    """Its window was closed, and the run does not end by that (nohup)."""
+    unhandled = []
+    monkeypatch.setattr(threading, "excepthook", unhandled.append)
+    master, slave = os.openpty()
+    terminal = Terminal(queue, "Good?", device=os.ttyname(slave))
+    os.close(slave)
+    if when == "before a question":
+        os.close(master)
+    terminal.start()
+    run = ThreadPoolExecutor(1).submit(queue.ask, questions(queue, "x"), None)
+    if when == "before a key":
+        shown = ""
+        while "[u] undo" not in shown:
+            shown += os.read(master, 4096).decode()
+        os.close(master)
+    with pytest.raises(Interrupted, match=r"^the terminal on which people were asked is gone"):
+        run.result(60)
+    terminal.close()
+    os.close(terminal.file)
+    assert unhandled == [] and not terminal.thread.is_alive()
+
+
 class Typist:
     """train.py on a terminal of its own: what it shows, and fingers."""
 
@@ -534,7 +643,10 @@ def test_labelling_on_the_terminal(typist, settings, tmp_path):
 
 
 def test_the_recipe_runs(typist, tmp_path):
-    """configs/human.json from the command line: a dry run and ten steps of four labels."""
+    """configs/human.json from the command line: a dry run and ten steps of four labels.
+
+    The first step asks for what the dry run asked for, which has its labels.
+    """
     recipe = json.loads(re.sub(r"//.*", "", (ROOT / "configs/human.json").read_text()))
     recipe["REWARDS"][0]["LABELS"] = str(tmp_path / "labels.sqlite")
     small = ["BATCH_SIZE=8", "MAX_NEW_TOKENS=8", f"OUTPUT_DIR={tmp_path / 'run'}"]
@@ -545,7 +657,7 @@ def test_the_recipe_runs(typist, tmp_path):
             person.press("+-"[asked % 2])
             asked += 1
         assert person.end() == 0
-        assert asked == (4 if more == "--dry-run" else 40)
+        assert asked == (4 if more == "--dry-run" else 36)
     last = read_jsonl(tmp_path / "run/metrics.jsonl")[-1]
     assert last["human/asked"] == 4 and last["rewards/human/mean"] is not None
     assert "human/head_error" in last and "human/agreement/classifier" in last

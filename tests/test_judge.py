@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -26,8 +27,8 @@ from adaptiverl.config.loading import load_config
 from adaptiverl.training.build import Parts, build
 from adaptiverl.training.keys import RunConfig
 from adaptiverl.training.scoring import Scoring
-from rewards import FatalJudgeError, Interrupted, JudgeReward, LocalJudgeReward
-from rewards.judge_limits import RateLimiter
+from rewards import CompositeReward, FatalJudgeError, Interrupted, JudgeReward, LocalJudgeReward
+from rewards.judge_limits import Gate, RateLimiter, money
 from rewards.judge_prompt import JudgePrompt
 
 FAULTS = (
@@ -222,6 +223,39 @@ def test_no_more_requests_at_a_time_than_allowed(server, judge, concurrency):
     assert server.busiest == concurrency
 
 
+def test_batches_that_are_scored_at_once_share_what_is_allowed(server, judge):
+    """Each in a thread of its own, as of an evaluation."""
+    server.delay = 0.05
+    own = judge(concurrency=2)
+    own.start()
+    one = CompositeReward([own])
+    pending = [one.begin(["p"] * 4, [f"{k} {i}" for i in range(4)]) for k in range(3)]
+    for scores in pending:
+        assert scores().flatten().tolist() == [pytest.approx(1 / 9)] * 4
+    assert server.busiest == 2 and len(server.seen) == 12
+
+
+def test_who_is_cancelled_before_a_gate_takes_nobodys_turn():
+    async def crowd() -> list[str]:
+        gate, inside = Gate(1), []
+
+        async def enter(name: str) -> None:
+            async with gate:
+                inside.append(name)
+                await asyncio.sleep(0)
+
+        async with gate:
+            tasks = [asyncio.ensure_future(enter(name)) for name in "abc"]
+            await asyncio.sleep(0)  # all three wait
+            tasks[1].cancel()
+        tasks[0].cancel()  # its turn has just come
+        await asyncio.wait(tasks)
+        async with asyncio.timeout(60), gate:
+            return inside
+
+    assert asyncio.run(crowd()) == ["c"]
+
+
 def test_a_rate_limiter_spreads_requests_and_tokens(monkeypatch):
     clock, waited = [100.0], []
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
@@ -277,7 +311,12 @@ def test_cost_ends_the_budget_and_is_said_once(server, judge, caplog):
     assert ask(spender, ["a", "b", "c", "d"]) == [0.0, 0.0, None, None]
     assert ask(spender, ["e", "a"]) == [None, 0.0], "what is cached still counts"
     said = [record.getMessage() for record in caplog.records if "budget" in record.getMessage()]
-    assert len(said) == 1 and "2 calls, 40.00" in said[0]
+    path = Path(spender.cache).resolve()
+    assert said == [
+        "the budget of the judge 'judge' is spent: MAX_COST 40.00 is used up by 2 answers that "
+        f"cost 40.00. What is not in {path} is missing from here on; raise MAX_COST to go on asking"
+    ]
+    assert spender.why_pause(1.0).endswith("the last: its budget is spent")
 
 
 def test_no_more_answers_are_paid_for_than_allowed(server, judge):
@@ -286,6 +325,156 @@ def test_no_more_answers_are_paid_for_than_allowed(server, judge):
     found = ask(judge(max_calls=5), texts(32))
     assert len(server.seen) == 5 and found.count(None) == 27
     assert ask(judge(max_calls=5), texts(32)).count(None) == 27, "in all runs"
+
+
+# The budget
+
+
+def test_the_budget_names_its_limit_and_counts_what_is_under_way(server, judge, caplog):
+    server.delay = 0.05
+    one = judge(max_calls=3, name="kind")
+    assert ask(one, texts(12)).count(None) == 9
+    assert caplog.messages == [
+        "the budget of the judge 'kind' is spent: MAX_CALLS 3 is used up by 3 answers (3 of them "
+        f"under way). What is not in {Path(one.cache).resolve()} is missing from here on; raise "
+        "MAX_CALLS to go on asking"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("usage", "each", "told"),
+    [({}, 10, 1), ({"usage": None}, 10, 1), ({"usage": {"prompt_tokens": 3}}, 10, 1),
+     ({"usage": {"prompt_tokens": 3.0, "completion_tokens": 5.5}}, 6, 0)],
+    ids=["none", "null", "half", "floats"],
+)  # fmt: skip
+def test_cost_is_estimated_where_the_server_does_not_say(
+    server, judge, monkeypatch, caplog, usage, each, told
+):
+    """Of 1 for each token of an answer, and an answer takes about ten."""
+    scripted(monkeypatch, *[(200, completion('{"score": 1}', **usage))] * 4)
+    one = judge(max_cost=2.0 * each, prices=(0, 1e6), concurrency=1)
+    assert ask(one, ["a", "b", "c", "d"]) == [0.0, 0.0, None, None]
+    assert len(server.seen) == 2
+    said = [text for text in caplog.messages if "server" in text.split("/")[0]]
+    assert said == [
+        "the server of the judge 'judge' does not say how many tokens it took: its cost is "
+        "estimated, at four letters a token"
+    ] * told  # fmt: skip
+
+
+def test_what_was_asked_is_estimated_too(server, judge, monkeypatch, tmp_path):
+    scripted(monkeypatch, (200, completion('{"score": 1}')))
+    ask(judge(), ["a"])
+    letters = sum(len(message["content"]) for message in server.seen[0]["messages"])
+    with sqlite3.connect(tmp_path / "judge.sqlite") as base:
+        spent = base.execute("SELECT tokens_in, tokens_out FROM accounts").fetchall()
+    assert spent == [(-(-letters // 4), 10)]
+
+
+@pytest.mark.parametrize(
+    ("amount", "shown"),
+    [(0.0, "0.00"), (0.000432, "0.000432"), (0.0996, "0.0996"), (0.5, "0.50"), (1234.5, "1234.50")],
+)
+def test_small_sums_of_money_are_not_nothing(amount, shown):
+    assert money(amount) == shown
+
+
+def test_the_end_says_what_little_it_cost(server, judge, capsys):
+    one = judge(prices=(0.4, 0.2))
+    ask(one, ["a", "b"])
+    one.close()
+    assert "cost 0.0000100;" in capsys.readouterr().out
+
+
+def test_two_judges_of_one_account_keep_to_its_limit_together(server, judge):
+    """They ask at the same time, of the same model by the same rubric."""
+    server.delay = 0.05
+    both = [judge(name="a", max_calls=5), judge(name="b", max_calls=5, pairwise=True)]
+    CompositeReward(both)(["p"] * 4, ["a", "b b", "c", "d"])
+    assert len(server.seen) == 5
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_what_two_ask_at_once_is_asked_once(server, judge, batches):
+    """Two entries in one batch, and two batches in threads of their own, as of an evaluation."""
+    server.delay = 0.05
+    composites = [
+        CompositeReward([judge(name="a"), judge(name="b", max_calls=16)]) for _ in range(batches)
+    ]
+    pending = [each.begin(["p"] * 16, texts(16)) for each in composites]
+    expected = [(words(text) - 1) / 9 for text in texts(16)]
+    for scores in pending:
+        assert scores().T.tolist() == [pytest.approx(expected, abs=1e-6)] * 2
+    told = [each.metrics for each in composites]
+    assert len(server.seen) == 16
+    assert sum(each["a/calls"] + each["b/calls"] for each in told) == 16
+    assert sum(each["a/cached"] + each["b/cached"] for each in told) == 32 * batches - 16
+
+
+@pytest.mark.parametrize("status", [500, 400])
+def test_who_waits_for_anothers_question_hears_that_it_failed(server, judge, monkeypatch, status):
+    arrived = threading.Barrier(2)
+
+    def answer(self, body, fault):
+        if "good" not in body["messages"][-1]["content"]:
+            arrived.wait(60)  # both of "a" are here: none of "b", which waits for them
+        score = {"choices": [{"message": {"content": '{"score": 1}'}}]}
+        good = "good" in body["messages"][-1]["content"]
+        self.reply(200 if good else status, score if good else {}, {})
+
+    monkeypatch.setattr(Handler, "answer", answer)
+    both = [judge(name=name, retries=0, timeout=60.0) for name in "ab"]
+    scores = CompositeReward(both).score(["p"] * 3, ["x", "y", "good"])
+    assert scores.isnan().tolist() == [[True] * 2] * 2 + [[False] * 2]
+    assert len(server.seen) == 3
+    assert [f"it answered {status}" in one.trouble for one in both] == [True, True]
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_who_waits_for_a_question_that_is_given_up_is_not_left_alone(
+    server, judge, monkeypatch, answers
+):
+    """The one who asks is cancelled: its answer still comes and is shared, or is asked for anew."""
+    cancelled, real = threading.Event(), Handler.answer
+
+    def answer(self, body, fault):
+        if len(server.seen) == 1:
+            cancelled.wait(60)
+            if not answers:
+                return self.reply(500, {}, {})
+        return real(self, body, fault)
+
+    monkeypatch.setattr(Handler, "answer", answer)
+    one, other = judge(timeout=60.0), judge(timeout=60.0)
+
+    async def both() -> list[float | None]:
+        first = asyncio.ensure_future(one(["p"], ["a b"]))
+        while not server.seen:
+            await asyncio.sleep(0.001)
+        second = asyncio.ensure_future(other(["p"], ["a b"]))
+        await asyncio.sleep(0)  # it begins
+        first.cancel()
+        cancelled.set()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        return await second
+
+    assert asyncio.run(both()) == [1 / 9]
+    assert len(server.seen) == (1 if answers else 2)
+
+
+def test_a_pair_of_which_one_order_is_missing_does_not_count(server, judge, monkeypatch):
+    """This judge always prefers the first: one order alone would be a win."""
+
+    def answer(self, body, fault):
+        parts = fields(body["messages"][-1]["content"])
+        if (parts["A"], parts["B"]) == ("x", "y"):
+            return self.reply(400, {"error": {"message": "filtered"}}, {})
+        return self.reply(200, completion('{"better": "A"}'), {})
+
+    monkeypatch.setattr(Handler, "answer", answer)
+    assert ask(judge(pairwise=True), ["x", "y", "z"]) == [0.5, 0.5, 0.5]
+    assert ask(judge(pairwise=True), ["x", "y"]) == [None, None]
 
 
 def test_pairs_are_compared_in_both_orders(server, judge):
@@ -516,6 +705,66 @@ def test_a_server_that_drips_gets_timeout_as_a_whole(server, judge, monkeypatch)
 LATER = (429, {"error": {"message": "daily limit"}}, {"Retry-After": "34532"})
 
 
+@pytest.mark.parametrize(
+    ("date", "asked"),
+    [("Wed, 21 Oct 2099 07:28:00 GMT", True), ("Thu, 01 Jan 1970 00:00:00 GMT", False),
+     ("Thu, 99 Jan 2099 00:00:00 GMT", False), ("soon", False)],
+)  # fmt: skip
+def test_retry_after_may_be_a_date(server, judge, monkeypatch, caplog, date, asked):
+    scripted(monkeypatch, (429, {}, {"Retry-After": date}))
+    before = datetime(2099, 10, 21, 7, 28, tzinfo=UTC).timestamp() - time.time()
+    assert ask(judge(retries=1, backoff=0, max_wait=0.01), ["a"]) == [0.0]
+    seconds = [int(text.split(" s ")[0].split()[-1]) for text in caplog.messages]
+    assert seconds == ([pytest.approx(before, abs=60)] if asked else [])
+
+
+def test_half_a_character_is_sent_as_its_escape(server, judge):
+    """A prompt's or a completion's; UTF-8 has none."""
+    assert ask(judge(), ["one \ud800 three"], ["P\udfff"]) == [2 / 9]
+    asked = server.seen[0]["messages"][-1]["content"]
+    assert fields(asked) == {"prompt": "P\\udfff", "text": "one \\ud800 three"}
+
+
+@pytest.mark.parametrize("kind", ["text", "folder", "below a file"])
+def test_a_cache_that_cannot_be_one_is_said_at_the_start(server, judge, tmp_path, kind):
+    path = tmp_path / "cache"
+    if kind == "folder":
+        path.mkdir()
+    else:
+        path.write_text("this is no database " * 99)
+    path = path / "judge.sqlite" if kind == "below a file" else path
+    with pytest.raises(ValueError, match=f"^CACHE {path}: it cannot be used .*; name an SQLite"):
+        judge(cache=str(path)).start()
+    assert server.seen == []
+
+
+@pytest.mark.parametrize("structured", [True, False])
+def test_a_model_that_never_answers_in_the_form_is_not_asked_again(
+    server, judge, caplog, structured
+):
+    """Eight questions are tried three times each, but for the last; then each once."""
+    server.share, server.faults = 1.0, ("prose",)
+    one = judge(retries=2, backoff=0, concurrency=1, structured=structured)
+    assert ask(one, texts(20)) == [None] * 20
+    assert len(server.seen) == 7 * 3 + 13
+    does = "the server may ignore STRUCTURED;" if structured else "set STRUCTURED,"
+    said = (
+        "its answer was '8 out of 10', and nothing but {\"score\": <number from 1 to 10>} is read: "
+        f"{does} say so in RUBRIC, or choose another MODEL"
+    )
+    assert one.why_pause(1.0).endswith(said)
+    assert caplog.messages == [
+        "the judge 'judge' has given no answer yet that can be read: such answers are not asked "
+        f"for again; the last: {said}"
+    ]
+    server.share = 0.0
+    assert ask(one, ["a b"]) == [1 / 9]
+    server.share = 1.0
+    server.seen.clear()
+    assert ask(one, ["b c"]) == [None]
+    assert len(server.seen) == 3, "it has answered since: what is odd now may be better next time"
+
+
 def test_a_long_retry_after_is_said_and_not_waited_for(server, judge, monkeypatch, caplog):
     scripted(monkeypatch, LATER, LATER)
     assert ask(judge(retries=1, max_wait=0.01), ["a", "b"]) == [0.0, 0.0]
@@ -726,12 +975,13 @@ def test_what_it_took_is_told(server, judge, monkeypatch, capsys, tmp_path):
     one = judge(prices=(1e6, 2e6), retries=3, backoff=0, name="length")
     asyncio.run(one(["p"], ["a"], log_metric=told.__setitem__))
     assert told == {"length/calls": 1, "length/retries": 0, "length/cached": 0, "length/cost": 20.0}
-    scripted(monkeypatch, (500, {}), (200, completion("prose")))
+    usage = {"prompt_tokens": 1, "completion_tokens": 0}
+    scripted(monkeypatch, (500, {}), (200, completion("prose", usage=usage)))
     asyncio.run(one(["p"] * 3, ["a", "a b", "a"], log_metric=told.__setitem__))
-    assert told == {"length/calls": 2, "length/retries": 2, "length/cached": 2, "length/cost": 20.0}
+    assert told == {"length/calls": 2, "length/retries": 2, "length/cached": 2, "length/cost": 21.0}
     one.close()
     assert capsys.readouterr().out == (
-        "length: 3 calls, 2 retries, 2 cached, cost 40.00; judgements are kept in "
+        "length: 3 calls, 2 retries, 2 cached, cost 41.00; judgements are kept in "
         f"{tmp_path / 'judge.sqlite'}\n"
     )
 
@@ -910,6 +1160,23 @@ def test_an_evaluation_leaves_out_who_compares_completions_of_a_prompt(
     assert row["eval/rewards/judge/mean"] is None
     assert row["eval/reward"] == row["eval/rewards/length/mean"] > 0
     assert len(server.seen) <= 2 * 4 * 3, "nothing is asked for it"
+
+
+def test_an_evaluation_counts_what_all_of_its_batches_took(server, settings, tmp_path, main):
+    """They are begun before the first is waited for."""
+    prompts = [{"prompt": f"Say {k}:"} for k in range(20)]
+    (tmp_path / "eval.json").write_text(json.dumps(prompts))
+    keys = keys_of(settings, server, tmp_path) | {"STEPS": 1, "EVAL_EVERY": 1}
+    assert main(keys | {"EVAL_FILE": str(tmp_path / "eval.json")}) == 0
+    (row,) = read_jsonl(Path(settings["OUTPUT_DIR"]) / "metrics.jsonl")
+    assert row["eval/judge/calls"] + row["eval/judge/cached"] == 20
+    assert row["judge/calls"] + row["eval/judge/calls"] == len(server.seen)
+
+
+def test_reports_of_several_batches_are_added_up_or_averaged(judge):
+    one = CompositeReward({"judge": judge(), "plain": lambda **_: []})
+    reports = [{"judge/calls": 3, "plain/calls": 3}, {"judge/calls": 2}, {"plain/calls": 4}]
+    assert one.over_batches(reports) == {"judge/calls": 5, "plain/calls": 3.5}
 
 
 def test_a_reward_that_raises_pauses_too(settings, main, capsys, tmp_path, monkeypatch):

@@ -122,6 +122,43 @@ def test_an_answer_stands_below_its_conversation_and_a_continuation_behind_its_t
         run.join()
 
 
+def test_half_a_character_is_shown_and_kept_as_its_escape(reward):
+    """UTF-8 has none: neither the page nor the file of labels could hold it."""
+    run, client = Waiting(reward, "so \ud800"), Client(reward)
+    client.enter()
+    item = json.loads(client.request("GET", "/next")[1])["item"]
+    assert item["completion"] == "so \\ud800"
+    assert client.post("/label", {"key": item["key"], "value": "+"}) == 200
+    run.join()
+    assert run.result == [1.0]
+
+
+def test_a_second_answer_and_an_undo_too_many_change_nothing(reward):
+    """A double click, and the key pressed again; what a browser of an earlier run sends."""
+    run, client = Waiting(reward, "a", "b"), Client(reward)
+    client.enter()
+    key = json.loads(client.request("GET", "/next")[1])["item"]["key"]
+
+    def sent(path: str, body: dict) -> tuple[str | None, int]:
+        view = json.loads(client.request("POST", path, body, Origin=f"http://{client.host}")[1])
+        return view["message"], view["left"]
+
+    assert sent("/label", {"key": key, "value": "+"}) == (None, 1)
+    late = "that one was labelled already, or timed out"
+    assert sent("/label", {"key": key, "value": "-"}) == (late, 1)
+    assert sent("/undo", {}) == (None, 2)
+    expired = "nothing to undo: that batch has been trained on"
+    assert sent("/undo", {}) == (expired, 2)
+    assert sent("/label", {"key": key, "value": "-"}) == (None, 1)
+    (other,) = reward.queue.open
+    mine, client.cookie = client.cookie, client.cookie.replace("sesame", "an-older-token")
+    assert client.post("/label", {"key": other, "value": "-"}) == 403
+    assert client.enter().split(";")[0] != mine, "the address lets it in again"
+    assert sent("/label", {"key": other, "value": "+"}) == (None, 0)
+    run.join()
+    assert run.result == [-1.0, 1.0]
+
+
 def test_other_sites_and_names_get_nowhere(reward):
     run, client = Waiting(reward, "a"), Client(reward)
     cookie = client.enter()

@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Iterator
 
-from adaptiverl.commands.curves import Run
+from adaptiverl.commands.curves import Row, Run
 from adaptiverl.commands.finding import Finding
 from adaptiverl.commands.sample_facts import SampleFacts
 
@@ -28,18 +28,30 @@ def _missing(run: Run) -> Iterator[Finding]:
         name = reward["NAME"]
         rows = [row.get(f"rewards/{name}/missing", 0.0) for row in run.metrics]
         share = statistics.mean(rows) if rows else 0.0
-        if share < MISSING:
+        left_out = _left_out(run, reward)
+        if share - left_out < MISSING:
             continue
         odd = next((row for row in run.metrics if row.get(f"rewards/{name}/quarantined")), None)
-        why = "it gives None"
+        why, advice = "it gives None", f"correct {name!r} in REWARDS (TYPE {reward['TYPE']})"
         if odd:
             why = f"it gives NaN or infinity, first in step {odd['step']}"
+        elif reward["TYPE"] == "human":
+            why = "people skipped them, or gave no label in time"
+            advice = f"raise TIMEOUT of {name!r}, or let a head fill in (REWARD_MODEL online)"
         yield Finding(
             "reward missing",
             f"the reward {name!r} is missing for many completions: {why}",
-            f"{share:.0%} of its scores in {len(rows)} steps",
-            f"correct {name!r} in REWARDS (TYPE {reward['TYPE']})",
+            f"{share:.0%} of its scores in {len(rows)} steps"
+            + (f", of which its ASK leaves out {left_out:.0%}" if left_out else ""),
+            advice,
         )
+
+
+def _left_out(run: Run, reward: Row) -> float:
+    """The share of the completions that nobody is asked about, because ASK says so."""
+    size = run.config.get("BATCH_SIZE", 0)
+    asked = reward.get("ASK") if reward["TYPE"] == "human" else None
+    return max(1 - asked / size, 0.0) if asked and size else 0.0
 
 
 def _flat(run: Run, facts: SampleFacts) -> Iterator[Finding]:

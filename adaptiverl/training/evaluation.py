@@ -33,6 +33,14 @@ def evaluate(c: RunConfig, parts: Parts, prompts: Dataset) -> Metrics:
     own = range(runtime.rank, total, runtime.processes)
     numbers = uniforms(c.SEED, 0, len(prompts), c.MAX_NEW_TOKENS)
     pending: list[PendingScores] = []
+    reports: list[tuple[dict[str, float], dict[str, float]]] = []  # of each batch, by its rewards
+
+    def first(begun: PendingScores, count: int) -> Scores:
+        """Without the rows that only fill up a batch."""
+        found = begun()
+        reports.append((scoring.rewards.metrics, scoring.held_out.metrics))
+        return Scores(found.trained[:count], found.held_out[:count])
+
     kl = torch.zeros(1, device=runtime.device)  # nats, over this process's completions
     for start in range(0, len(own), size):
         rows = [row % len(prompts) for row in own[start : start + size]]
@@ -40,7 +48,7 @@ def evaluate(c: RunConfig, parts: Parts, prompts: Dataset) -> Metrics:
         batch = columns(c, prompts, rows)
         rollout = parts.checked.sample(batch["prompt"], numbers[rows])
         begun = scoring.begin(batch, rollout, parts.sampler.decode(rollout), parts.progress.step)
-        pending.append(partial(_first, begun, real))
+        pending.append(partial(first, begun, real))
         if c.KL_COEF:
             reference = runtime.no_grad(
                 parts.sampler.policy.reference_logprobs, rollout, c.GRAD_ACCUM
@@ -60,10 +68,7 @@ def evaluate(c: RunConfig, parts: Parts, prompts: Dataset) -> Metrics:
     if c.KL_COEF:
         mean["eval/kl_per_completion"] = each = runtime.reduce(kl)[0] / len(prompts)
         mean["eval/score"] = None if reward is None else reward - c.KL_COEF * each
+    trained, held_out = zip(*reports, strict=True)
+    scoring.rewards.metrics = scoring.rewards.over_batches(trained)
+    scoring.held_out.metrics = scoring.held_out.over_batches(held_out)
     return mean | scoring.metrics(scores, "eval/")
-
-
-def _first(pending: PendingScores, count: int) -> Scores:
-    """Without the rows that only fill up a batch."""
-    scores = pending()
-    return Scores(scores.trained[:count], scores.held_out[:count])
