@@ -691,7 +691,9 @@ def test_arguments_of_the_trust_region_are_checked(arguments, message):
         AdaptiveOptimizer(BASES["SGD"](model().parameters()), **arguments)
 
 
-@pytest.mark.parametrize("given", [{"measure_kl": lambda: 0.0}, {"min_kl": 0.1}], ids=str)
+@pytest.mark.parametrize(
+    "given", [{"measure_kl": lambda: 0.0}, {"min_kl": 0.1}], ids=["measure_kl", "min_kl"]
+)
 def test_a_step_with_a_kl_that_nothing_uses_is_refused(given):
     net = model()
     optimizer = AdaptiveOptimizer(BASES["SGD"](net.parameters()), wd_rule="trend")
