@@ -64,7 +64,7 @@ class CompositeReward:
         self.reserved = reserved
 
     @property
-    def scale_moves(self) -> bool:
+    def _scale_moves(self) -> bool:
         """Whether the same score counts differently in other steps: NORMALIZE, or a schedule."""
         normalised = any(scale.kind != "none" for scale in self.scales.values())
         return normalised or not all(isinstance(w, int | float) for w in self.weights.values())
@@ -194,7 +194,7 @@ class CompositeReward:
         parts = self._parts(scores, step, group_size)
         self.monitor.observe(self.names, parts, scores, group_size)
         result: dict[str, float] = {}
-        if self.scale_moves and (fixed := mean(self.measure(scores, group_size))) is not None:
+        if self._scale_moves and (fixed := mean(self.measure(scores, group_size))) is not None:
             result["reward_fixed_scale"] = fixed
         if len(self.rewards) < 2:
             return result

@@ -145,7 +145,7 @@ def test_the_time_to_a_quality_is_counted_to_its_first_ten_good_steps():
     assert table[2:6] == [
         ["ours, as it is", "3 of 3", "10.0", "5.0", "20", "1.00"],
         ["TRL at its best swept rate (0.0001)", "3 of 3", "40.0", "5.0", "20", "4.00"],
-        ["TRL, with the seconds of its sweep", "3 of 3", "60.0", "5.0", "20", "6.00"],
+        ["TRL, with the seconds of its sweep (2 rates)", "3 of 3", "60.0", "5.0", "20", "6.00"],
         ["TRL at its default rate", "0 of 3", "> 90.0", "5.0", "> 100", "> 9.00"],
     ]
     assert table[8] == ["ours, as it is", *["open"] * 5], "sparse"

@@ -275,25 +275,23 @@ def test_killed_at_ten_random_moments_and_resumed_is_the_uninterrupted_run(start
     assert_same_run(whole, out)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_saves_says_so_and_exits_and_the_run_resumes_exactly(
-    start, main, resumable, number
-):
+def test_signals_save_say_so_and_exit_and_the_run_resumes_exactly(start, main, resumable):
     out = Path(resumable["OUTPUT_DIR"])
     keys = resumable | {"SAVE_EVERY": 0, "STEPS": 80}
-    process = start(keys)
-    wait_for_steps(process, out, 5)
-    process.send_signal(number)
-    printed, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
-    assert errors == ""
-    step = steps_written(out)
-    assert 5 <= step < 80
-    folder = out / f"step-{step:06d}"
-    assert printed.splitlines()[-1] == (
-        f"stopped by {number.name} after step {step}, saved in {folder}; RESUME=auto continues"
-    )
-    assert checkpoint.newest(out) == (folder, step)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        process, before = start(keys), steps_written(out)
+        wait_for_steps(process, out, before + 5)
+        process.send_signal(number)
+        printed, errors = process.communicate(timeout=60)
+        assert process.returncode == 128 + number
+        assert errors == ""
+        step = steps_written(out)
+        assert before + 5 <= step < 80
+        folder = out / f"step-{step:06d}"
+        assert printed.splitlines()[-1] == (
+            f"stopped by {number.name} after step {step}, saved in {folder}; RESUME=auto continues"
+        )
+        assert checkpoint.newest(out) == (folder, step)
     whole = out.with_name("whole")
     assert main(keys) == main(keys | {"OUTPUT_DIR": str(whole)}) == 0
     assert_same_run(whole, out)
