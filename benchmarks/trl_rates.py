@@ -160,6 +160,11 @@ def collapsed(row: dict[str, Any]) -> bool:
     )  # fmt: skip
 
 
+def mean(rows: list[dict[str, Any]], name: str, digits: int) -> str:
+    known = [row[name] for row in rows if row[name] is not None]
+    return f"{statistics.mean(known):.{digits}f}" if known else "–"
+
+
 def report(rows: list[dict[str, Any]]) -> str:
     """Tables in Markdown. A policy without finite probabilities has the lowest score there was."""
     lines = []
@@ -179,10 +184,12 @@ def report(rows: list[dict[str, Any]]) -> str:
         table = [
             [method, f"{rate:g}", len(cell), f"{scores[method, rate]:.3f}",
              f"{(scores[method, rate] - before) / gain:.0%}" if gain > 0 else "–",
-             sum(map(collapsed, cell)), f"{statistics.mean(row['seconds'] for row in cell):.0f}"]
+             mean(cell, "reward", 3), mean(cell, "kl", 1), sum(map(collapsed, cell)),
+             mean(cell, "seconds", 0)]
             for (method, rate), cell in sorted(cells.items(), reverse=True)
         ]  # fmt: skip
-        heads = ["method", "rate", "runs", "score", "share of the gain", "collapsed", "processor s"]
+        heads = ["method", "rate", "runs", "score", "share of the gain", "reward", "KL, nats",
+                 "collapsed", "processor s"]  # fmt: skip
         lines += [
             f"### {trainer}, {task}",
             "",

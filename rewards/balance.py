@@ -45,7 +45,7 @@ class Scale:
         missing = column.isnan()
         known = column[~missing]
         if learn and self.kind != "none" and "first_mean" not in self.state:
-            mean, deviation = _spread(known)
+            mean, deviation = self._first(known)
             if deviation:
                 self.state |= {"first_mean": mean, "first_deviation": deviation}
         if self.kind == "zscore" and len(known):
@@ -65,10 +65,17 @@ class Scale:
         from and differed, before that of this one. Clipped; missing stays missing.
         """
         if self.kind != "none":
-            mean, deviation = _spread(column[~column.isnan()])
-            mean = self.state.get("first_mean", mean)
-            column = _standard(column, mean, self.state.get("first_deviation", deviation))
+            column = _standard(column, *self._first(column[~column.isnan()]))
         return self._clipped(column)
+
+    def _first(self, known: Tensor) -> tuple[float, float]:
+        """Mean and deviation of the first batch; the running ones in a state that lacks them."""
+        state = self.state
+        if "first_mean" in state:
+            return state["first_mean"], state["first_deviation"]
+        if "weight" in state and (deviation := _deviation(state["mean"], state["square"])):
+            return state["mean"], deviation
+        return _spread(known)
 
     def _clipped(self, column: Tensor) -> Tensor:
         return column if self.clip is None else column.clamp(*self.clip)

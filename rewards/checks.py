@@ -4,6 +4,9 @@ from collections.abc import Sequence
 
 from rewards.base import Reward
 
+# First parts of names in metrics.jsonl. Judges and people report under their own, as name/asked
+TAKEN_NAMES = {"completions", "eval", "held_out", "rewards", "sampling", "seconds"}
+
 
 def check_rewards(
     rewards: Sequence[Reward],
@@ -26,6 +29,8 @@ def check_rewards(
             raise ValueError(f"HELD_OUT.{i}: {', '.join(sorted(unread))} is for REWARDS only")
     everything = [*rewards, *held_out]
     for reward in everything:
+        if reward.counts and reward.name in TAKEN_NAMES:
+            raise ValueError(f"NAME {reward.name} is taken: metrics of the run begin so")
         if reward.compares and num_generations == 1:
             raise ValueError(f"{reward.name} is PAIRWISE: NUM_GENERATIONS 1 has only one")
     for each in (rewards, held_out):

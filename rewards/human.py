@@ -131,7 +131,7 @@ class HumanReward(Reward):
         completions = encodable(texts_of(completions))
         keys = [self._labels.key(p, c) for p, c in zip(prompts, completions, strict=True)]
         others = dict(scores or {})
-        first = self._labels.first_asked(getattr(trainer_state, "global_step", None), keys)
+        batch, first, ended = self._labels.batch(getattr(trainer_state, "global_step", None), keys)
         head = self._head(first)
         opinions = list(others.values()) + ([head(completions)] if head else [])
         asked: dict[str, Question] = {}
@@ -141,21 +141,23 @@ class HumanReward(Reward):
                 given = {name: x for name, col in others.items() if (x := col[i]) is not None}
                 question = Question(keys[i], prompts[i], completions[i], given, answers[i])
                 asked.setdefault(keys[i], question)
-        left = [question for key, question in asked.items() if self._labels.find(key) is None]
-        if left:
-            self._front_end.start()
-            await asyncio.to_thread(self._queue.ask, left, self.timeout)
+        if ended is None:
+            left = [question for key, question in asked.items() if self._labels.find(key) is None]
+            if left:
+                self._front_end.start()
+                await asyncio.to_thread(self._queue.ask, left, self.timeout)
+            ended = self._labels.end(batch)
 
-        found = [self._labels.find(key, math.inf if key in asked else first) for key in keys]
+        found = [self._labels.find(key, ended if key in asked else first) for key in keys]
         result = [None if label is None else label[0] for label in found]
         for key, question in asked.items():
-            label = self._labels.find(key)
+            label = self._labels.find(key, ended)
             if label and label[0] is not None:
                 self._compared[key] = label[0], question.scores
         for key in list(self._compared)[:-AGREEMENT_WINDOW]:
-            del self._compared[key]
+            self._compared.pop(key, None)  # batches of an evaluation are scored at once
         sources = ["nobody" if x is None else "people" for x in result]
-        if head := self._head(first, asked):
+        if head := self._head(first, asked, ended):
             guesses = head(completions)
             sources = ["head" if x is None else "people" for x in result]
             result = [y if x is None else x for x, y in zip(result, guesses, strict=True)]
@@ -166,13 +168,15 @@ class HumanReward(Reward):
             log_extra("labelled_by" if default else f"{self.name}/labelled_by", sources)
         return result
 
-    def _head(self, until: float, also: Collection[str] = ()) -> "RidgeHead | None":
-        """Learned from the labels until then and those of `also`; None while they are too few."""
+    def _head(
+        self, until: float, also: Collection[str] = (), ended: float = math.inf
+    ) -> "RidgeHead | None":
+        """Learned from the labels until then, and until `ended` of `also`; None of too few."""
         from rewards.head import MAX_LABELS, MIN_LABELS, RidgeHead
 
         if self.reward_model != "online":
             return None
-        known = self._labels.learned(MAX_LABELS, until, also)
+        known = self._labels.learned(MAX_LABELS, until, also, ended)
         return RidgeHead(*zip(*known, strict=True)) if len(known) >= MIN_LABELS else None
 
     def agreement(self) -> dict[str, float]:

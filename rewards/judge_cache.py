@@ -16,7 +16,11 @@ class JudgeCache:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.base = sqlite3.connect(path, isolation_level=None, timeout=60)  # each line at once
-            self._prepare()
+            try:
+                self._prepare()
+            except sqlite3.Error:
+                self.base.close()
+                raise
         except (OSError, sqlite3.Error) as error:
             raise ValueError(
                 f"CACHE {path}: it cannot be used ({error}); name an SQLite file, or a new one in "

@@ -24,26 +24,34 @@ class Labels:
             "time REAL, question TEXT, scale TEXT, prompt TEXT, completion TEXT)"
         )
         # A table of its own, so that files of earlier versions go on to be read
-        self.base.execute("CREATE TABLE IF NOT EXISTS batches (batch TEXT PRIMARY KEY, time REAL)")
+        self.base.execute(
+            "CREATE TABLE IF NOT EXISTS batches (batch TEXT PRIMARY KEY, asked REAL, ended REAL)"
+        )
         self.question, self.scale = question, scale
 
     def key(self, prompt: str, completion: str) -> str:
         asked = json.dumps([self.question, self.scale, prompt, completion])
         return hashlib.sha256(asked.encode()).hexdigest()
 
-    def first_asked(self, step: int | None, keys: Sequence[str]) -> float:
-        """When this batch of a step was asked first: now, or before a run was ended and resumed.
+    def batch(self, step: int | None, keys: Sequence[str]) -> tuple[str, float, float | None]:
+        """Its name, and when it was asked first and last; the latter is None while it is asked.
 
-        Labels up to then are what the step knew, however often it is repeated. Without a step a
-        batch is a new one each time.
+        Labels up to the first are what the step knew, and up to the last what it was given, however
+        often it is repeated after a run was ended. Without a step a batch is a new one each time.
         """
         now = time.time()
         if step is None:
-            return now
-        batch = hashlib.sha256(json.dumps([step, *keys]).encode()).hexdigest()
-        self.base.execute("INSERT OR IGNORE INTO batches VALUES (?, ?)", (batch, now))
-        found = self.base.execute("SELECT time FROM batches WHERE batch = ?", (batch,))
-        return found.fetchone()[0]
+            return "", now, None
+        name = hashlib.sha256(json.dumps([step, *keys]).encode()).hexdigest()
+        self.base.execute("INSERT OR IGNORE INTO batches VALUES (?, ?, NULL)", (name, now))
+        found = self.base.execute("SELECT asked, ended FROM batches WHERE batch = ?", (name,))
+        return name, *found.fetchone()
+
+    def end(self, batch: str) -> float:
+        """Now, up to which its labels count from here on."""
+        now = time.time()
+        self.base.execute("UPDATE batches SET ended = ? WHERE batch = ?", (now, batch))
+        return now
 
     def find(self, key: str, until: float = math.inf) -> tuple[float | None] | None:
         """(score,), (None,) if it was skipped, None if it was not labelled until then."""
@@ -62,16 +70,21 @@ class Labels:
         self.base.execute("DELETE FROM labels WHERE key = ?", (key,))
 
     def learned(
-        self, last: int, until: float = math.inf, also: Collection[str] = ()
+        self,
+        last: int,
+        until: float = math.inf,
+        also: Collection[str] = (),
+        ended: float = math.inf,
     ) -> list[tuple[str, float]]:
         """(completion, score) of the `last` that were given to this question, oldest first.
 
-        Of those until then, and of the keys `also`.
+        Of those until then, and until `ended` of the keys `also`.
         """
         rows = self.base.execute(
             "SELECT completion, score FROM labels WHERE question = ? AND scale = ? "
-            f"AND score IS NOT NULL AND (time <= ? OR key IN ({', '.join('?' * len(also))})) "
+            "AND score IS NOT NULL AND (time <= ? OR time <= ? AND "
+            f"key IN ({', '.join('?' * len(also))})) "
             "ORDER BY time DESC, key LIMIT ?",
-            (self.question, self.scale, until, *also, last),
+            (self.question, self.scale, until, ended, *also, last),
         )
         return rows.fetchall()[::-1]

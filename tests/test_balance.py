@@ -68,6 +68,14 @@ def test_a_fixed_scale_is_that_of_the_first_batch_that_differs(kind):
     assert as_list(Scale("none", (0, 2)).fixed(column(1.0, 7.0))) == [1, 2]
 
 
+def test_a_scale_of_an_earlier_version_stays_the_run_s():
+    """Its state has the running moments alone."""
+    scale = Scale("zscore", state={"weight": 20.0, "mean": 10.0, "square": 104.0})
+    assert as_list(scale.fixed(column(10.0, 14.0))) == [0, 2]
+    scaled(scale, [100.0, 300.0])
+    assert as_list(scale.fixed(column(10.0, 14.0))) == [0, 2], "after it has gone on, too"
+
+
 def test_a_measured_sum_has_the_last_weights_and_the_fixed_scale():
     composite = CompositeReward(
         {"raw": constant([]), "ranked": constant([])},

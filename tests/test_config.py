@@ -542,6 +542,10 @@ def test_an_unknown_key_of_a_reward_names_the_nearest_of_that_reward(mistake):
             "LORA_ALPHA, LORA_TARGETS needs FULLTUNE false",
         ),
         ({"REWARDS": []}, "REWARDS is empty: name at least one reward"),
+        (
+            {"REWARDS": [{"TYPE": "human", "NAME": "eval"}]},
+            "NAME eval is taken: metrics of the run begin so",
+        ),
         ({"REWARDS": [REGEX, REGEX]}, "two rewards are named 'regex': give one of them a NAME"),
         (
             {

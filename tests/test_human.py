@@ -295,7 +295,9 @@ def test_a_run_that_is_killed_asks_and_scores_as_one_that_is_not(human, tmp_path
     checkpoint = json.loads(json.dumps(reward.state_dict()))
     assert steps(reward, texts, range(7, 10)) == whole[7:10]
     undone = reward.queue.labels
-    undone.remove(undone.key("p", before.seen.pop()))  # of the last step two are there
+    undone.remove(undone.key("p", before.seen.pop()))  # of the last step two are there,
+    last = "asked = (SELECT MAX(asked) FROM batches)"  # and it was asked about until the kill
+    undone.base.execute(f"UPDATE batches SET ended = NULL WHERE {last}")
 
     reward, after = human(rule, **keys)
     reward.load_state_dict(checkpoint)
@@ -312,6 +314,17 @@ def test_labels_of_a_later_step_and_of_nobodys_choice_stay_out_of_a_repeated_ste
     assert call(reward, ["a", "b"], trainer_state=at(1)) == [1.0, None], "as the first time"
     assert call(reward, ["a", "b", "c"], trainer_state=at(3)) == [1.0, 1.0, 1.0]
     assert people.seen == ["a", "b", "c"]
+
+
+def test_what_nobody_answered_in_time_stays_missing_in_a_repeated_step(human):
+    """Whoever labels it later: nobody is asked again, and the label counts from then on."""
+    nobody, _ = human(None, timeout=0.05)
+    assert call(nobody, ["a"], trainer_state=at(1)) == [None]
+    reward, people = human()
+    assert call(reward, ["a"], trainer_state=at(2)) == [1.0]
+    assert call(reward, ["a"], trainer_state=at(1)) == [None], "as the first time"
+    assert call(reward, ["a"], trainer_state=at(3)) == [1.0]
+    assert people.seen == ["a"]
 
 
 def test_a_file_of_labels_of_an_earlier_version_is_read(tmp_path, human):

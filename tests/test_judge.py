@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import random
+import re
 import signal
 import socket
 import sqlite3
@@ -733,7 +734,9 @@ def test_a_cache_that_cannot_be_one_is_said_at_the_start(server, judge, tmp_path
     else:
         path.write_text("this is no database " * 99)
     path = path / "judge.sqlite" if kind == "below a file" else path
-    with pytest.raises(ValueError, match=f"^CACHE {path}: it cannot be used .*; name an SQLite"):
+    with pytest.raises(
+        ValueError, match=f"^CACHE {re.escape(str(path))}: it cannot be used .*; name an SQLite"
+    ):
         judge(cache=str(path)).start()
     assert server.seen == []
 

@@ -102,6 +102,22 @@ def test_best_is_resumed_where_nothing_else_is_left(tmp_path, caplog):
     assert checkpoint.to_resume(tmp_path) == tmp_path / ".old-best", "a kill between renames"
 
 
+@pytest.mark.parametrize(("step", "is_used"), [(1, True), (2, False), (5, False)])
+def test_best_is_not_resumed_where_its_step_may_have_been_taken_back(
+    tmp_path, caplog, step, is_used
+):
+    checkpoint.save(tmp_path / "best", 2, write("best"))
+    rows = [{"step": 9, "action": "warn"}, {"step": step, "action": "rollback"}]
+    lines = [json.dumps(row) for row in rows]
+    (tmp_path / "events.jsonl").write_text("\n".join([*lines, '{"step": 12, "act']))
+    found = checkpoint.to_resume(tmp_path)
+    assert (found == tmp_path / "best") == is_used
+    if not is_used:
+        why = f"its step 2 may have been taken back after step {step}"
+        assert caplog.messages == [f"{tmp_path / 'best'} is not used: {why}"]
+        assert found == f"all checkpoints in {tmp_path} are damaged. {ANEW}"
+
+
 @pytest.mark.parametrize("name", ["step-000002", "final", "best"])
 def test_no_run_begins_again_beside_damaged_checkpoints(tmp_path, name):
     checkpoint.save(tmp_path / name, 2, write("two"))

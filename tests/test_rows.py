@@ -74,6 +74,8 @@ def test_names_of_a_csv_that_are_empty_or_there_twice(tmp_path):
     """As a table that pandas wrote with its index."""
     rows = load(tmp_path, "a.csv", ",prompt,genre,genre\n0,This,a,b\n")
     assert rows == [{"Unnamed: 0": 0, "prompt": "This", "genre": "a", "genre.1": "b"}]
+    rows = load(tmp_path, "b.csv", "genre.1,prompt,genre,genre\nx,This,a,b\n")
+    assert rows == [{"genre.1": "x", "prompt": "This", "genre": "a", "genre.2": "b"}]
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,20 @@ def test_weights_of_16_bits_are_copied_and_restored_exactly(kind, dtype):
     assert torch.equal(short, before) and not torch.equal(before, after)
 
 
+def test_an_update_of_16_bits_is_scaled_up_again_without_loss():
+    """Between two numbers of bf16 there is nothing: scaled down it may be gone."""
+    weight = torch.nn.Parameter(torch.full((4,), 256.0, dtype=torch.bfloat16))
+    weight.grad = torch.full_like(weight, -2.0)
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    update = LastUpdate(optimizer)
+    optimizer.step()
+    assert weight.tolist() == [258.0] * 4
+    update.rescale(0.125)
+    assert weight.tolist() == [256.0] * 4, "the next number is 258"
+    update.rescale(8.0)
+    assert weight.tolist() == [258.0] * 4
+
+
 @pytest.mark.parametrize("kind", ["AdamW", "AdamMini"])
 def test_a_policy_in_bf16_moves_as_far_as_it_is_told(kind):
     torch.manual_seed(0)

@@ -211,7 +211,8 @@ def _verdict(runs: list[Run], names: list[str]) -> str:
     """Which run ends with the highest reward, where that is beyond the noise of its last steps."""
     if any(run.config.get("REWARDS") != runs[0].config.get("REWARDS") for run in runs):
         return "The runs have different REWARDS, so their rewards are not compared."
-    ends = {name: run.values(run.reward)[-10:] for name, run in zip(names, runs, strict=True)}
+    reward = runs[0].reward if len({run.reward for run in runs}) == 1 else "reward"
+    ends = {name: run.values(reward)[-10:] for name, run in zip(names, runs, strict=True)}
     if min(map(len, ends.values())) < 5:
         return "The runs are too short to be compared."
     first, second = sorted(ends, key=lambda name: -statistics.mean(ends[name]))[:2]

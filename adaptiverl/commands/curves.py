@@ -58,8 +58,8 @@ class Run:
     @property
     def reward(self) -> str:
         """The metric by which steps can be compared: NORMALIZE and schedules move `reward`."""
-        fixed = any("reward_fixed_scale" in row for row in self.metrics)
-        return "reward_fixed_scale" if fixed else "reward"
+        first = next((row for row in self.metrics if row.get("reward") is not None), {})
+        return "reward_fixed_scale" if "reward_fixed_scale" in first else "reward"
 
     def series(self, name: str) -> list[tuple[int, float]]:
         """(step, value) wherever the metric is known."""

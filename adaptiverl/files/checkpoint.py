@@ -4,6 +4,7 @@ A checkpoint is written beside its place under a hidden name, every file is sync
 their hashes is written last, and the folder is renamed. What it holds is training/state.py's.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -76,17 +77,29 @@ def to_resume(output_dir: Path) -> Path | str | None:
     if found := newest(output_dir):
         return found[0]
     for best in (output_dir / BEST, output_dir / f".old-{BEST}"):
-        if best.is_dir() and (wrong := damage(best)) is None:
+        if best.is_dir() and (wrong := damage(best) or _taken_back(best)) is None:
             log.warning("no other checkpoint in %s is undamaged: going on from best/", output_dir)
             return best
         if best.is_dir():
-            log.warning("%s is damaged (%s): not used", best, wrong)
+            log.warning("%s is not used: %s", best, wrong)
     anew = "To start anew leave RESUME out: what is there is then put aside, in earlier-001 or so"
     if any(path for name in ("step-*", "final", BEST, ".old-*") for path in output_dir.glob(name)):
         return f"all checkpoints in {output_dir} are damaged. {anew}"
     steps = _steps_of(output_dir)
     if steps > _save_every(output_dir) > 0:
         return f"the run in {output_dir} has {steps} steps and no checkpoint any more. {anew}"
+    return None
+
+
+def _taken_back(best: Path) -> str | None:
+    """Why its step may be one that the run there has rolled back since; None if it has not."""
+    events = best.parent / EVENTS
+    step = json.loads((best / MANIFEST).read_text("utf-8"))["step"]
+    for line in events.read_text("utf-8").splitlines() if events.exists() else ():
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a torn line
+            row = json.loads(line)
+            if row["action"] == "rollback" and row["step"] >= step:
+                return f"its step {step} may have been taken back after step {row['step']}"
     return None
 
 

@@ -297,7 +297,7 @@ class Controller:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from `state`, of an optimizer with as many groups; else raises ValueError.
 
-        Of other rules than its own nothing is kept.
+        What other rules than its own had made of the rate is left out.
         """
         if missing := [name for name in _KEPT if name not in state]:
             raise ValueError(f"this is no state of a controller: it has no {missing[0]}")

@@ -46,6 +46,7 @@ class LastUpdate:
             for p in group["params"]
             if p.grad is not None and (_is_short(p) or not _is_known(optimizer, group))
         }
+        self.new: dict[Tensor, Tensor] = {}  # as the step left them, of 16 bits
 
     @torch.no_grad()
     def rescale(self, factor: float) -> None:
@@ -55,8 +56,11 @@ class LastUpdate:
             for p in group["params"]:
                 if p in self.old:
                     old = self.old[p]
+                    new, by = p, factor
+                    if _is_short(p):  # what it was scaled to before is rounded
+                        new, by = self.new.setdefault(p, p.clone()), self.scale * factor
                     # A lerp by 0 would make NaN of an update that is not finite
-                    p.copy_(old.lerp(p, factor) if factor else old)
+                    p.copy_(old.lerp(new, by) if factor else old)
                 elif p.grad is not None:
                     update = self._update(group, p, own.get(p, lr))
                     p.sub_(update, alpha=(factor - 1) * self.scale)
@@ -98,6 +102,7 @@ def alignment_and_finite(optimizer: Optimizer) -> tuple[float | None, bool]:
                 products.append(torch.stack([d.dot(g), d.dot(d), g.dot(g)]))
             else:
                 others.append(g.dot(g))
+                others[-1] = others[-1].to(others[0].device)  # of a model on several
     totals = [torch.stack(products).sum(0)] if products else []
     totals += [torch.stack(others).sum(0, keepdim=True)] if others else []
     if not totals:

@@ -48,7 +48,7 @@ def _why_unfit(policy: Policy, rollout: Rollout) -> str | None:
     prompt = rollout.prompt_ids[rollout.prompt_of[0]][mask]
     ids = torch.cat([prompt, prompt[:1], prompt[:1]])[None]
     changed, full = ids.clone(), torch.ones_like(ids)
-    changed[:, -1] = rollout.completion_ids[0, 0]
+    changed[:, -1] = (prompt[0] + 1) % len(policy.base.get_input_embeddings().weight)
     cut = full.clone()
     cut[:, 0] = 0
     with torch.autocast(ids.device.type, enabled=False):

@@ -72,7 +72,11 @@ def _distinct(names: list[str]) -> list[str]:
     result = []
     for place, name in enumerate(names):
         name = name or f"Unnamed: {place}"
-        result.append(f"{name}.{seen[name]}" if seen[name] else name)
+        free = f"{name}.{seen[name]}" if seen[name] else name
+        while free in result:
+            seen[name] += 1
+            free = f"{name}.{seen[name]}"
+        result.append(free)
         seen[name] += 1
     return result
 

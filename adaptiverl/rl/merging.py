@@ -24,8 +24,9 @@ def merge(adapted: Any) -> PreTrainedModel:
     users = Counter(id(weight) for _, weight in base.named_parameters(remove_duplicate=False))
     for layer in [module for module in base.modules() if isinstance(module, BaseTunerLayer)]:
         inner = layer.get_base_layer()
-        if users[id(inner.weight)] > 1:
-            inner.weight = nn.Parameter(inner.weight.detach().clone())
+        weight = getattr(inner, "weight", None)  # layers of experts have other names
+        if weight is not None and users[id(weight)] > 1:
+            inner.weight = nn.Parameter(weight.detach().clone())
             for config in (base.config, base.config.get_text_config()):
                 config.tie_word_embeddings = False
             base.all_tied_weights_keys = {}  # or a checkpoint would leave one of them out

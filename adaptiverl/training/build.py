@@ -111,7 +111,7 @@ def build(
         inputs.make_rewards(c, key, files, runtime) for key in ("REWARDS", "HELD_OUT")
     )
     try_rules(c, last_step)
-    marks = inputs.fingerprints(c, prompts, eval_prompts)
+    marks = runtime.from_main(runtime.is_main and inputs.fingerprints(c, prompts, eval_prompts))
     resumed = resume(c, runtime)
     if resumed:
         state.refuse_changes(resumed, c, marks)
