@@ -81,6 +81,7 @@ def test_shares_of_the_gain_inside_trl():
         return {
             "trainer": "RLOO", "task": "length", "method": method, "rate": rate, "seed": seed,
             "score": score, "entropy": entropy, "untrained": 0.2, "seconds": 1.0,
+            "reward": score, "kl": None if score is None else 2.0,
         }  # fmt: skip
 
     rows = [
@@ -93,11 +94,11 @@ def test_shares_of_the_gain_inside_trl():
         for line in report(rows).splitlines()
         if line.startswith(("| constant", "| trust_region"))
     ]
-    assert [cell[:6] for cell in cells] == [
-        ["trust_region", "0.1", "1", "0.500", "75%", "1"],
-        ["constant", "0.1", "1", "-3.000", "-800%", "1"],
-        ["constant", "0.001", "2", "-1.100", "-325%", "1"],
-        ["constant", "0.0001", "2", "0.600", "100%", "0"],
+    assert [cell[:8] for cell in cells] == [
+        ["trust_region", "0.1", "1", "0.500", "75%", "0.500", "2.0", "1"],
+        ["constant", "0.1", "1", "-3.000", "-800%", "-3.000", "2.0", "1"],
+        ["constant", "0.001", "2", "-1.100", "-325%", "0.800", "2.0", "1"],
+        ["constant", "0.0001", "2", "0.600", "100%", "0.600", "2.0", "0"],
     ]
 
 
