@@ -18,11 +18,11 @@ check: .venv/dev
 gpu: $(if $(TORCH),.venv/torch-$(TORCH)/dev,.venv/dev)
 	$(dir $<)bin/python benchmarks/gpu.py $(GPU)
 
-# An environment of its own for another torch
+# An environment of its own for another torch, which wants another setuptools
 .venv/torch-$(TORCH)/dev: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv $(@D)
 	sed 's/^torch==.*/torch==$(TORCH)/' requirements.txt > $(@D)/all.txt
-	grep -v '^-r' requirements-dev.txt >> $(@D)/all.txt
+	grep -v -e ^-r -e ^setuptools requirements-dev.txt >> $(@D)/all.txt
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $(@D)/all.txt
 	touch $@
 

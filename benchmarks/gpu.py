@@ -3,10 +3,11 @@
     python benchmarks/gpu.py [--minutes 10] [--tokenizer FOLDER] [--report]
 
 Runs the tests marked `gpu` (tests/test_gpu_*.py), then `throughput.py` on the card, and writes
-gpu.json and the table in docs/cuda.md; --report only writes that table. The parts are
-independent: after one that fails, the rest goes on in a new process, because an error of the device
-breaks the process that it happens in. What does not fit into the minutes is said to be left out.
-Without a card it says so in one line, and changes nothing. Leaves out the parts themselves.
+gpu.json and the table in docs/cuda.md; --report only writes that table. Rows of the table run side
+by side, but for those that are timed. The parts are independent: after one that fails, the rest of
+its row goes on in a new process, because an error of the device breaks the process that it happens
+in. What does not fit into the minutes is said to be left out. Without a card it says so in one
+line, and changes nothing. Leaves out the parts themselves.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from sizes import ROOT
 Part = dict[str, Any]
 NO_CARD = "make gpu: there is no CUDA card here, so nothing was run and no row has changed"
 FOR_THROUGHPUT = 150  # seconds that are kept for it
+TIMED = ["the first README's config"]  # rows that run alone
 STEPS = ["--pairs", "3", "--steps", "2"]
 
 
@@ -59,34 +62,47 @@ def pytest(
     # Warnings of libraries on CUDA are shown: nobody has seen yet which there are.
     command += ["-p", "no:xdist", "-p", "no:cacheprovider", "-W", "default", *arguments]
     paths = os.pathsep.join([str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
-    try:
-        subprocess.run(
-            command,
-            cwd=folder,
-            env=os.environ | {"PYTHONPATH": paths, "GPU_LINES": str(lines)} | env,
-            timeout=max(seconds, 1.0),
-        )
-    except subprocess.TimeoutExpired:
-        print("the time is up", flush=True)
+    env = os.environ | {"PYTHONPATH": paths, "GPU_LINES": str(lines)} | env
+    with lines.with_suffix(".log").open("w+") as log:  # several run at once
+        try:
+            subprocess.run(
+                command, cwd=folder, env=env, timeout=max(seconds, 1.0), stdout=log,
+                stderr=subprocess.STDOUT,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            log.write("the time is up\n")
+        log.seek(0)
+        print(log.read(), flush=True)
     return [json.loads(line) for line in lines.read_text().splitlines()]
 
 
-def collect(tests: list[str], lines: Path, folder: Path = ROOT) -> dict[str, str]:
+def collect(tests: list[str], scratch: Path, folder: Path = ROOT) -> dict[str, str]:
     """Every part with its row of the table, in the order of pytest."""
+    lines = scratch / "collected.jsonl"
     said = pytest([*tests, "--collect-only"], lines, 300, folder, GPU_COLLECT="1")
     return dict(said[-1]["parts"]) if said else {}
 
 
 def run_parts(
-    items: dict[str, str], seconds: float, lines: Path, folder: Path = ROOT
+    items: dict[str, str], seconds: float, scratch: Path, folder: Path = ROOT
 ) -> list[Part]:
     """The results of all parts in `items`, of which some may not have been reached in time."""
     end, results = time.monotonic() + seconds, dict[str, Part]()
-    while (todo := [part for part in items if part not in results]) and time.monotonic() < end:
-        said = pytest([*todo, "-x"], lines, end - time.monotonic(), folder)
-        results |= outcomes(said, out_of_time=time.monotonic() >= end)
-        if not said:  # pytest itself does not start
-            break
+
+    def run_row(number: int, row: str) -> None:
+        own, lines = [part for part in items if items[part] == row], scratch / f"{number}.jsonl"
+        while (todo := [part for part in own if part not in results]) and time.monotonic() < end:
+            said = pytest([*todo, "-x"], lines, end - time.monotonic(), folder)
+            results.update(outcomes(said, out_of_time=time.monotonic() >= end))
+            if not said:  # pytest itself does not start
+                break
+
+    rows = dict(enumerate(dict.fromkeys(items.values())))
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
+        untimed = {number: row for number, row in rows.items() if row not in TIMED}
+        list(pool.map(run_row, untimed.keys(), untimed.values()))
+    for number in rows.keys() - untimed.keys():
+        run_row(number, rows[number])
     left = {"outcome": "left out", "seconds": 0.0, "figures": {}, "why": "out of time"}
     return [{"part": part, "item": item} | results.get(part, left) for part, item in items.items()]
 
@@ -159,14 +175,13 @@ def main() -> int:
             print(NO_CARD)
             return 0
         end = time.monotonic() + 60 * arguments.minutes
-        with tempfile.TemporaryDirectory() as folder:
-            lines = Path(folder) / "lines.jsonl"
+        with tempfile.TemporaryDirectory() as scratch:
             files = sorted(map(str, (ROOT / "tests").glob("test_gpu_*.py")))
-            items = collect(files, lines)
+            items = collect(files, Path(scratch))
             if not items:
                 print("make gpu: pytest found no part; why is above", file=sys.stderr)
                 return 1
-            parts = run_parts(items, end - time.monotonic() - FOR_THROUGHPUT, lines)
+            parts = run_parts(items, end - time.monotonic() - FOR_THROUGHPUT, Path(scratch))
         parts.append(throughput(end - time.monotonic(), arguments.tokenizer))
         keep(FILE, environment(), parts)
     table, failed = write_table(FILE, ROOT / "docs/cuda.md")

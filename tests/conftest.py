@@ -113,7 +113,8 @@ def start(tmp_path: Path, warm: Server) -> Callable[..., subprocess.Popen | Proc
             path.write_text(json.dumps(config))
             config = path
         command = [*launcher, program, str(config), *arguments]
-        if not fresh and os.name != "nt" and warm.fits(ENVIRONMENT):  # Windows has no fork
+        forks = os.name != "nt" and not torch.cuda.is_available()  # CUDA bears none
+        if forks and not fresh and warm.fits(ENVIRONMENT):
             return warm.start(command, ENVIRONMENT)
         return subprocess.Popen(
             command,

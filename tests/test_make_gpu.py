@@ -68,10 +68,9 @@ def test_no_part_hides_another(tmp_path):
     """One fails and one ends its process: those after them run all the same."""
     (tmp_path / "test_parts.py").write_text(PARTS)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu(item)\n")
-    lines = tmp_path / "lines.jsonl"
-    items = collect(["test_parts.py"], lines, tmp_path)
+    items = collect(["test_parts.py"], tmp_path, tmp_path)
     assert [*items.values()] == ["memory"] * 2 + ["processes"] * 3
-    one, two, three, four, five = run_parts(items, 60, lines, tmp_path)
+    one, two, three, four, five = run_parts(items, 60, tmp_path, tmp_path)
     assert (one["outcome"], one["figures"], one["item"]) == ("passed", {"gap": 0.25}, "memory")
     assert (two["outcome"], two["why"]) == ("failed", "its process ended")
     assert three["outcome"] == "failed" and "1 + 1" in three["why"]
@@ -80,7 +79,7 @@ def test_no_part_hides_another(tmp_path):
 
 
 def test_what_the_time_does_not_reach_is_said_to_be_left_out(tmp_path):
-    results = run_parts({"a": "memory"}, -1.0, tmp_path / "lines.jsonl", tmp_path)
+    results = run_parts({"a": "memory"}, -1.0, tmp_path, tmp_path)
     assert [(part["outcome"], part["why"]) for part in results] == [("left out", "out of time")]
     hung = outcomes([{"part": "a", "outcome": "started"}], out_of_time=True)
     assert hung["a"]["outcome"] == "failed" and hung["a"]["why"] == "out of time"
