@@ -377,12 +377,14 @@ def test_other_threads_may_use_the_device_while_a_graph_is_captured(monkeypatch)
     """CUDA's calls are recorded here, not made."""
     lm, modes = small_gpt2(7), []
     decoder = Decoder(lm.transformer, lm.lm_head, tokens(), rows=8, length=8, width=9, static=True)
-    for name in ("Stream", "current_stream", "CUDAGraph"):
+    for name in ("current_stream", "CUDAGraph"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: MagicMock())
+    side = MagicMock()
+    monkeypatch.setattr("adaptiverl.rl.sampling.decode.side_stream", lambda _: side)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch.cuda, "graph", lambda g, **how: modes.append(how) or nullcontext())
     decoder._capture()
-    assert modes == [{"capture_error_mode": "thread_local"}] * 4
+    assert modes == [{"stream": side, "capture_error_mode": "thread_local"}] * 4
     assert sorted(decoder.graphs) == [1, 2, 4, 8]
 
 

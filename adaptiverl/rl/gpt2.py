@@ -63,7 +63,9 @@ def hidden_states(
     for block, cache in zip(transformer.h, caches, strict=True):
         qkv = block.attn.c_attn(block.ln_1(x)).view(rows, length, 3, heads, -1)
         q, kv = qkv.permute(2, 0, 3, 1, 4).split((1, 2))  # [1 or 2, B, H, N, D / H]
-        q, (k, v) = q.flatten(0, 1).clone(), cache.extend(kv)  # a view would keep all of qkv
+        q, (k, v) = q.flatten(0, 1), cache.extend(kv)
+        if q.requires_grad:
+            q = q.clone()  # backward keeps it, and a view would keep all of qkv
         if attend.dtype == torch.bool:  # converted once here, not by torch in every layer
             hidden = torch.zeros_like(attend, dtype=q.dtype)
             attend = hidden.masked_fill_(~attend, -torch.inf)
