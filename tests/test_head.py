@@ -163,8 +163,10 @@ def test_on_cuda_autocast_rounds_what_is_multiplied_and_no_result(products_of_cu
     torch.testing.assert_close(logprobs.double(), exact, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(entropy.double(), exact_entropy, rtol=1e-5, atol=0.01)
     ours, hidden.grad = hidden.grad, None
+    of_head, head.weight.grad = head.weight.grad, None
     (weights * exact).sum().backward()
-    torch.testing.assert_close(ours, hidden.grad, rtol=0, atol=0.01 * hidden.grad.abs().max())
+    for own, right in ((ours, hidden.grad), (of_head, head.weight.grad)):
+        torch.testing.assert_close(own, right, rtol=0, atol=0.01 * right.abs().max())
     with torch.autocast("cpu", torch.bfloat16):
         free, _ = token_logprobs(hidden, head, chosen, None, temperature)[1:]
     (again,) = torch.autograd.grad((weights * free).sum(), hidden)  # after autocast has ended

@@ -4,7 +4,7 @@ The momentum of a tensor keeps its direction; only its length is normalised. Lea
 blocks of the paper (attention heads, output neurons).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -53,24 +53,31 @@ class AdamMini(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            lr, decay = float(group["lr"]), float(group["weight_decay"])
-            beta1, beta2 = (float(beta) for beta in group["betas"])
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                if p.grad.is_sparse:
-                    raise RuntimeError(
-                        "AdamMini does not support sparse gradients: use torch.optim.SparseAdam, "
-                        "or an embedding with sparse=False"
-                    )
-                state = self.state[p] or self._begin(p)
-                state["step"] += 1
-                state["exp_avg"].lerp_(p.grad, 1 - beta1)
-                state["exp_avg_sq"].lerp_(_mean_square(p.grad), 1 - beta2)
-                p.mul_(1 - lr * decay)
-                size, correction = denominator(group, state)
-                p.addcdiv_(state["exp_avg"], size, value=-lr / correction)
+            params = [p for p in group["params"] if p.grad is not None]
+            if any(p.grad.is_sparse for p in params):
+                raise RuntimeError(
+                    "AdamMini does not support sparse gradients: use torch.optim.SparseAdam, "
+                    "or an embedding with sparse=False"
+                )
+            if params:
+                self._step(group, params, [self.state[p] or self._begin(p) for p in params])
         return loss
+
+    def _step(self, group: dict[str, Any], params: list[Tensor], states: list[dict]) -> None:
+        """One step of tensors that have gradients; _foreach_… are few launches on a GPU."""
+        lr, decay = float(group["lr"]), float(group["weight_decay"])
+        beta1, beta2 = (float(beta) for beta in group["betas"])
+        steps, averages, squares = (
+            [state[name] for state in states] for name in ("step", "exp_avg", "exp_avg_sq")
+        )
+        grads = [p.grad for p in params if p.grad is not None]
+        torch._foreach_add_(steps, 1)
+        torch._foreach_lerp_(averages, grads, 1 - beta1)
+        torch._foreach_lerp_(squares, [_mean_square(grad) for grad in grads], 1 - beta2)
+        torch._foreach_mul_(params, 1 - lr * decay)
+        sizes = zip(params, averages, *denominators(group, states), strict=True)
+        for p, average, size, correction in sizes:
+            p.addcdiv_(average, size, value=-lr / correction)
 
     def _begin(self, p: Tensor) -> dict[str, Any]:
         self.state[p] = {
@@ -81,12 +88,14 @@ class AdamMini(Optimizer):
         return self.state[p]
 
 
-def denominator(group: dict[str, Any], state: dict[str, Any]) -> tuple[Tensor, float]:
-    """√v̂ + eps, a 0-dim tensor, and 1 − β₁ᵗ: the last step's direction is m over their product."""
+def denominators(group: dict[str, Any], states: list[dict]) -> tuple[Sequence[Tensor], list[float]]:
+    """√v̂ + eps, a 0-dim tensor each, and 1 − β₁ᵗ: the last step went along m over their product."""
     beta1, beta2 = (float(beta) for beta in group["betas"])
-    step = float(state["step"])
-    root = (state["exp_avg_sq"] / (1 - beta2**step)).sqrt() + group["eps"]
-    return root, 1 - beta1**step
+    steps = [float(state["step"]) for state in states]
+    squares = [state["exp_avg_sq"] for state in states]
+    roots = torch._foreach_sqrt(torch._foreach_div(squares, [1 - beta2**step for step in steps]))
+    torch._foreach_add_(roots, float(group["eps"]))
+    return roots, [1 - beta1**step for step in steps]
 
 
 def _mean_square(grad: Tensor) -> Tensor:

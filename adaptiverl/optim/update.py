@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from adaptiverl.optim.hyperparams import Group
-from adaptiverl.optim.mini import AdamMini, denominator
+from adaptiverl.optim.mini import AdamMini, denominators
 
 
 class PerTensorOptimizer:
@@ -184,7 +184,7 @@ def _direction(optimizer: Optimizer, group: Group, p: Tensor) -> tuple[Any, floa
     if kind not in (torch.optim.AdamW, AdamMini):
         return (state["momentum_buffer"] if group["momentum"] else p.grad), 0.0
     if kind is AdamMini:
-        size, correction = denominator(group, state)
+        (size,), (correction,) = denominators(group, [state])
         return state["exp_avg"] / (size * correction), float(group["weight_decay"])
     beta1, beta2 = (float(beta) for beta in group["betas"])
     step = state["step"]

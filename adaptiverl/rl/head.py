@@ -12,6 +12,11 @@ from torch import Tensor
 from adaptiverl.rl.projection import Projection, exponentials_, fp32_product
 
 CHUNK = 256  # tokens; with fewer the products are slower, more only take memory
+CHUNK_ON_GPU = 1024  # tokens; a GPU would wait for the launches of smaller ones
+
+
+def _chunk(hidden: Tensor) -> int:
+    return CHUNK_ON_GPU if hidden.is_cuda else CHUNK
 
 
 @torch.no_grad()
@@ -20,7 +25,8 @@ def plain_logprobs(
 ) -> Tensor:
     """log π of `tokens` [N] after `hidden` [N, D], without gradient."""
     projection, chunks = Projection(head, temperature), []
-    for states, chosen in zip(hidden.split(CHUNK), tokens.split(CHUNK), strict=True):
+    chunk = _chunk(hidden)
+    for states, chosen in zip(hidden.split(chunk), tokens.split(chunk), strict=True):
         logits = projection.logits(states)
         own = logits.gather(0, chosen[None])[0]
         relative, largest = exponentials_(logits)
@@ -105,9 +111,10 @@ def _in_chunks(
     by_weight = hidden.new_zeros(project.weight.shape, dtype=torch.float32) if trained[0] else None
     by_bias = hidden.new_zeros(size, dtype=torch.float32) if trained[1] else None
     by_hidden, logprobs, entropy = [], [], []
-    every_scale = (tokens if scales is None else scales).split(CHUNK)
+    chunk = _chunk(hidden)
+    every_scale = (tokens if scales is None else scales).split(chunk)
     for states, chosen, scale in zip(
-        hidden.split(CHUNK), tokens.split(CHUNK), every_scale, strict=True
+        hidden.split(chunk), tokens.split(chunk), every_scale, strict=True
     ):
         logits = project.logits(states)
         own = logits.gather(0, chosen[None])[0]
@@ -135,7 +142,10 @@ def _in_chunks(
         states = states.float()
         if by_weight is not None:
             by_weight.index_add_(0, chosen, scale[:, None] * states)
-            by_weight.addmm_(relative, (scale / total)[:, None] * states, alpha=-1)
+            if rounded.dtype == torch.bfloat16:  # fp16 does not hold numbers that small
+                by_weight -= fp32_product(rounded, ((scale / by)[:, None] * states).bfloat16())
+            else:
+                by_weight.addmm_(relative, (scale / total)[:, None] * states, alpha=-1)
         if by_bias is not None:
             by_bias.index_add_(0, chosen, scale)
             by_bias.addmv_(relative, scale / total, alpha=-1)
