@@ -35,6 +35,11 @@ torch.set_num_threads(1)
 hypothesis.settings.register_profile("tests", deadline=None)  # no test is timed
 hypothesis.settings.load_profile("tests")
 
+RANDOM_REWARD = """
+import random
+def noise(completions, **columns):
+    return [random.random() for _ in completions]
+"""
 PROMPTS = [
     {"prompt": "This", "reference": "is a wonderful film."},
     {"prompt": "The acting in this film", "reference": "is superb."},

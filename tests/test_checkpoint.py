@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ENVIRONMENT, read_jsonl, without_clock
+from conftest import ENVIRONMENT, RANDOM_REWARD, read_jsonl, without_clock
 from safetensors.torch import load_file
 
 from adaptiverl.files import checkpoint
@@ -214,13 +215,6 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-RANDOM_REWARD = """
-import random
-def noise(completions, **columns):
-    return [random.random() for _ in completions]
-"""
-
-
 @pytest.fixture
 def resumable(settings, monkeypatch, tmp_path):
     """A run that exercises all that a checkpoint must hold, Python's generator included."""
@@ -258,14 +252,17 @@ def test_killed_at_ten_random_moments_and_resumed_is_the_uninterrupted_run(start
     whole = out.with_name("whole")
     assert main(resumable | {"OUTPUT_DIR": str(whole)}) == 0
 
-    rng = random.Random(0)
+    rng, first_step = random.Random(0), 0.0  # seconds until a run's first step
     for kill in range(10):
-        process = start(resumable)
+        started, process = time.monotonic(), start(resumable)
         if kill % 5 == 4:
-            moment = rng.uniform(0, 8)  # seconds from its start: mostly before the first step
+            moment = rng.uniform(0, first_step)
         else:
-            wait_for_steps(process, out, steps_written(out) + rng.randint(1, 10))
-            moment = rng.uniform(0, 0.2)
+            before = steps_written(out)
+            wait_for_steps(process, out, before + 1)
+            first_step = time.monotonic() - started
+            wait_for_steps(process, out, before + rng.randint(1, 10))
+            moment = rng.uniform(0, 0.1)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=moment)
         process.kill()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import around_steps, read_jsonl, with_samples
+from conftest import RANDOM_REWARD, around_steps, read_jsonl, with_samples
 
 from adaptiverl.__main__ import main as adaptiverl
 from adaptiverl.commands.explain import explain
@@ -167,9 +167,12 @@ def test_without_rules_the_rate_is_the_one_that_was_typed(main, settings):
     ],
 )
 def test_a_kl_of_the_update_is_that_of_the_two_policies(
-    run_parts, settings, batch, length, rows, few
+    run_parts, settings, tmp_path, monkeypatch, batch, length, rows, few
 ):
-    """By the model's own passes before and after the step."""
+    """By the model's own passes before and after the step; rewards differ whatever is sampled."""
+    (tmp_path / "noisy.py").write_text(RANDOM_REWARD)
+    monkeypatch.syspath_prepend(tmp_path)
+    settings["REWARDS"] = [{"TYPE": "python", "FUNCTION": "noisy:noise"}]
     seen, sampled = [], []
     rows = torch.tensor([*rows])
 

@@ -27,7 +27,7 @@ from transformers import (
 from adaptiverl.rl.gpt2 import gelu, read_prompts
 from adaptiverl.rl.policy import Policy
 from adaptiverl.rl.rollout import Rollout, uniforms
-from adaptiverl.rl.sampling.decode import Decoder
+from adaptiverl.rl.sampling.decode import Decoder, side_stream
 from adaptiverl.rl.sampling.generate import GenerateBackend
 from adaptiverl.rl.sampling.tokens import TokenSampler
 
@@ -380,10 +380,11 @@ def test_other_threads_may_use_the_device_while_a_graph_is_captured(monkeypatch)
     for name in ("current_stream", "CUDAGraph"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: MagicMock())
     side = MagicMock()
-    monkeypatch.setattr("adaptiverl.rl.sampling.decode.side_stream", lambda _: side)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: side)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch.cuda, "graph", lambda g, **how: modes.append(how) or nullcontext())
     decoder._capture()
+    side_stream.cache_clear()
     assert modes == [{"stream": side, "capture_error_mode": "thread_local"}] * 4
     assert sorted(decoder.graphs) == [1, 2, 4, 8]
 

@@ -204,3 +204,22 @@ def test_what_is_a_patch(code, found):
     template = ast.parse(f"X = {'import sys; sys.path[:] = [{root!r}]; {{}}' + chr(10) + code!r}")
     (script,) = scripts(template)
     assert [target for _, target in patched(script)] == [found] * bool(found)
+
+
+def shadowing(code: str) -> set[str]:
+    """Names of the module that a comprehension in it takes for its variable."""
+    tree = ast.parse(code)
+    top = {n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    for node in tree.body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            top |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+    targets = [node.target for node in ast.walk(tree) if isinstance(node, ast.comprehension)]
+    return top & {x.id for t in targets for x in ast.walk(t) if isinstance(x, ast.Name)}
+
+
+def test_comprehensions_hide_no_name_of_their_module():
+    """Python 3.12 then takes the name for a local one in the comprehensions after it."""
+    code = "def number(x): ...\ndef f(d):\n    return [number for number in d]"
+    assert shadowing(code) == {"number"}
+    found = {file.name: shadowing(file.read_text(encoding="utf-8")) for file in FILES}
+    assert {name: names for name, names in found.items() if names} == {}

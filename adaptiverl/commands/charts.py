@@ -78,13 +78,13 @@ def chart(
     curves = [
         Curve(
             each.name,
-            number % COLORS,
+            place % COLORS,
             _path(each.x, each.y, x_axis, y_axis),
             _path(each.x, each.raw, x_axis, y_axis) if each.raw else "",
             _band(each.x, each.low, each.high, x_axis, y_axis) if each.low else "",
             each.dashed,
         )
-        for number, each in enumerate(drawn)
+        for place, each in enumerate(drawn)
     ]
     hover = {
         "title": title,
