@@ -19,9 +19,9 @@ from pydantic import BaseModel, Field, model_validator
 
 from rewards.base import KEYS, Interrupted, Reward, require
 from rewards.endpoint import KEY_ENV, secret
+from rewards.judge_account import account_of
 from rewards.judge_asking import Asker, Batch
 from rewards.judge_cache import JudgeCache
-from rewards.judge_ledger import account_of
 from rewards.judge_limits import Budget, Gate, RateLimiter, money
 from rewards.judge_prompt import JudgePrompt
 from rewards.messages import Text, texts_of, transcripts_of

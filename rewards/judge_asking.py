@@ -16,8 +16,8 @@ from typing import Any
 
 from rewards.base import FatalJudgeError
 from rewards.endpoint import Reply, ask, secret
+from rewards.judge_account import Account, Hold, Outcome
 from rewards.judge_cache import JudgeCache
-from rewards.judge_ledger import Account, Hold, Outcome
 from rewards.judge_limits import Budget, Gate, RateLimiter
 from rewards.judge_prompt import JudgePrompt, token_count
 

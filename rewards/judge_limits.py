@@ -12,8 +12,8 @@ import time
 from collections import deque
 from concurrent.futures import Future
 
+from rewards.judge_account import Account, Hold
 from rewards.judge_cache import JudgeCache
-from rewards.judge_ledger import Account, Hold
 
 log = logging.getLogger(__name__)
 

@@ -170,7 +170,7 @@ online = OnlineAdamW([torch.nn.Parameter(torch.ones(9))])
 for k in (1.0, 2.0):
     reward = math.nan if rank else k
     own = dict(loss=k + rank, reward=reward, kl=0.1 * (rank + k))
-    online.observe(kl_target=0.1, **mean_over_processes(own))
+    online.observe(trust_region_kl=0.1, **mean_over_processes(own))
 with open({folder!r} + f"/apart{{rank}}.json", "w") as f:
     json.dump([rates, online.signals, lonely], f)
 torch.distributed.barrier()  # gloo aborts a process whose peer has gone

@@ -436,10 +436,11 @@ def test_who_waits_for_a_question_that_is_given_up_is_not_left_alone(
     server, judge, monkeypatch, answers
 ):
     """The one who asks is cancelled: its answer still comes and is shared, or is asked for anew."""
-    cancelled, real = threading.Event(), Handler.answer
+    arrived, cancelled, real = threading.Event(), threading.Event(), Handler.answer
 
     def answer(self, body, fault):
         if len(server.seen) == 1:
+            arrived.set()
             cancelled.wait(60)
             if not answers:
                 return self.reply(500, {}, {})
@@ -450,8 +451,7 @@ def test_who_waits_for_a_question_that_is_given_up_is_not_left_alone(
 
     async def both() -> list[float | None]:
         first = asyncio.ensure_future(one(["p"], ["a b"]))
-        while not server.seen:
-            await asyncio.sleep(0.001)
+        assert await asyncio.to_thread(arrived.wait, 60)
         second = asyncio.ensure_future(other(["p"], ["a b"]))
         await asyncio.sleep(0)  # it begins
         first.cancel()

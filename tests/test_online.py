@@ -75,7 +75,9 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> N
         loss = backward(model, step)
         optimizer.step()
         if isinstance(optimizer, online.Online):
-            optimizer.observe(loss=loss, reward=-loss, kl=0.01, kl_target=0.004, done=step / 100)
+            optimizer.observe(
+                loss=loss, reward=-loss, kl=0.01, trust_region_kl=0.004, done=step / 100
+            )
 
 
 def weights_of(model: nn.Module) -> list[torch.Tensor]:

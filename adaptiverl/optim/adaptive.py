@@ -215,7 +215,7 @@ class AdaptiveOptimizer(_Wrapper):
             self.learned.observe_update(kl, target, cosine)
         if self.online:
             done = (self.controller.step + 1) / self.steps if self.steps else None
-            self.online.observe(kl=kl, kl_target=target, done=done)
+            self.online.observe(kl=kl, trust_region_kl=target, done=done)
         self.tick()
         return loss
 

@@ -117,15 +117,15 @@ class Online(PerTensorOptimizer, Optimizer):
         loss: Scalar = None,
         reward: Scalar = None,
         kl: Scalar = None,
-        kl_target: float | None = None,
+        trust_region_kl: float | None = None,
         done: float | None = None,
     ) -> None:
         """Lets the GRU see the KL over its target, reward and loss against their means, and the
         share of the run that is done. What is not finite is ignored."""
         given = numbers(loss=loss, reward=reward, kl=kl)
         values = {name: x for name, x in given.items() if math.isfinite(x)}
-        if kl_target and values.get("kl", 0) > 0:
-            self.signals[0] = clamp(math.log(values["kl"] / kl_target) / 2, (-2.0, 2.0))
+        if trust_region_kl and values.get("kl", 0) > 0:
+            self.signals[0] = clamp(math.log(values["kl"] / trust_region_kl) / 2, (-2.0, 2.0))
         for place, name in ((1, "reward"), (2, "loss")):
             if name in values:
                 own = self.seen[name] = smoothed(self.seen[name], values[name], BETA)
