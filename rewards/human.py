@@ -9,6 +9,7 @@ import asyncio
 import importlib.util
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
@@ -69,6 +70,13 @@ class HumanReward(Reward):
 
     def _load(self, device: Any) -> None:
         self._labels = Labels(self.labels, self.question, self.scale)
+        with ExitStack() as unless_loaded:
+            unless_loaded.callback(self._labels.close)
+            self._show()
+            unless_loaded.pop_all()
+
+    def _show(self) -> None:
+        """Makes the queue and what people see it by."""
         self._queue = LabelQueue(self._labels, self.scale)
         self._compared = {}
         if self.where == "terminal":
@@ -218,3 +226,4 @@ class HumanReward(Reward):
         if self._started:
             self._queue.close()
             self._front_end.close()
+            self._labels.close()

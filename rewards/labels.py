@@ -88,3 +88,6 @@ class Labels:
             (self.question, self.scale, until, ended, *also, last),
         )
         return rows.fetchall()[::-1]
+
+    def close(self) -> None:
+        self.base.close()

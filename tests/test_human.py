@@ -12,8 +12,9 @@ import sqlite3
 import sys
 import termios
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,8 +33,9 @@ from rewards.terminal import ESC, KEY_ALIASES, Terminal, printable
 
 
 @pytest.fixture
-def labels(tmp_path) -> Labels:
-    return Labels(tmp_path / "labels.sqlite", "Good?", "binary")
+def labels(tmp_path) -> Iterator[Labels]:
+    with closing(Labels(tmp_path / "labels.sqlite", "Good?", "binary")) as made:
+        yield made
 
 
 @pytest.fixture
@@ -64,11 +66,11 @@ def test_a_label_is_kept_once_and_by_question_and_scale(labels, tmp_path):
     assert labels.add("p", "d", None, "a")
     assert labels.find(labels.key("p", "c")) == (1.0,)
     assert labels.find(labels.key("p", "d")) == (None,), "skipped"
-    again = Labels(tmp_path / "labels.sqlite", "Good?", "binary")
-    assert again.find(again.key("p", "c")) == (1.0,), "on disk, before anything is closed"
-    other = Labels(tmp_path / "labels.sqlite", "Good?", "1-5")
-    assert other.find(other.key("p", "c")) is None
-    assert labels.learned(9) == [("c", 1.0)] and other.learned(9) == []
+    with closing(Labels(tmp_path / "labels.sqlite", "Good?", "binary")) as again:
+        assert again.find(again.key("p", "c")) == (1.0,), "on disk, before anything is closed"
+    with closing(Labels(tmp_path / "labels.sqlite", "Good?", "1-5")) as other:
+        assert other.find(other.key("p", "c")) is None
+        assert labels.learned(9) == [("c", 1.0)] and other.learned(9) == []
 
 
 # The queue
@@ -328,12 +330,13 @@ def test_what_nobody_answered_in_time_stays_missing_in_a_repeated_step(human):
 
 
 def test_a_file_of_labels_of_an_earlier_version_is_read(tmp_path, human):
-    with sqlite3.connect(tmp_path / "labels.sqlite") as base:
+    with closing(sqlite3.connect(tmp_path / "labels.sqlite")) as base, base:
         base.execute(
             "CREATE TABLE labels (key TEXT PRIMARY KEY, score REAL, who TEXT, "
             "time REAL, question TEXT, scale TEXT, prompt TEXT, completion TEXT)"
         )
-        key = Labels(tmp_path / "other.sqlite", "Good?", "binary").key("p", "a")
+        with closing(Labels(tmp_path / "other.sqlite", "Good?", "binary")) as other:
+            key = other.key("p", "a")
         row = (key, -1.0, "ann", 1e9, "Good?", "binary", "p", "a")
         base.execute("INSERT INTO labels VALUES (?,?,?,?,?,?,?,?)", row)
     reward, people = human(ask=1)
@@ -488,9 +491,9 @@ KEYS = {
 def pseudo(tmp_path):
     """A Terminal of the scale 1-5 on a pseudo terminal, and its other end."""
     master, slave = os.openpty()
-    queue = LabelQueue(Labels(tmp_path / "labels.sqlite", "Good?", "1-5"), "1-5")
-    made = Terminal(queue, "Good?", device=os.ttyname(slave))
-    yield made, master
+    with closing(Labels(tmp_path / "labels.sqlite", "Good?", "1-5")) as labels:
+        made = Terminal(LabelQueue(labels, "1-5"), "Good?", device=os.ttyname(slave))
+        yield made, master
     for file in (master, slave, made.file):
         os.close(file)
 

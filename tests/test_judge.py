@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from contextlib import closing
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -367,7 +368,7 @@ def test_what_was_asked_is_estimated_too(server, judge, monkeypatch, tmp_path):
     scripted(monkeypatch, (200, completion('{"score": 1}')))
     ask(judge(), ["a"])
     letters = sum(len(message["content"]) for message in server.seen[0]["messages"])
-    with sqlite3.connect(tmp_path / "judge.sqlite") as base:
+    with closing(sqlite3.connect(tmp_path / "judge.sqlite")) as base:
         spent = base.execute("SELECT tokens_in, tokens_out FROM accounts").fetchall()
     assert spent == [(-(-letters // 4), 10)]
 
@@ -893,7 +894,7 @@ def test_a_refusal_books_what_was_paid_for(server, judge, monkeypatch, tmp_path)
     with pytest.raises(FatalJudgeError, match=r"the judge answers 401: .*no credit"):
         ask(one, ["a", "a b", "bad", "c", "d", "e", "f", "g"])
     assert len(server.seen) == 6, "no further request"
-    with sqlite3.connect(tmp_path / "judge.sqlite") as base:
+    with closing(sqlite3.connect(tmp_path / "judge.sqlite")) as base:
         assert base.execute("SELECT calls FROM accounts").fetchall() == [(5,)]
         assert base.execute("SELECT count(*) FROM judgements").fetchone() == (5,)
 
@@ -907,7 +908,7 @@ def test_judges_that_share_a_cache_have_budgets_of_their_own(server, judge, tmp_
     assert ask(cheap, ["a", "b", "c"]) == [0.0] * 3
     assert ask(kind, ["a", "b"]).count(None) == 1
     assert ask(one, ["a", "b", "c"]).count(None) == 1, "20 each, of its own two"
-    with sqlite3.connect(cache) as base:
+    with closing(sqlite3.connect(cache)) as base:
         rows = base.execute("SELECT calls, tokens_in, tokens_out FROM accounts ORDER BY calls")
         assert rows.fetchall() == [(1, 10, 5), (2, 20, 10), (3, 30, 15)], "totals, one row each"
 
@@ -1237,7 +1238,7 @@ def test_a_dry_run_says_what_a_reward_raised(settings, main, capsys, tmp_path, m
 def test_judgements_are_kept_as_they_come(server, judge, tmp_path):
     """Another process may read them, and a kill between two loses neither."""
     ask(judge(), ["a b", "c"])
-    with sqlite3.connect(tmp_path / "judge.sqlite") as base:
+    with closing(sqlite3.connect(tmp_path / "judge.sqlite")) as base:
         assert sorted(base.execute("SELECT score FROM judgements")) == [(1.0,), (2.0,)]
         assert base.execute("SELECT calls, tokens_in, tokens_out FROM accounts").fetchall() == [
             (2, 20, 10)

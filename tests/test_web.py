@@ -15,6 +15,7 @@ import sqlite3
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -536,7 +537,7 @@ def test_a_run_is_labelled_killed_and_resumed(labelled_run, chromium, settings, 
     assert "finished: 3 steps" in out
 
     assert len(shown) == len(set(shown)) == 24, "nothing was asked twice"
-    with sqlite3.connect(tmp_path / "l.sqlite") as base:
+    with closing(sqlite3.connect(tmp_path / "l.sqlite")) as base:
         rows = base.execute("SELECT completion, score FROM labels").fetchall()
     assert len(rows) == 24 and dict(rows) == given
     samples = read_jsonl(Path(settings["OUTPUT_DIR"]) / "samples.jsonl")
