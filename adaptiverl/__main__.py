@@ -92,15 +92,25 @@ def _schema(given: Namespace) -> int:
 
 def _count(text: str) -> int:
     """A whole number above 0."""
-    if (number := int(text)) < 1:
-        raise ValueError
+    if not text.isascii() or not text.isdigit() or (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
     return number
 
 
 def _seed(text: str) -> int:
-    if not 0 <= (number := int(text)) < 2**32:
-        raise ValueError
+    if not text.isascii() or not text.isdigit() or (number := int(text)) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 to {2**32 - 1}")
     return number
+
+
+def _file(text: str) -> Path:
+    """Where a file can be written, known before the work is done."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder: name a file")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")
+    return path
 
 
 class Argument:
@@ -148,7 +158,7 @@ COMMANDS = {
             RUN,
             Argument("--prompts", type=Path, help="file of prompts; else EVAL_FILE or TRAIN_FILE"),
             Argument("-n", "--n", type=_count, default=256, help="completions by each model; 256"),
-            Argument("--json", type=Path, help="where to write; RUN/evaluation.json if absent"),
+            Argument("--json", type=_file, help="where to write; RUN/evaluation.json if absent"),
             CHECKPOINT,
             SEED,
             ALL_REWARDS,
@@ -170,7 +180,7 @@ COMMANDS = {
         _report,
         [
             RUN,
-            Argument("--out", type=Path, help="where to; RUN/report.html if absent"),
+            Argument("--out", type=_file, help="where to; RUN/report.html if absent"),
             Argument("--open", action="store_true", help="open it in the browser"),
         ],
     ),
@@ -180,7 +190,7 @@ COMMANDS = {
         _compare,
         [
             Argument("runs", metavar="RUN", type=Path, nargs="+", help="the OUTPUT_DIRs of runs"),
-            Argument("--out", type=Path, default=Path("compare.html"), help="the page"),
+            Argument("--out", type=_file, default=Path("compare.html"), help="the page"),
         ],
     ),
     "explain": Command("what moved in a run, and when, as text", _explain, [RUN]),

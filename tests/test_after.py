@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from adaptiverl.__main__ import main as adaptiverl
 from adaptiverl.commands.paired import compare, estimate
 from adaptiverl.config.loading import load_config
+from adaptiverl.files.checkpoint import lock
 from adaptiverl.rl.loading import load_policy
 from adaptiverl.rl.merging import merged
 from adaptiverl.training.keys import RunConfig
@@ -45,6 +46,13 @@ def seen(prompts, completion_ids, **columns):
     ROWS.append(list(zip(prompts, completion_ids)))
     return [0.0 for _ in prompts]
 """
+# Gives no score to half of all completions
+PICKY = """
+GIVEN = []
+def picky(completions, **columns):
+    GIVEN.append([None if len(text) % 2 else len(text) / 10 for text in completions])
+    return GIVEN[-1]
+"""
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +63,7 @@ def train(tiny, tmp_path_factory):
     where = tmp_path_factory.mktemp("after")
     (where / "prompts.json").write_text(json.dumps(PROMPTS))
     (where / "seen_by_reward.py").write_text(SEEN)
+    (where / "picky.py").write_text(PICKY)
     common = {
         "MODEL": str(tiny),
         "TRAIN_FILE": str(where / "prompts.json"),
@@ -222,7 +231,7 @@ def test_generate_samples_from_the_checkpoint_that_is_asked_for(trained, command
     """Beside the start, whose texts stay the same while those of the checkpoints differ."""
     words = ("generate", trained, "This film", "My wife", "-n", 4, "--base", "--checkpoint")
     first, last = command(*words, 1), command(*words, "final")
-    assert first[0] == last[0] == 0 and "step-000001, after 1 steps" in first[2]
+    assert first[0] == last[0] == 0 and "step-000001, after 1 step\n" in first[2]
     texts = [re.findall(r"^\[\d (\w+)\] (.*)$", out, re.M) for _, out, _ in (first, last)]
     (trained_1, start_1), (trained_2, start_2) = (
         [[text for w, text in found if w == who] for who in ("trained", "start")] for found in texts
@@ -459,7 +468,7 @@ def used(command, run: Path, *words: str) -> tuple[int, str]:
 def test_the_best_checkpoint_is_used_if_there_is_one(copy, command):
     assert f"model  {copy}/final, after 2 steps" in used(command, copy)[1]
     (copy / "step-000001").rename(copy / "best")
-    assert f"model  {copy}/best, after 1 steps" in used(command, copy)[1]
+    assert f"model  {copy}/best, after 1 step\n" in used(command, copy)[1]
     assert f"model  {copy}/final, after 2 steps" in used(command, copy, "--checkpoint", "final")[1]
     assert f"model  {copy}/step-000002," in used(command, copy, "--checkpoint", "2")[1]
 
@@ -503,7 +512,12 @@ def test_a_folder_without_a_run_is_refused(copy, command, tmp_path, name):
     )
     for checkpoint in ("step-000001", "step-000002", "final"):
         shutil.rmtree(copy / checkpoint)
-    assert error(copy).startswith(f"{copy} has no checkpoint yet: wait for SAVE_EVERY 1")
+    assert error(copy) == f"{copy} ended before it wrote a checkpoint: start it anew"
+    with lock(copy):
+        assert error(copy) == (
+            f"{copy} has no checkpoint yet: wait for SAVE_EVERY 1, or stop the run by Ctrl-C, "
+            "which saves"
+        )
 
 
 def test_a_mistake_is_told_without_torch():
@@ -592,6 +606,53 @@ def test_a_new_run_takes_the_evaluation_of_the_old_one_away(train, command):
     train("twice", STEPS=1)
     assert not (run / "evaluation.json").exists()
     assert (run / "earlier-001/evaluation.json").exists()
+
+
+def test_scores_that_are_missing_are_counted_and_not_borrowed(train, command):
+    """The sum is of the pairs of which neither, or both, lack a score."""
+    rewards = [{"TYPE": "python", "FUNCTION": "picky:picky"}, {"TYPE": "length", "TARGET": 6}]
+    run = train("picky", REWARDS=rewards, HELD_OUT=[], BATCH_SIZE=16)
+    import picky
+
+    picky.GIVEN.clear()
+    status, out, _ = command("evaluate", run, "-n", 16)
+    assert status == 0
+    trained, start = picky.GIVEN
+    lacking = {who: each.count(None) for who, each in (("trained", trained), ("start", start))}
+    assert lacking["trained"] != lacking["start"], "or the test shows nothing"
+    assert json.loads((run / "evaluation.json").read_text())["missing"] == {
+        "rewards/picky": lacking
+    }
+    assert f"rewards/picky: {lacking['trained']} of 16 of trained and" in out
+    found = figures(run)
+    pairs = [(a, b) for a, b in zip(trained, start, strict=True) if None not in (a, b)]
+    raw = found["rewards/picky"]
+    assert raw["difference"]["mean"] == pytest.approx(statistics.mean(a - b for a, b in pairs))
+    both = [(a is None) == (b is None) for a, b in zip(trained, start, strict=True)]
+    assert 0 < sum(both) < 16
+    wins = found["reward"]["win_rate"]["mean"] * sum(both) * 2
+    assert wins == pytest.approx(round(wins)), "of so many pairs"
+
+
+def test_where_to_write_is_known_before_the_work(full, command, tmp_path, capsys):
+    for words, said in (
+        (("evaluate", full, "--json", tmp_path), f"--json: {tmp_path} is a folder: name a file"),
+        (("report", full, "--out", tmp_path / "no/x"), f"--out: there is no folder {tmp_path}/no"),
+        (("evaluate", full, "-n", "0"), "-n/--n: '0' is no whole number above 0"),
+        (
+            ("generate", full, "--seed", "-1"),
+            "is no whole number from 0 to 4294967295",
+        ),
+    ):
+        with pytest.raises(SystemExit):
+            command(*words)
+        assert said in capsys.readouterr().err
+
+
+def test_an_evaluation_that_is_replaced_is_said(full, command, tmp_path):
+    words = ("evaluate", full, "--json", tmp_path / "own.json", "-n")
+    assert command(*words, 8)[1].endswith("own.json\n")
+    assert command(*words, 1)[1].endswith("own.json, which had 8 completions\n")
 
 
 # Statistics

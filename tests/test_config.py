@@ -831,6 +831,14 @@ def test_the_nearest_key_of_a_reward_is_not_its_type(mistake):
     assert not told.endswith("TYPE")
 
 
+@pytest.mark.parametrize(
+    ("typed", "shown"), [("", "[]"), ("END", '["END"]'), ("\\n", '["\\n"]'), ("\n", '["\\n"]')]
+)
+def test_a_text_where_a_list_belongs_is_shown_as_one(mistake, typed, shown):
+    """A shell passes \\n as two characters."""
+    assert mistake({"STOP": typed}).endswith(f"it must be a valid list, such as {shown}")
+
+
 def test_keys_are_listed_with_their_choices():
     text = commands.table()
     assert "(linear, constant)" in text and "(aim, clearml, comet_ml" in text

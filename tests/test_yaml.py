@@ -115,4 +115,4 @@ def test_a_run_by_a_yaml_file(settings, main, tmp_path, capsys):
     assert main(path, "STEPS=1") == 0
     written = json.loads((tmp_path / "run/config.json").read_text())
     assert written["STEPS"] == 1 and written["TRAIN_FILE"] == settings["TRAIN_FILE"]
-    assert "finished: 1 steps" in capsys.readouterr().out
+    assert "finished: 1 step," in capsys.readouterr().out

@@ -50,7 +50,9 @@ def _ended(run: Run) -> Iterator[Finding]:
                 event["kind"],
                 "the run could not go on",
                 f"step {step}: {message}",
-                f"what that says; {goes_on} from the last checkpoint",
+                f"what that says; {goes_on} from the last checkpoint"
+                if run.checkpoints
+                else "what that says; no checkpoint was written, so it starts anew",
             )
     elif run.state == "killed":
         saved = max(run.checkpoints.values(), default=None)

@@ -11,6 +11,7 @@ from adaptiverl.commands.checks_run import run_findings
 from adaptiverl.commands.curves import Run, json_object, read_run
 from adaptiverl.commands.finding import Finding
 from adaptiverl.commands.sample_facts import SampleFacts, facts_of
+from adaptiverl.files.console import counted
 
 # What is likely to have caused what follows it here; a kind that is not here comes first
 ORDER = (
@@ -76,7 +77,9 @@ def doctor(folder: Path) -> tuple[str, int]:
     """What is wrong in words, and the exit status: 1 if anything is, else 0."""
     run = read_run(folder)
     found = findings(run)
-    lines = [f"{folder}: {run.step} steps of {run.config.get('STEPS', '?')}, {run.state}"]
+    lines = [
+        f"{folder}: {counted(run.step, 'step')} of {run.config.get('STEPS', '?')}, {run.state}"
+    ]
     for number, each in enumerate(found, 1):
         lines += [
             "",

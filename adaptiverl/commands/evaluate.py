@@ -14,9 +14,11 @@ from datasets import Dataset
 from tabulate import tabulate
 from tqdm import tqdm
 
+from adaptiverl.commands.curves import json_object
 from adaptiverl.commands.paired import Estimate, compare, estimate
 from adaptiverl.commands.run_folder import RunReader
 from adaptiverl.commands.trained import RunRewards, TrainedModel
+from adaptiverl.files.console import counted
 from adaptiverl.rl.data import indices_at, load_prompts
 from adaptiverl.rl.diversity import distinct
 from adaptiverl.rl.rollout import Rollout, uniforms
@@ -25,6 +27,7 @@ from adaptiverl.training.inputs import as_config_error
 from adaptiverl.training.scoring import Scores
 
 Figures = dict[str, dict[str, Any]]  # by name in metrics.jsonl: trained, start, difference, …
+Missing = dict[str, dict[str, int]]  # scores that a reward did not give, by model
 MODELS = ("trained", "start")
 
 
@@ -43,7 +46,7 @@ def main(given: Namespace, run: RunReader) -> int:
         model = TrainedModel(c, checkpoint, start=True)
         rewards = RunRewards(model, prompts, source, given.all_rewards, several=False)
         try:
-            figures = measure(model, rewards, prompts, given.n, seed)
+            figures, missing = measure(model, rewards, prompts, given.n, seed)
         finally:
             rewards.close()
     about = {
@@ -55,31 +58,37 @@ def main(given: Namespace, run: RunReader) -> int:
         "different_prompts": min(given.n, len(prompts)),
         "seed": seed,
         "left_out": rewards.left_out,
+        "missing": missing,
         "figures": {name: dict(row) for name, row in figures.items()},
     }
-    said = f"{given.n} completions of {about['different_prompts']} prompts of {about['prompts']}"
-    print(f"{run.path.name}/{checkpoint.path.name}, after {checkpoint.step} steps: {said}")
+    said = f"{counted(given.n, 'completion')} of {counted(about['different_prompts'], 'prompt')}"
+    after = f"after {counted(checkpoint.step, 'step')}"
+    print(f"{run.path.name}/{checkpoint.path.name}, {after}: {said} of {about['prompts']}")
     print(table(figures))
+    for name, by in missing.items():
+        who = " and ".join(f"{number} of {given.n} of {model}" for model, number in by.items())
+        print(f"missing   {name}: {who}; reward is of the pairs that lack nothing on one side only")
     for name, why in rewards.left_out.items():
         print(f"left out  {name}: {why}")
     with as_config_error("--json" if given.json else "RUN"):
+        replaced = _completions_in(to)
         _write(to, about)
-    print(f"written to {to}")
+    print(f"written to {to}" + (f", which had {counted(replaced, 'completion')}" * bool(replaced)))
     return 0
 
 
 def measure(
-    model: TrainedModel, rewards: RunRewards, prompts: Dataset, count: int, seed: int
-) -> Figures:
-    """All figures of `count` completions by each model; of all prompts before one comes twice."""
+    model: TrainedModel, rewards: RunRewards, prompts: Dataset, size: int, seed: int
+) -> tuple[Figures, Missing]:
+    """All figures of `size` completions by each model; of all prompts before one comes twice."""
     c = model.config
-    rows = indices_at(0, count, len(prompts), seed)
-    numbers = uniforms(seed, 0, count, c.MAX_NEW_TOKENS)
+    rows = indices_at(0, size, len(prompts), seed)
+    numbers = uniforms(seed, 0, size, c.MAX_NEW_TOKENS)
     pending: dict[str, list] = {who: [] for who in MODELS}
     ids: dict[str, list[list[int]]] = {who: [] for who in MODELS}
     nats = dict.fromkeys(MODELS, 0.0)  # −log π₀ of all completions, at temperature 1
     kl = []
-    for first in tqdm(range(0, count, c.BATCH_SIZE), disable=None, unit="batch"):
+    for first in tqdm(range(0, size, c.BATCH_SIZE), disable=None, unit="batch"):
         part = slice(first, first + c.BATCH_SIZE)
         batch = columns(c, prompts, rows[part])
         for who in MODELS:
@@ -90,14 +99,15 @@ def measure(
             if who == "trained":
                 kl.append(_kl(model, rollout))
     scores = rewards.wait(pending["trained"] + pending["start"])
-    both = {rewards.sum_name: _total(rewards, scores, count)} if rewards.trained.names else {}
-    both |= rewards.columns(scores)
+    both = {rewards.sum_name: _total(rewards, scores, size)} if rewards.trained.names else {}
+    parts = rewards.columns(scores)
+    both |= parts
     both["completions/mean_length"] = torch.tensor(
         [len(each) for who in MODELS for each in ids[who]]
     )
     figures: Figures = {}
     for name, column in both.items():
-        trained, start = column.double().split(count)
+        trained, start = column.double().split(size)
         figures[name] = {k: v._asdict() for k, v in compare(trained, start, rows).items()}
     del figures["completions/mean_length"]["win_rate"]
     figures["kl_per_completion"] = {"trained": estimate(torch.cat(kl), rows)._asdict()}
@@ -108,14 +118,22 @@ def measure(
     figures["perplexity_under_start"] = {
         who: Estimate(math.exp(nats[who] / tokens[who]), None)._asdict() for who in MODELS
     }
-    return figures
+    lacking = {name: column.isnan().view(2, size).sum(1) for name, column in parts.items()}
+    missing = {
+        name: dict(zip(MODELS, numbers.tolist(), strict=True))
+        for name, numbers in lacking.items()
+        if numbers.any()
+    }
+    return figures, missing
 
 
-def _total(rewards: RunRewards, scores: Scores, count: int) -> torch.Tensor:
-    """[2 · count], in the order of `scores`; what one of a pair misses says nothing against it."""
-    pairs = torch.arange(2 * count).view(2, count).T.flatten()
+def _total(rewards: RunRewards, scores: Scores, size: int) -> torch.Tensor:
+    """[2 · size], in the order of `scores`; missing where only one of a pair misses a score."""
+    pairs = torch.arange(2 * size).view(2, size).T.flatten()
     ordered = rewards.total(Scores(scores.trained[pairs], scores.held_out[pairs]), groups=2)
-    return torch.empty_like(ordered).index_copy_(0, pairs, ordered)
+    total = torch.empty_like(ordered).index_copy_(0, pairs, ordered)
+    lacks = scores.trained.isnan().view(2, size, -1)
+    return total.masked_fill((lacks[0] ^ lacks[1]).any(-1).repeat(2), torch.nan)
 
 
 def _kl(model: TrainedModel, rollout: Rollout) -> torch.Tensor:
@@ -145,6 +163,12 @@ def _shown(value: dict[str, float | None] | None, sign: bool) -> str:
         return "missing"
     mean = f"{value['mean']:+.3f}" if sign else f"{value['mean']:.3f}"
     return mean if value["se"] is None else f"{mean} ± {value['se']:.3f}"
+
+
+def _completions_in(path: Path) -> int:
+    """Those of an earlier evaluation in the same file."""
+    found = json_object(path.read_text(encoding="utf-8")) if path.exists() else None
+    return (found or {}).get("completions", 0)
 
 
 def _write(path: Path, values: dict[str, Any]) -> None:

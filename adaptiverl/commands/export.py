@@ -20,6 +20,7 @@ from adaptiverl.commands.model_card import model_card
 from adaptiverl.commands.run_folder import RunReader
 from adaptiverl.commands.trained import TrainedModel
 from adaptiverl.config.schema import ConfigError
+from adaptiverl.files.console import counted
 from adaptiverl.rl.merging import merged
 from adaptiverl.rl.sampling.sampler import eos_ids
 from adaptiverl.training.hub import go_offline_without_it
@@ -66,7 +67,8 @@ def main(given: Namespace, run: RunReader) -> int:
         with as_config_error(f"{given.dir}"):
             _write_whole(folder, write)
     kind = "an adapter" if adapter else "the model, adapter merged" if given.merge else "the model"
-    print(f"exported {kind} of {checkpoint.path} (after {checkpoint.step} steps) to {given.dir}")
+    after = counted(checkpoint.step, "step")
+    print(f"exported {kind} of {checkpoint.path} (after {after}) to {given.dir}")
     if given.push:
         print(f"pushed to {_push(folder, given.push)}")
     return 0

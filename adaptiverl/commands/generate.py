@@ -14,7 +14,7 @@ from torch import Tensor
 from adaptiverl.commands.run_folder import RunReader
 from adaptiverl.commands.trained import RunRewards, TrainedModel
 from adaptiverl.config.schema import ConfigError
-from adaptiverl.files.console import printable
+from adaptiverl.files.console import counted, printable
 from adaptiverl.rl.chat import Prompt, given_prompt, readable
 from adaptiverl.rl.data import load_prompts
 from adaptiverl.rl.rollout import uniforms
@@ -42,7 +42,8 @@ def main(given: Namespace, run: RunReader) -> int:
         source = str(file) if file else "a prompt that is typed"
         rewards = RunRewards(model, known, source, given.all_rewards, several=count > 1)
         try:
-            print(f"model  {checkpoint.path}, after {checkpoint.step} steps", file=sys.stderr)
+            after = counted(checkpoint.step, "step")
+            print(f"model  {checkpoint.path}, after {after}", file=sys.stderr)
             for name, why in rewards.left_out.items():
                 print(f"left out  {name}: {why}", file=sys.stderr)
             seed = run.config.SEED if given.seed is None else given.seed

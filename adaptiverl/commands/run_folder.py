@@ -13,6 +13,7 @@ from contextlib import chdir, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from adaptiverl.commands.curves import read_run
 from adaptiverl.config.loading import load_config
 from adaptiverl.config.schema import ConfigError
 from adaptiverl.training.keys import RunConfig
@@ -84,9 +85,11 @@ class RunReader:
         """
         steps = self.checkpoints()
         if not steps:
+            if read_run(self.path).state != "running":
+                raise ConfigError(f"{self.path} ended before it wrote a checkpoint: start it anew")
+            wait = f"wait for SAVE_EVERY {every}, or " if (every := self.config.SAVE_EVERY) else ""
             raise ConfigError(
-                f"{self.path} has no checkpoint yet: wait for SAVE_EVERY "
-                f"{self.config.SAVE_EVERY}, or stop the run by Ctrl-C, which saves"
+                f"{self.path} has no checkpoint yet: {wait}stop the run by Ctrl-C, which saves"
             )
         names = [name for name, step in steps.items() if which in (name, str(step))]
         if which and not names:

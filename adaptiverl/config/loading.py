@@ -143,7 +143,8 @@ def _explain(error: Any, schema: type[Config]) -> str:
     message = re.sub(", unable to parse string as an? [a-z]+", "", message)
     message = message.replace("Input should be", "it must be").replace("String should", "it must")
     if error["type"] == "list_type" and isinstance(error["input"], str):
-        message += f", such as {json.dumps([error['input']])}"
+        typed = error["input"].replace("\\n", "\n")  # a shell passes \n as two characters
+        message += f", such as {json.dumps([typed] if typed else [])}"
     return f"{name} is {json.dumps(error['input'])}: {message}"
 
 

@@ -10,6 +10,11 @@ from typing import Any
 from tqdm import tqdm
 
 
+def counted(number: int, word: str) -> str:
+    """`1 step`, `2 steps`."""
+    return f"{number} {word}" + "s" * (number != 1)
+
+
 def printable(text: str) -> str:
     """`text`, which a model or a server may have written, without what steers a terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else "�" for c in text)

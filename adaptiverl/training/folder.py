@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from adaptiverl.commands.report import write_report
 from adaptiverl.config.schema import ConfigError
 from adaptiverl.files import checkpoint
-from adaptiverl.files.console import printable
+from adaptiverl.files.console import counted, printable
 from adaptiverl.files.logs import Row, RunLog
 from adaptiverl.files.process import Paused, StopSignal
 from adaptiverl.training import state
@@ -175,7 +175,7 @@ class RunFolder:
             self._show_progress(ended=True)
             self._event("stopped early", f"stopped early after step {step}, {why}")
         folder = self.save("final" if done else None)
-        said = f"finished: {step} steps, the model is in {folder}"
+        said = f"finished: {counted(step, 'step')}, the model is in {folder}"
         if why and step < self.parts.last_step:
             said = f"stopped early after step {step}, {why}. The model is in {folder}"
         if done:
