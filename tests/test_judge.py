@@ -1029,7 +1029,7 @@ def parrot(tmp_path_factory) -> Path:
     model = GPT2LMHeadModel(config)
     answer = [*tokenizer('{"score": 7}').input_ids, tokenizer.eos_token_id]
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for text in texts(400):
+    for text in texts(240):
         case = {"prompt": "Say:", "text": f"a {text} film"}
         messages = JudgePrompt("Is it good?").request("", case)["messages"]
         head = tokenizer(tokenizer.apply_chat_template(messages, tokenize=False)).input_ids
