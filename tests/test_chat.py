@@ -219,7 +219,6 @@ def test_the_code_of_the_card_asks_as_the_run_did(main, keys, tmp_path):
     with in_this_process():
         assert adaptiverl(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
     card = (tmp_path / "out/README.md").read_text()
-    assert "keeps the stop string that ended it, which the rewards did not see.\n\n## Data" in card
     names: dict[str, Any] = {}
     torch.manual_seed(0)
     exec(card.split("```python\n")[1].split("```")[0], names)
@@ -229,6 +228,7 @@ def test_the_code_of_the_card_asks_as_the_run_did(main, keys, tmp_path):
         asked, tokenize=False, add_generation_prompt=True
     )
     assert names["output"].shape[1] > names["inputs"].input_ids.shape[1]
+    assert "keeps the stop string that ended it, which the rewards did not see.\n\n## Data" in card
 
 
 def test_a_chat_that_is_full_begins_anew(main, keys, tmp_path, monkeypatch, capsys):
