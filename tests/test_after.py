@@ -248,7 +248,23 @@ def test_a_prompt_that_is_not_utf8_is_told(given, full, command, monkeypatch):
     monkeypatch.setattr("sys.stdin", piped)
     typed = ["This \udcff film"] if given == "argument" else []
     status, _, err = command("generate", full, *typed)
-    assert status == 2 and "the prompt is not UTF-8: " in err
+    what = "line 1 of the input" if "stdin" in given else "the prompt"
+    assert status == 2 and f"error: {what} is not UTF-8: " in err
+
+
+def piped(data: bytes) -> io.TextIOWrapper:
+    return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8")
+
+
+def test_newlines_alone_end_a_prompt_of_stdin(full, command, monkeypatch):
+    monkeypatch.setattr("sys.stdin", piped("This\u2028film\x0c is\rone\r\nI saw\r\n".encode()))
+    status, out, err = command("generate", full, "-n", 1)
+    assert status == 0, err
+    typed = command("generate", full, "This\u2028film\x0c is\rone", "I saw", "-n", 1)
+    assert out == typed[1]
+    monkeypatch.setattr("sys.stdin", piped(b"This\n\nI \xff saw\nThis\n"))
+    status, _, err = command("generate", full, "-n", 1)
+    assert (status, err) == (2, "error: line 3 of the input is not UTF-8: b'I \\xff saw'\n")
 
 
 def test_prompts_come_from_a_file_or_from_stdin(full, command, monkeypatch, tmp_path):
@@ -257,9 +273,9 @@ def test_prompts_come_from_a_file_or_from_stdin(full, command, monkeypatch, tmp_
     typed = command("generate", full, "This film", "I saw", "-n", 2)
     assert typed[0] == 0
     assert command("generate", full, "--file", file, "-n", 2)[1] == typed[1]
-    monkeypatch.setattr("sys.stdin", io.StringIO("This film\n\nI saw\n"))
+    monkeypatch.setattr("sys.stdin", piped(b"This film\n\nI saw\n"))
     assert command("generate", full, "-n", 2)[1] == typed[1]
-    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    monkeypatch.setattr("sys.stdin", piped(b""))
     assert command("generate", full) == (
         2, "", "error: there is no prompt, or an empty one: give text to complete\n"
     )  # fmt: skip
@@ -271,7 +287,7 @@ def test_a_terminal_without_a_prompt_is_a_chat_until_its_end(full, command, monk
         def isatty(self) -> bool:
             return True
 
-    monkeypatch.setattr("sys.stdin", Terminal("This film\n\nThis film\n"))
+    monkeypatch.setattr("sys.stdin", Terminal("This film\n\n \t\nThis film\n"))
     status, out, _ = command("generate", full)
     answers = re.findall(r"^\[1\] (.*)$", out, re.M)
     assert status == 0 and len(answers) == 2

@@ -212,6 +212,46 @@ def test_after_a_run_lines_are_messages_and_a_chat_remembers(
     ]
 
 
+def test_the_code_of_the_card_asks_as_the_run_did(main, keys, tmp_path):
+    """A conversation after SYSTEM, which stop strings end."""
+    system = 'Say "hi" 🎬 <b>'
+    assert main(keys | {"STEPS": 1, "SYSTEM": system, "STOP": ["e", "t"]}) == 0
+    with in_this_process():
+        assert adaptiverl(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    card = (tmp_path / "out/README.md").read_text()
+    names: dict[str, Any] = {}
+    torch.manual_seed(0)
+    exec(card.split("```python\n")[1].split("```")[0], names)
+    tokenizer = load_tokenizer(keys["MODEL"])
+    asked = [{"role": "system", "content": system}, *user("Your prompt")]
+    assert tokenizer.decode(names["inputs"].input_ids[0]) == tokenizer.apply_chat_template(
+        asked, tokenize=False, add_generation_prompt=True
+    )
+    assert names["output"].shape[1] > names["inputs"].input_ids.shape[1]
+    assert "keeps the stop string that ended it, which the rewards did not see.\n\n## Data" in card
+
+
+def test_a_chat_that_is_full_begins_anew(main, keys, tmp_path, monkeypatch, capsys):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    assert main(keys | {"STEPS": 1}) == 0
+    capsys.readouterr()
+    lines = ["One " * 30, "Two " * 30, "Three " * 100, "   ", "Four"]
+    monkeypatch.setattr("sys.stdin", Terminal("\n".join(lines)))
+    with in_this_process():
+        assert adaptiverl(["generate", str(tmp_path / "run")]) == 0
+    out, err = capsys.readouterr()
+    shown = [each.split("\n[1]")[0] for each in out.split("\n> user: ")[1:]]
+    assert len(shown) == 3 and shown[:2] == ["One " * 30, "Two " * 30]
+    assert shown[2].startswith(shown[1] + "\nassistant: ") and shown[2].endswith("\nuser: Four")
+    assert err.splitlines()[2:] == [
+        "The conversation is full: this line begins a new one.",
+        "This line does not fit the model's context: shorten it.",
+    ]
+
+
 def test_a_resumed_run_is_the_uninterrupted_one(main, keys, tmp_path):
     keys |= {"SYSTEM": SYSTEM, "STOP": ["e"], "TRUST_REGION_SCHEDULE": "constant"}
     outputs = []
@@ -332,6 +372,21 @@ def test_conversations_have_the_templates_tokens_and_one_bos(sampler, models):
     assert [row.count(own.bos_token_id) for row in ids] == [1] * 4
     text = llama(["This"], uniforms(0, 1, 1, 4)).prompt_ids[0].tolist()
     assert text == own("This").input_ids and text.count(own.bos_token_id) == 1
+
+
+def test_a_text_that_begins_with_bos_is_given_one(sampler):
+    """Where the tokenizer adds it and where it does not."""
+    for kind, adds in (("llama", True), ("gpt2", False)):
+        ours = sampler(kind)
+        bos, one = ours.tokenizer.bos_token or ours.tokenizer.eos_token, uniforms(0, 1, 1, 4)
+        ours.tokenizer.bos_token = bos
+        marked = ours([f"{bos}This film"], one)
+        plain = ours(["This film"], one).prompt_ids[0].tolist()
+        first = ours.tokenizer.bos_token_id
+        assert plain.count(first) == adds
+        assert marked.prompt_ids[0].tolist() == (plain if adds else [first, *plain])
+        two = ours([f"{bos}{bos}This film"], one).prompt_ids[0].tolist()
+        assert two.count(first) == 2, "as it was written"
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen", "gpt2"])
@@ -645,11 +700,7 @@ def test_a_conversation_of_nothing_but_an_answer(tmp_path):
 
 def test_mistakes_are_told_before_the_policy_loads(main, keys, settings, tmp_path, capsys):
     """Each is one line, by the key; the weights of the model are not there."""
-    bare = tmp_path / "bare"
-    bare.mkdir()
-    for file in Path(keys["MODEL"]).iterdir():
-        if "safetensors" not in file.name:
-            (bare / file.name).write_bytes(file.read_bytes())
+    bare = Path(without_weights(keys["MODEL"], tmp_path / "bare"))
     plain = tmp_path / "plain"
     plain.mkdir()
     for file in bare.iterdir():
@@ -666,7 +717,7 @@ def test_mistakes_are_told_before_the_policy_loads(main, keys, settings, tmp_pat
         ({"MODEL": str(plain)}, f"{plain} has no chat template, which the messages of {train}"),
         ({"TRAIN_FILE": text, "SYSTEM": "x"}, f"SYSTEM {of_text}"),
         ({"EVAL_FILE": text, "CHAT_TEMPLATE": str(strict)}, f"CHAT_TEMPLATE {of_text}"),
-        ({"CHAT_TEMPLATE": str(tmp_path / "no")}, "CHAT_TEMPLATE: [Errno 2] No such file"),
+        ({"CHAT_TEMPLATE": f"{tmp_path}/no"}, f"CHAT_TEMPLATE {tmp_path}/no: [Errno 2] No "),
         ({"CHAT_TEMPLATE": str(strict)}, "row 2: the chat template refuses a conversation of"),
         ({"TRAIN_FILE": long}, f"{long}: row 1: a conversation of "),
         ({"TRAIN_FILE": long}, " tokens is longer than the 88 that MAX_NEW_TOKENS leaves"),
@@ -677,6 +728,75 @@ def test_mistakes_are_told_before_the_policy_loads(main, keys, settings, tmp_pat
         assert message in said and said.count("\n") == 1, said
     assert main(keys | {"MODEL": str(bare)}) == 2
     assert "safetensors" in capsys.readouterr().err, "what is next, after all of these"
+
+
+def without_weights(model: str, folder: Path, **config: Any) -> str:
+    """A copy of which nothing but tokenizer and config can be loaded; `config` is changed."""
+    folder.mkdir()
+    for file in Path(model).iterdir():
+        if "safetensors" not in file.name:
+            (folder / file.name).write_bytes(file.read_bytes())
+    known = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(known | config))
+    return str(folder)
+
+
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+CALLED = [
+    *user("Hi"),
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "1"},
+]
+
+
+@pytest.mark.parametrize(
+    ("each", "refused", "message"),
+    [
+        (
+            "{{ m.content or raise_exception('No\nwords') }}",
+            user(""),
+            "a conversation of user: No words",
+        ),
+        (
+            "{% for t in m.tool_calls or [] %}{{ '<call>' + t.function.arguments }}{% endfor %}",
+            CALLED,
+            'a conversation of user, assistant, tool: can only concatenate str (not "dict") to str',
+        ),
+    ],
+)
+@pytest.mark.parametrize("key", ["TRAIN_FILE", "EVAL_FILE"])
+def test_each_conversation_that_the_template_refuses_is_told_with_its_row(
+    main, keys, tmp_path, capsys, key, each, refused, message
+):
+    """Also where others of the same roles are not, and all are short for the model."""
+    template = tmp_path / "strict.jinja"
+    template.write_text("{% for m in messages %}" + each + "{% endfor %}")
+    model = without_weights(keys["MODEL"], tmp_path / "long", max_position_embeddings=4096)
+    rows = chats(tmp_path, GOOD, user("Ho"), refused)
+    assert main(keys | {"MODEL": model, "CHAT_TEMPLATE": str(template), key: rows}) == 2
+    assert capsys.readouterr().err == (
+        f"error: {rows}: row 2: the chat template refuses {message}\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{% for m in messages %}", "line 1: Unexpected end of template."),
+        (b"{{ messages | nothing }}", "line 1: No filter named 'nothing'."),
+        (b" \n", "the file is empty"),
+        (b"\xff", "'utf-8' codec can't decode byte 0xff in position 0"),
+        (None, "[Errno 21] Is a directory"),
+    ],
+)
+def test_a_file_that_is_no_template_is_told_by_its_name(
+    main, keys, tmp_path, capsys, content, message
+):
+    file = tmp_path / "mine.jinja"
+    file.mkdir() if content is None else file.write_bytes(content)
+    assert main(keys | {"CHAT_TEMPLATE": str(file)}) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: CHAT_TEMPLATE {file}: {message}") and said.count("\n") == 1
 
 
 def test_a_long_conversation_is_not_cut_when_it_is_sampled(sampler):

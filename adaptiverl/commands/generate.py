@@ -5,7 +5,7 @@ With --base, beside those of the model before the training, from the same random
 
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from datasets import Dataset
@@ -65,7 +65,7 @@ def _prompts(run: RunReader, typed: list[str], file: Path | None) -> Dataset:
     if file:
         with as_config_error("--file"):
             return load_prompts(str(file), column)
-    lines = typed or [line for line in _read(sys.stdin.read).splitlines() if line]
+    lines = typed or [line for line in _piped(sys.stdin.buffer.read()) if line]
     if not all(lines) or not lines:
         raise ConfigError("there is no prompt, or an empty one: give text to complete")
     for line in lines:
@@ -73,10 +73,19 @@ def _prompts(run: RunReader, typed: list[str], file: Path | None) -> Dataset:
     return Dataset.from_dict({column: [_as_prompt(run, line) for line in lines]})
 
 
-def _read(source: Callable[[], str]) -> str:
-    """What is typed or piped. Raises ConfigError where it is not UTF-8."""
+def _piped(data: bytes) -> Iterator[str]:
+    """The lines of stdin, which newlines alone end. Raises ConfigError where one is not UTF-8."""
+    for number, line in enumerate(data.split(b"\n"), 1):
+        try:
+            yield line.removesuffix(b"\r").decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"line {number} of the input is not UTF-8: {line!r}") from error
+
+
+def _read_line() -> str:
+    """A line that is typed. Raises ConfigError where it is not UTF-8."""
     try:
-        return source()
+        return input("> ")
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"the prompt is not UTF-8: {error.reason} at byte {error.start}"
@@ -102,18 +111,27 @@ def _chat(run: RunReader, answer: "Answers") -> None:
     said: list[dict[str, str]] = []
     while True:
         try:
-            line = _read(lambda: input("> "))
+            line = _read_line()
         except EOFError:
             print()
             return
-        if not line:
+        if not line.strip():
             continue
         _check(line)
         if not run.is_chat:
             print(answer({"prompt": [line]}), flush=True)
             continue
-        said.append({"role": "user", "content": line})
-        print(answer({"prompt": [given_prompt(said, run.config.SYSTEM)]}), flush=True)
+        turn = {"role": "user", "content": line}
+        prompt = given_prompt([*said, turn], run.config.SYSTEM)
+        if not answer.model.fits(prompt):
+            prompt = given_prompt([turn], run.config.SYSTEM)
+            if not answer.model.fits(prompt):
+                print("This line does not fit the model's context: shorten it.", file=sys.stderr)
+                continue
+            print("The conversation is full: this line begins a new one.", file=sys.stderr)
+            said = []
+        print(answer({"prompt": [prompt]}), flush=True)
+        said.append(turn)
         said.append({"role": "assistant", "content": answer.last})
 
 

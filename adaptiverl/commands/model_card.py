@@ -48,6 +48,7 @@ def model_card(
         keep_trailing_newline=True,
     )
     templates.filters["cell"] = _cell
+    templates.filters["literal"] = repr  # Python's, where JSON has half characters
     rows = [row for row in run.metrics() if row["step"] <= checkpoint.step]
     return templates.get_template("model_card.md.jinja").render(
         version=adaptiverl.__version__,
@@ -57,6 +58,7 @@ def model_card(
         base=_public(c.MODEL),
         base_on_hub=None if Path(base).exists() else base,
         adapter=adapter,
+        chat=run.is_chat,
         checkpoint=checkpoint,
         data=_public(c.TRAIN_FILE),
         eval_data=c.EVAL_FILE and _public(c.EVAL_FILE),

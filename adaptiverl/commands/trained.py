@@ -18,8 +18,9 @@ from transformers.utils import logging as transformers_logging
 from adaptiverl.commands.run_folder import Checkpoint
 from adaptiverl.config.schema import ConfigError
 from adaptiverl.files.process import Paused
+from adaptiverl.rl.chat import Prompt, PromptError, tokenize
 from adaptiverl.rl.rollout import Rollout
-from adaptiverl.rl.sampling.sampler import PromptError, Sampler
+from adaptiverl.rl.sampling.sampler import Sampler
 from adaptiverl.training import inputs
 from adaptiverl.training.build import make_accelerator, make_sampler
 from adaptiverl.training.keys import RunConfig
@@ -76,6 +77,14 @@ class TrainedModel:
                 longest,
             )
         return rollout
+
+    def fits(self, prompt: Prompt) -> bool:
+        """Whether a conversation leaves MAX_NEW_TOKENS of the context; raises ConfigError."""
+        try:
+            tokens = len(tokenize(self.sampler.tokenizer, [prompt]).input_ids[0])
+        except PromptError as error:
+            raise ConfigError(f"{self.config.PROMPT_COLUMN}: {error}") from error
+        return not self.sampler.max_prompt or tokens <= self.sampler.max_prompt
 
     def logprobs(
         self, rollout: Rollout, start: bool = False, temperature: float | None = None

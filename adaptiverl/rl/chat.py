@@ -6,8 +6,6 @@ They become text by the tokenizer's chat template. Leaves out tools and images.
 from collections.abc import Sequence
 from typing import Any
 
-from jinja2 import TemplateError
-
 Message = dict[str, Any]
 Prompt = str | list[Message]
 ANSWERED = "messages"  # TRL's column of whole conversations, whose last message is the answer
@@ -77,20 +75,19 @@ def render(tokenizer: Any, prompt: Prompt) -> str:
     """
     if isinstance(prompt, str):
         return prompt
-    try:
-        return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    except (TemplateError, ValueError) as error:  # such as a role that it does not know
-        roles = ", ".join(message["role"] for message in prompt)
-        raise PromptError(
-            f"the chat template refuses a conversation of {roles}: {error}"
-        ) from error
+    return _by_template(tokenizer, prompt, add_generation_prompt=True)
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[Prompt], **options: Any) -> Any:
-    """The tokenizer's batch of prompts that are all texts or all conversations; see `render`."""
+    """The tokenizer's batch of prompts that are all texts or all conversations; see `render`.
+
+    A text that begins with the beginning-of-text token is not given a second one.
+    """
     chat = not isinstance(prompts[0], str)
     # the template has written the special tokens
     texts = [render(tokenizer, each) for each in prompts]
+    if not chat and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:  # it adds its own
+        texts = [text.removeprefix(tokenizer.bos_token) for text in texts]
     return tokenizer(texts, add_special_tokens=not chat, **options)
 
 
@@ -101,13 +98,22 @@ def end_of_turn(tokenizer: Any) -> int | None:
     answer = "An answer."
     turns = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": answer}]
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except TemplateError:  # it wants other turns; what it says of the run's prompts is told
+        text = _by_template(tokenizer, turns)
+    except PromptError:  # it wants other turns; what it says of the run's prompts is told
         return None
     _, found, after = text.rpartition(answer)
     rest = tokenizer(after, add_special_tokens=False).input_ids if found else []
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     return next((token for token in rest if token in special), None)
+
+
+def _by_template(tokenizer: Any, turns: list[Message], **options: Any) -> str:
+    try:
+        return tokenizer.apply_chat_template(turns, tokenize=False, **options)
+    except Exception as error:  # a template is a program, which may raise anything
+        roles = ", ".join(message["role"] for message in turns)
+        said = " ".join(str(error).split())
+        raise PromptError(f"the chat template refuses a conversation of {roles}: {said}") from error
 
 
 def _is_conversation(prompt: Any) -> bool:

@@ -8,23 +8,30 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from adaptiverl.config.schema import ConfigError
-from adaptiverl.rl.chat import PromptError, given_prompt, tokenize
+from adaptiverl.rl.chat import PromptError, given_prompt, render, tokenize
 from adaptiverl.rl.data import holds_chats
 from adaptiverl.rl.sampling.sampler import too_long
 from adaptiverl.training.inputs import as_config_error
 from adaptiverl.training.keys import RunConfig
 
-MARKUP = 1000  # tokens, more than a template adds to a conversation
-
 
 def use_chat_template(c: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Gives the tokenizer the template of CHAT_TEMPLATE, which checkpoints then have."""
-    if c.CHAT_TEMPLATE:
-        with as_config_error("CHAT_TEMPLATE"):
-            tokenizer.chat_template = Path(c.CHAT_TEMPLATE).read_text(encoding="utf-8")
+    if not c.CHAT_TEMPLATE:
+        return
+    with as_config_error(f"CHAT_TEMPLATE {c.CHAT_TEMPLATE}"):
+        tokenizer.chat_template = Path(c.CHAT_TEMPLATE).read_text(encoding="utf-8")
+        if not tokenizer.chat_template.strip():
+            raise ValueError("the file is empty")
+        try:
+            render(tokenizer, [{"role": "user", "content": "A question?"}])
+        except PromptError as error:  # of these turns; what it says of the run's prompts is told
+            if isinstance(broken := error.__cause__, TemplateSyntaxError):
+                raise ValueError(f"line {broken.lineno}: {broken.message}") from error
 
 
 def check_chats(
@@ -35,8 +42,8 @@ def check_chats(
 ) -> None:
     """Looks at all of `files`, prompts by the name of their source; texts need nothing of this.
 
-    One conversation of each sequence of roles is rendered, because templates refuse some; those
-    that may be longer than `max_prompt` tokens are counted.
+    Each conversation is rendered, because templates refuse some; those that may be longer than
+    `max_prompt` tokens are counted.
     """
     chats = {source: rows for source, rows in files.items() if holds_chats(rows, c.PROMPT_COLUMN)}
     if texts := files.keys() - chats.keys():
@@ -52,17 +59,14 @@ def check_chats(
             "need: name a chat model, or a file with a template in CHAT_TEMPLATE"
         )
     for source, rows in chats.items():
-        seen: set[tuple[str, ...]] = set()
         for number, found in enumerate(rows[c.PROMPT_COLUMN]):
             prompt: Any = given_prompt(found, c.SYSTEM)
-            roles = tuple(message["role"] for message in prompt)
-            size = len(str(prompt).encode()) + MARKUP  # a token has one byte or more
-            if roles in seen and not (max_prompt and size > max_prompt):
-                continue
-            seen.add(roles)
             try:
-                tokens = len(tokenize(tokenizer, [prompt]).input_ids[0])
+                text = render(tokenizer, prompt)
             except PromptError as error:
                 raise ConfigError(f"{source}: row {number}: {error}") from error
-            if max_prompt and tokens > max_prompt:
+            # a token has one byte or more
+            if not max_prompt or len(text.encode()) <= max_prompt:
+                continue
+            if (tokens := len(tokenize(tokenizer, [prompt]).input_ids[0])) > max_prompt:
                 raise ConfigError(f"{source}: row {number}: {too_long(tokens, max_prompt)}")
