@@ -8,7 +8,7 @@ train: .venv/run config.schema.json
 	.venv/bin/python train.py config.json
 
 test: .venv/dev
-	.venv/bin/python -m pytest -n 3 --dist worksteal
+	.venv/bin/python -m pytest -n 2 --dist worksteal
 
 check: .venv/dev
 	.venv/bin/ruff check .
