@@ -244,7 +244,7 @@ class Online(InTrustRegion):
 
     def after(self, step, reward):
         self.optimizer.observe(
-            loss=self.loss, reward=reward, kl=self.info.kl, kl_target=self.info.target,
+            loss=self.loss, reward=reward, kl=self.info.kl, trust_region_kl=self.info.target,
             done=step / self.steps,
         )  # fmt: skip
 

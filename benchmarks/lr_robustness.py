@@ -188,7 +188,7 @@ class Bench:
 
 
 def moved(sampler: Sampler, rollout: Rollout) -> float:
-    """The KL of the last update on a few of the completions, nats a token."""
+    """The KL of the last update on a few of the completions, nats per token."""
     size = len(rollout)
     part = rollout.select(torch.arange(0, size, min(max(size // PROBE, 1), 8)))
     now = sampler.policy.logprobs(part)

@@ -23,9 +23,11 @@ class Labels:
             "CREATE TABLE IF NOT EXISTS labels (key TEXT PRIMARY KEY, score REAL, who TEXT, "
             "time REAL, question TEXT, scale TEXT, prompt TEXT, completion TEXT)"
         )
-        # A table of its own, so that files of earlier versions go on to be read
+        # A table of its own, so that files of earlier versions go on to be read. One of them had a
+        # table "batches" of other columns.
         self.base.execute(
-            "CREATE TABLE IF NOT EXISTS batches (batch TEXT PRIMARY KEY, asked REAL, ended REAL)"
+            "CREATE TABLE IF NOT EXISTS batch_times "
+            "(batch TEXT PRIMARY KEY, asked REAL, ended REAL)"
         )
         self.question, self.scale = question, scale
 
@@ -43,14 +45,14 @@ class Labels:
         if step is None:
             return "", now, None
         name = hashlib.sha256(json.dumps([step, *keys]).encode()).hexdigest()
-        self.base.execute("INSERT OR IGNORE INTO batches VALUES (?, ?, NULL)", (name, now))
-        found = self.base.execute("SELECT asked, ended FROM batches WHERE batch = ?", (name,))
+        self.base.execute("INSERT OR IGNORE INTO batch_times VALUES (?, ?, NULL)", (name, now))
+        found = self.base.execute("SELECT asked, ended FROM batch_times WHERE batch = ?", (name,))
         return name, *found.fetchone()
 
     def end(self, batch: str) -> float:
         """Now, up to which its labels count from here on."""
         now = time.time()
-        self.base.execute("UPDATE batches SET ended = ? WHERE batch = ?", (now, batch))
+        self.base.execute("UPDATE batch_times SET ended = ? WHERE batch = ?", (now, batch))
         return now
 
     def find(self, key: str, until: float = math.inf) -> tuple[float | None] | None:

@@ -639,7 +639,8 @@ def test_scores_that_are_missing_are_counted_and_not_borrowed(train, command):
     assert json.loads((run / "evaluation.json").read_text())["missing"] == {
         "rewards/picky": lacking
     }
-    assert f"rewards/picky: {lacking['trained']} of 16 of trained and" in out
+    said = f"missing   rewards/picky: {lacking['trained']} of 16 trained, "
+    assert f"{said}{lacking['start']} of 16 start\n" in out
     found = figures(run)
     pairs = [(a, b) for a, b in zip(trained, start, strict=True) if None not in (a, b)]
     raw = found["rewards/picky"]
@@ -667,6 +668,7 @@ def test_where_to_write_is_known_before_the_work(full, command, tmp_path, capsys
 
 def test_an_evaluation_that_is_replaced_is_said(full, command, tmp_path):
     words = ("evaluate", full, "--json", tmp_path / "own.json", "-n")
+    (tmp_path / "own.json").write_bytes(b"\xff, no evaluation")
     assert command(*words, 8)[1].endswith("own.json\n")
     assert command(*words, 1)[1].endswith("own.json, which had 8 completions\n")
 

@@ -5,11 +5,21 @@ import json
 import sys
 
 import pytest
+import torch
 from conftest import ROOT, in_this_process, read_jsonl
 
 from examples.random_walks import END, Graph, ShortestPath, pretrain, reinforce, score
 
 sys.path.append(str(ROOT / "benchmarks"))  # whose files import each other by name
+
+import lr_methods
+
+
+def subclasses() -> list[type]:
+    """The recurrent optimizers of benchmarks/lr_methods.py and their placebos."""
+    kinds = [kind for kind in vars(lr_methods).values() if isinstance(kind, type)]
+    return [kind for kind in kinds if issubclass(kind, lr_methods.Online)]
+
 
 SMALL = {"seed": 3, "nodes": 6, "longest": 5, "edge": 0.3}
 
@@ -162,3 +172,29 @@ def test_both_sides_of_the_time_to_a_quality_have_the_same_rewards():
     first, then = one([""] * 500, [""] * 500), one([""], [""])
     assert first + then == two([""] * 501, [""] * 501)
     assert abs(sum(first) / 500) < 0.1 and 0.2 < sum(x * x for x in first) / 500 < 0.3
+
+
+@pytest.mark.parametrize("kind", [lr_methods.Method, lr_methods.InTrustRegion, *subclasses()])
+def test_a_way_of_setting_the_rate_follows_the_reward_of_a_small_policy(kind):
+    """As the benchmark calls it: a step within its KL, then what the step's reward was."""
+    torch.manual_seed(0)
+    weights = torch.nn.Parameter(torch.randn(6, 4)), torch.nn.Parameter(torch.zeros(4))
+    method = kind([*weights], 1e-2, seed=0, steps=20)
+    rewards = []
+    for step in range(20):
+        policy = (weights[0].mean(0) + weights[1]).log_softmax(-1)
+        before = policy.detach()
+        rewards.append(before.exp()[2].item())
+        method.loss = -rewards[-1]
+        (-policy.exp()[2]).backward()
+
+        def kl(before: torch.Tensor = before) -> float:
+            with torch.no_grad():
+                now = (weights[0].mean(0) + weights[1]).log_softmax(-1)
+                return (before.exp() * (before - now)).sum().item()
+
+        method.step(step, kl)
+        method.optimizer.zero_grad()
+        method.after(step, rewards[-1])
+    assert rewards[-1] > rewards[0] + 0.005
+    assert method.next_rate > 0

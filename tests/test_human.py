@@ -335,6 +335,7 @@ def test_a_file_of_labels_of_an_earlier_version_is_read(tmp_path, human):
             "CREATE TABLE labels (key TEXT PRIMARY KEY, score REAL, who TEXT, "
             "time REAL, question TEXT, scale TEXT, prompt TEXT, completion TEXT)"
         )
+        base.execute("CREATE TABLE batches (batch TEXT PRIMARY KEY, time REAL)")
         with closing(Labels(tmp_path / "other.sqlite", "Good?", "binary")) as other:
             key = other.key("p", "a")
         row = (key, -1.0, "ann", 1e9, "Good?", "binary", "p", "a")

@@ -66,8 +66,8 @@ def main(given: Namespace, run: RunReader) -> int:
     print(f"{run.path.name}/{checkpoint.path.name}, {after}: {said} of {about['prompts']}")
     print(table(figures))
     for name, by in missing.items():
-        who = " and ".join(f"{number} of {given.n} of {model}" for model, number in by.items())
-        print(f"missing   {name}: {who}; reward is of the pairs that lack nothing on one side only")
+        who = ", ".join(f"{number} of {given.n} {model}" for model, number in by.items())
+        print(f"missing   {name}: {who}")
     for name, why in rewards.left_out.items():
         print(f"left out  {name}: {why}")
     with as_config_error("--json" if given.json else "RUN"):
@@ -167,7 +167,7 @@ def _shown(value: dict[str, float | None] | None, sign: bool) -> str:
 
 def _completions_in(path: Path) -> int:
     """Those of an earlier evaluation in the same file."""
-    found = json_object(path.read_text(encoding="utf-8")) if path.exists() else None
+    found = json_object(path.read_text("utf-8", errors="replace")) if path.is_file() else None
     return (found or {}).get("completions", 0)
 
 
