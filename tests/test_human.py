@@ -298,8 +298,8 @@ def test_a_run_that_is_killed_asks_and_scores_as_one_that_is_not(human, tmp_path
     assert steps(reward, texts, range(7, 10)) == whole[7:10]
     undone = reward.queue.labels
     undone.remove(undone.key("p", before.seen.pop()))  # of the last step two are there,
-    last = "asked = (SELECT MAX(asked) FROM batches)"  # and it was asked about until the kill
-    undone.base.execute(f"UPDATE batches SET ended = NULL WHERE {last}")
+    last = "asked = (SELECT MAX(asked) FROM batch_times)"  # and it was asked about until the kill
+    undone.base.execute(f"UPDATE batch_times SET ended = NULL WHERE {last}")
 
     reward, after = human(rule, **keys)
     reward.load_state_dict(checkpoint)
