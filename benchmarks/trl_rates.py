@@ -14,11 +14,13 @@ What a user of TRL writes, of which two lines are new:
 
 `trust_region` is this, `constant` the same trainer without it. Trainers are at their defaults but
 for the task's batch, tokens, temperature, beta (0.02 per nat) and a constant rate; bf16 and
-gradient checkpointing are off. Model, prompts and length control are those of lr_robustness.py;
-"rare" pays for the word "seen", which 4 % of the first policy's completions have. Score: the mean
-reward of 256 fresh completions of the last policy less 0.02 per nat of KL to the first. Reported is
-the share of the gain, (score − untrained) / (best constant − untrained), of means over seeds. A run
-has collapsed where its score is more than 0.1 below the untrained one, or its entropy below 0.1.
+gradient checkpointing are off. "GRPO, unscaled" has `scale_rewards="none"`, so that `beta` weighs
+against the reward itself, as in the score. Model, prompts and length control are those of
+lr_robustness.py; "rare" pays for the word "seen", which 4 % of the first policy's completions have.
+Score: the mean reward of 256 fresh completions of the last policy less 0.02 per nat of KL to the
+first. Reported is the share of the gain, (score − untrained) / (best constant − untrained), of
+means over seeds. A run has collapsed where its score is more than 0.1 below the untrained one, or
+its entropy below 0.1.
 
 Raw results, one line per run: trl_rates.jsonl. What is there is not run again.
 """
@@ -53,6 +55,11 @@ from rewards import LengthReward, RegexReward  # noqa: E402
 BATCH, STEPS = 32, 60
 RATES = [1e-7, 1e-5, 1e-3, 1e-1]
 CONSTANTS = [1e-5, 1e-4, 3e-4, 1e-3]  # the best of them is the reference
+TRAINERS = {  # TRL's name, and what is not its default
+    "RLOO": ("RLOO", {}),
+    "GRPO": ("GRPO", {}),
+    "GRPO, unscaled": ("GRPO", {"scale_rewards": "none"}),
+}
 METHODS = {"trust_region": RATES, "constant": sorted({*RATES, *CONSTANTS})}
 TASKS = {
     "length": lambda: LengthReward(target=10, unit="words"),
@@ -86,12 +93,14 @@ def untrained(task: str) -> float:
 def make_trainer(
     kind: str, task: str, method: str, rate: float, seed: int, folder: str, steps: int = STEPS
 ) -> Any:
-    """TRL's trainer `kind`, with the trust region or without."""
+    """One of TRAINERS, with the trust region or without."""
     import trl
     from datasets import Dataset
 
+    name, own = TRAINERS[kind]
     config = trl_config(
-        kind,
+        name,
+        **own,
         output_dir=folder,
         learning_rate=rate,
         lr_scheduler_type="constant",
@@ -108,7 +117,7 @@ def make_trainer(
     if method == "trust_region":
         mini = AdamMini(model.parameters(), lr=rate, weight_decay=0.0)
         optimizer = AdaptiveOptimizer(mini, "trust_region", steps=steps)
-    trainer = getattr(trl, f"{kind}Trainer")(
+    trainer = getattr(trl, f"{name}Trainer")(
         model=model,
         reward_funcs=tap,
         args=config,
@@ -203,7 +212,7 @@ def report(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--trainers", nargs="*", default=["RLOO", "GRPO"])
+    parser.add_argument("--trainers", nargs="*", choices=TRAINERS, default=[*TRAINERS])
     parser.add_argument("--tasks", nargs="*", choices=TASKS, default=[*TASKS])
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=[*METHODS])
     parser.add_argument("--rates", nargs="*", type=float, help="instead of each method's own")
