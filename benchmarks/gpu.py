@@ -25,8 +25,8 @@ from typing import Any
 
 import torch
 from gpu_table import FILE, write_table
-from sizes import ROOT
 
+ROOT = Path(__file__).parent.parent
 Part = dict[str, Any]
 NO_CARD = "make gpu: there is no CUDA card here, so nothing was run and no row has changed"
 FOR_THROUGHPUT = 150  # seconds that are kept for it

@@ -94,16 +94,16 @@ def test_what_cannot_be_written_is_dropped_from_then_on(tmp_path, capfd):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="limits of POSIX")
-def test_a_full_disk_is_told_in_a_line(settings, tmp_path):
-    import resource
-
-    config = tmp_path / "config.json"
-    config.write_text(json.dumps(settings | {"REPORT": False}))
-    result = subprocess.run(
-        [sys.executable, "train.py", str(config)],
-        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000)),
-    )  # fmt: skip
+def test_a_full_disk_is_told_in_a_line(run, settings, tmp_path):
+    small = tmp_path / "small.py"
+    small.write_text(
+        "import resource, sys\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import train\n"
+        "sys.exit(train.main())\n"
+    )
+    result = run(settings | {"REPORT": False}, program=str(small))
     assert result.returncode == 3 and "Traceback" not in result.stderr
     last = result.stderr.splitlines()[-1]
     assert last.startswith("error: ") and "File too large" in last

@@ -118,13 +118,27 @@ def run(code: str) -> None:
     assert result.returncode == 0, result.stderr
 
 
-def test_importing_loads_nothing_heavy_and_reads_no_config():
-    """A model, peft, bitsandbytes and sentence-transformers load when they are asked for."""
-    run(
-        "import sys, train, rewards\n"
-        "heavy = {'peft', 'bitsandbytes', 'sentence_transformers', 'trl'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
-    )
+EVERYTHING = """
+import sys, adaptiverl, rewards, train, adaptiverl.__main__
+[getattr(adaptiverl, name) for name in adaptiverl.__all__]
+print({*sys.argv[1:]} & {*sys.modules})
+"""
+
+
+@pytest.mark.parametrize(
+    "modules",
+    [
+        ("peft", "bitsandbytes", "sentence_transformers", "trl"),
+        ("openai", "fastapi", "uvicorn", "tensorboard", "keras", "optax", "jax"),  # of the extras
+    ],
+    ids=["heavy", "extras"],
+)
+def test_importing_everything_loads_nothing_that_is_not_asked_for(warm, tmp_path, modules):
+    """Nor reads a config. What is forked has imported train.py, and nothing else of ours."""
+    script = tmp_path / "everything.py"
+    script.write_text(EVERYTHING)
+    process = warm.start([sys.executable, str(script), *modules], ENVIRONMENT)
+    assert process.communicate(timeout=60) == ("set()\n", "")
 
 
 def test_what_a_config_may_say_is_known_without_torch():

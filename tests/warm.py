@@ -2,9 +2,11 @@
 
 A test that kills a run needs a process of the system. That it imports everything anew, for ten
 seconds, shows nothing. What is forked is otherwise as from a fresh interpreter: it has its own
-arguments, variables, streams and signals, runs its program as `__main__`, and ends as programs end.
+arguments, variables, streams and signals, runs its program as `__main__`, and ends as programs end,
+but for the second in which the interpreter takes its modules apart.
 """
 
+import atexit
 import fcntl
 import gc
 import json
@@ -15,6 +17,7 @@ import socket
 import subprocess
 import sys
 import termios
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -168,4 +171,16 @@ if __name__ == "__main__":
     import train  # noqa: F401, and all that it imports
 
     gc.freeze()  # else each process looks through all that was imported, and copies it
-    run(next_process(socket.socket(fileno=int(sys.argv[1]))))
+    words = next_process(socket.socket(fileno=int(sys.argv[1])))
+    status = 0
+    try:
+        run(words)
+    except SystemExit as end:
+        if not isinstance(end.code, int | None):
+            raise  # the interpreter prints it
+        status = end.code or 0
+    threading._shutdown()  # waits for threads, as the interpreter does
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
