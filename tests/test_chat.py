@@ -324,6 +324,12 @@ def test_a_base_model_is_given_a_template_and_stop_strings(main, settings, keys,
     assert tokenizer.chat_template == template.read_text()
     samples = read_jsonl(tmp_path / "run/samples.jsonl")
     assert not any("\n" in row["completion"] for row in samples)
+    template.unlink()  # the run has kept it
+    with in_this_process():
+        asked = ["generate", "Hello", "-n", "1", "--base"]
+        for words in (asked, ["export", str(tmp_path / "out")]):
+            assert adaptiverl([words[0], str(tmp_path / "run"), *words[1:]]) == 0
+    assert (tmp_path / "out/chat_template.jinja").exists()
 
 
 INSTRUCTIONS = ROOT.parent / "shared/data/instruction/instruction-data.json"

@@ -9,13 +9,8 @@ import pytest
 import torch
 
 from adaptiverl.optim.mini import AdamMini
-from adaptiverl.optim.trust_region import (
-    MEMORY,
-    MIN_CONFIDENCE,
-    TRUSTED,
-    SignalToNoise,
-    TrustRegion,
-)
+from adaptiverl.optim.signals import MEMORY, SignalToNoise
+from adaptiverl.optim.trust_region import MIN_CONFIDENCE, TRUSTED, TrustRegion
 from adaptiverl.optim.update import (
     LastUpdate,
     alignment,

@@ -47,6 +47,8 @@ class TrainedModel:
         resumed: Path | None = checkpoint.path
         if c.FULLTUNE and not start:  # a checkpoint is a model by itself: MODEL need not exist
             update["MODEL"], resumed = str(checkpoint.path), None
+        if c.CHAT_TEMPLATE:  # transformers' name for what the run has saved
+            update["CHAT_TEMPLATE"] = str(checkpoint.path / "chat_template.jinja")
         self.config = c.model_copy(update=update)
         self.checkpoint = checkpoint
         inputs.use_hub(self.config)

@@ -1,6 +1,7 @@
 """What rules read: a number after each step, and what its past says about it. Imports no torch.
 
-Each part is a pure function (state, x) → (state, answer) on plain numbers and lists. A signal that
+Each part is a pure function (state, x) → (state, answer) on plain numbers and lists, but for
+SignalToNoise, which the trust region keeps. A signal that
 is only noise has no trend, no excess variance and no plateau that is worth acting on, or rarely;
 controller.py bounds what it costs to be wrong.
 """
@@ -13,6 +14,7 @@ from typing import Any
 
 LARGEST = 1e150  # a signal may be: sums of squares of larger ones are no numbers
 State = dict[str, Any]  # plain numbers and lists
+MEMORY = 0.96  # of SignalToNoise, per step: a mean over some 25 of them
 
 
 @dataclass(frozen=True)
@@ -153,3 +155,28 @@ def _noise(residuals: Sequence[float]) -> float:
         return 0.0
     alike = min(max(sum(a * b for a, b in pairwise(residuals)) / total, 0.0), 0.95)
     return total / (n - 2) * (1 + alike) / (1 - alike)
+
+
+@dataclass
+class SignalToNoise:
+    """Mean of a signal in units of its standard error, with exponential weights (MEMORY)."""
+
+    weight: float = 0.0
+    weight2: float = 0.0  # sum of squared weights
+    mean: float = 0.0
+    spread: float = 0.0  # weighted sum of squared deviations
+
+    def observe(self, x: float) -> None:
+        self.weight = MEMORY * self.weight + 1
+        self.weight2 = MEMORY**2 * self.weight2 + 1
+        off = x - self.mean
+        self.mean += off / self.weight
+        self.spread = MEMORY * self.spread + off * (x - self.mean)
+
+    @property
+    def value(self) -> float:
+        """0 while there are fewer than some five values."""
+        if self.weight <= 4 or not self.spread > 0:
+            return 0.0
+        variance = self.spread / self.weight * self.weight2 / self.weight**2
+        return self.mean / math.sqrt(variance)

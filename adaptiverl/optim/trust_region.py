@@ -17,6 +17,8 @@ from torch.optim import Optimizer
 
 from adaptiverl.optim.constants import lr_bounds
 from adaptiverl.optim.hyperparams import check_rate, clamp, needs_closure, numbers, scaled_rates
+from adaptiverl.optim.line_search import search
+from adaptiverl.optim.signals import SignalToNoise
 from adaptiverl.optim.update import (
     LastUpdate,
     alignment_and_finite,
@@ -25,12 +27,7 @@ from adaptiverl.optim.update import (
 )
 
 log = logging.getLogger(__name__)
-KL_TOLERANCE = 2.0  # an update whose KL is this many times the target is scaled down
-MAX_RESCALE = 30.0  # the largest change between two measurements: KL ≈ s² holds for small changes
-MAX_MEASUREMENTS = 12
 ROUNDING = 0.01, 1e-6  # as a share of the target, and in nats: a KL further below 0 is no KL
-LOST = 0.5  # the factor on the rate where the KL of an update was never finite
-MEMORY = 0.96  # of alignments, per step: a mean over some 25 of them
 EVIDENCE_SCALE = 2.0  # the signal-to-noise ratio at which the whole target is used
 MIN_CONFIDENCE = 0.25  # rare rewards are too few for evidence, and without movement none come
 TRUSTED = 10  # informative alignments before evidence counts: until then it is mostly chance
@@ -49,31 +46,6 @@ class UpdateInfo:
     target: float  # nats per token
     scale: float = 1.0  # the factor of the line search; 1 if there was none, 0: left out
     signal_to_noise: float = 0.0  # of the alignments
-
-
-@dataclass
-class SignalToNoise:
-    """Mean of a signal in units of its standard error, with exponential weights (MEMORY)."""
-
-    weight: float = 0.0
-    weight2: float = 0.0  # sum of squared weights
-    mean: float = 0.0
-    spread: float = 0.0  # weighted sum of squared deviations
-
-    def observe(self, x: float) -> None:
-        self.weight = MEMORY * self.weight + 1
-        self.weight2 = MEMORY**2 * self.weight2 + 1
-        off = x - self.mean
-        self.mean += off / self.weight
-        self.spread = MEMORY * self.spread + off * (x - self.mean)
-
-    @property
-    def value(self) -> float:
-        """0 while there are fewer than some five values."""
-        if self.weight <= 4 or not self.spread > 0:
-            return 0.0
-        variance = self.spread / self.weight * self.weight2 / self.weight**2
-        return self.mean / math.sqrt(variance)
 
 
 class TrustRegion:
@@ -222,34 +194,12 @@ class TrustRegion:
         target: float,
         max_scale: float = math.inf,
     ) -> tuple[float, float]:
-        """The factor that the update was scaled by, at most `max_scale`, and its KL at that scale.
+        """The factor that the update was scaled by, and its KL at that scale: see `search`.
 
-        `rescale(s)` multiplies the update by s. The search keeps the largest scale within bounds
-        and the smallest one beyond, and bisects where the quadratic law leads out of that bracket:
-        the KL of a mixture of experts jumps. Taken back: rescale(0), and a KL of 0.
+        Only the first update is also scaled up. Warns of a KL that is no KL.
         """
-        scale, kl = 1.0, measure_kl()
-        within, kl_within, beyond, known = 0.0, 0.0, math.inf, math.isfinite(kl)
-        for _ in range(MAX_MEASUREMENTS):
-            far = not -math.inf < kl <= KL_TOLERANCE * target  # NaN is far
-            short = not self.initialized and kl < target / KL_TOLERANCE and scale < max_scale
-            if far:
-                beyond = scale
-            else:
-                within, kl_within = scale, kl
-            if not far and not short:
-                break
-            # Of an infinite or undefined KL it is known only that the step was too large.
-            ratio = 0.0 if math.isnan(kl) else target / kl if kl > 0 else math.inf
-            change = min(max(math.sqrt(ratio), 1 / MAX_RESCALE), MAX_RESCALE, max_scale / scale)
-            if within and not within < scale * change < beyond:
-                change = math.sqrt(within * beyond) / scale
-            rescale(change)
-            scale, kl = scale * change, measure_kl()
-            known |= math.isfinite(kl)
-        if not -math.inf < kl <= KL_TOLERANCE * target:
-            rescale(within / scale)
-            scale, kl = within or (scale if known else LOST), kl_within
+        upwards = not self.initialized
+        scale, kl, known = search(measure_kl, rescale, target, max_scale, upwards)
         if not known:
             self._warn(
                 "the KL of an update was NaN or infinite at every scale, so it is taken back and "

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adaptiverl.optim.trust_region import KL_TOLERANCE, MAX_MEASUREMENTS, MAX_RESCALE
+from adaptiverl.optim.line_search import KL_TOLERANCE, MAX_MEASUREMENTS, MAX_RESCALE
 
 
 def line_search(

@@ -10,13 +10,8 @@ import optax
 
 from adaptiverl.integrations.optax.line_search import line_search
 from adaptiverl.optim.constants import lr_bounds
-from adaptiverl.optim.trust_region import (
-    EVIDENCE_SCALE,
-    MEMORY,
-    MIN_CONFIDENCE,
-    TRUSTED,
-    default_kl,
-)
+from adaptiverl.optim.signals import MEMORY
+from adaptiverl.optim.trust_region import EVIDENCE_SCALE, MIN_CONFIDENCE, TRUSTED, default_kl
 
 
 class TrustRegionState(NamedTuple):
