@@ -13,6 +13,8 @@ from torch.optim import Optimizer
 from adaptiverl.optim.hyperparams import Group
 from adaptiverl.optim.mini import AdamMini, denominators
 
+LARGEST_LR = 10.0  # up to which AdamW's updates are small enough to be taken off again
+
 
 class PerTensorOptimizer:
     """Base of an optimizer that makes the step of `torch_class` with a rate for each tensor."""
@@ -31,9 +33,10 @@ class LastUpdate:
     """The update that `optimizer`'s next step makes, so that it can be scaled afterwards.
 
     Create it before the step. It needs the gradients that the step used. Nothing is copied for
-    torch's SGD, RMSprop and AdamW nor for AdamMini, because their state determines the update. The
-    trained weights are copied for any other optimizer, and where they have fewer than 32 bits: the
-    difference of two rounded weights is not the update.
+    torch's AdamW and AdamMini, because their state determines the update. The trained weights are
+    copied for any other optimizer, and where they have fewer than 32 bits: the difference of two
+    rounded weights is not the update. A gradient of SGD may be so large that the weights before the
+    step are lost to rounding.
     """
 
     def __init__(self, optimizer: Optimizer):
@@ -44,7 +47,7 @@ class LastUpdate:
             p: p.detach().clone()
             for group in optimizer.param_groups
             for p in group["params"]
-            if p.grad is not None and (_is_short(p) or not _is_known(optimizer, group))
+            if p.grad is not None and (_is_short(p) or not _is_recoverable(optimizer, group))
         }
         self.new: dict[Tensor, Tensor] = {}  # as the step left them, of 16 bits
 
@@ -154,11 +157,13 @@ def _in_32_bits(x: Tensor) -> Tensor:
     return x.float() if _is_short(x) else x
 
 
+def _is_recoverable(optimizer: Optimizer, group: Group) -> bool:
+    """Whether its update can be taken off the weights again, which then are as before the step."""
+    is_bounded = _torch_class(optimizer) in (torch.optim.AdamW, AdamMini)
+    return is_bounded and float(group["lr"]) <= LARGEST_LR and _keeps_direction(optimizer, group)
+
+
 def _keeps_direction(optimizer: Optimizer, group: Group) -> bool:
-    return _is_known(optimizer, group) and bool(group.get("betas") or group["momentum"] > 0)
-
-
-def _is_known(optimizer: Optimizer, group: Group) -> bool:
     """Whether `_direction` gives what a step did. It has not been written for complex weights."""
     if any(p.is_complex() for p in group["params"]):
         return False
@@ -168,9 +173,7 @@ def _is_known(optimizer: Optimizer, group: Group) -> bool:
     kind = _torch_class(optimizer)
     if kind in (torch.optim.AdamW, AdamMini):
         return float(group["lr"]) * decay < 0.5  # beyond, dividing by 1 − lr · decay is unsafe
-    if kind is torch.optim.SGD:
-        return not decay or group["momentum"] > 0
-    return kind is torch.optim.RMSprop and group["momentum"] > 0
+    return kind in (torch.optim.SGD, torch.optim.RMSprop) and group["momentum"] > 0
 
 
 def _torch_class(optimizer: Optimizer) -> type:
@@ -182,7 +185,7 @@ def _direction(optimizer: Optimizer, group: Group, p: Tensor) -> tuple[Any, floa
     state = optimizer.state.get(p, {})  # [p] would make an entry
     kind = _torch_class(optimizer)
     if kind not in (torch.optim.AdamW, AdamMini):
-        return (state["momentum_buffer"] if group["momentum"] else p.grad), 0.0
+        return state["momentum_buffer"], 0.0
     if kind is AdamMini:
         (size,), (correction,) = denominators(group, [state])
         return state["exp_avg"] / (size * correction), float(group["weight_decay"])
