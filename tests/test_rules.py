@@ -200,6 +200,62 @@ def test_a_stateful_rule_mean_reverts_and_stays_near():
     assert opt.param_groups[0]["lr"] == pytest.approx(1, abs=0.02)
 
 
+@pytest.mark.parametrize(("rewards", "expected"), [(9, 2 * 0.8), (-9, 0.5 * 1.2)])
+def test_nothing_winds_up_behind_a_bound_of_the_rate(rewards, expected):
+    """Thirty steps at the bound are left by the first that points the other way."""
+    entries: list[dict] = []
+    controller = Controller(
+        opt := optimizer(), reward_rule="kelly", reward_beta=0.0, min_lr=0.5, max_lr=2.0,
+        record=entries.append,
+    )  # fmt: skip
+    for _ in range(30):
+        controller.observe(reward=rewards)
+    assert opt.param_groups[0]["lr"] == (2.0 if rewards > 0 else 0.5)
+    assert all(entry["old"] != entry["new"] for entry in entries) and len(entries) == 4
+    controller.observe(reward=-rewards)
+    assert opt.param_groups[0]["lr"] == pytest.approx(expected, rel=0.01)
+
+
+def test_a_bound_moves_no_ratio_when_a_scheduler_goes_beyond_it():
+    opt = optimizer()
+    bare = {"reward_rule": "kelly", "reward_beta": 0.0, "memory": math.inf}
+    controller = Controller(opt, owns_lr=False, max_lr=4.0, **bare)
+    ratios = []
+    for rate, reward in [(1.0, 9), (10.0, 9), (10.0, -9), (10.0, 9), (1.0, 9)]:
+        opt.param_groups[0]["lr"] = rate
+        controller.observe(reward=reward)
+        ratios.append(controller.ratio)
+    assert ratios == pytest.approx([1.2, 1.2, 0.96, 0.96, 0.96 * 1.2], rel=1e-6)
+
+
+def test_rules_of_one_momentum_are_joined_in_any_order():
+    """What each makes of the base is added; a multiplier is forgotten in the next step."""
+    losses = [10, 9, 8, 8.5, 2]
+    relative, normalized = {"name": "relative", "trend_window": 2}, "normalized"
+    one, other, both, turned = (
+        trace(
+            optimizer(momentum=0.5), "momentum", "loss", losses, momentum_rule=rule, loss_beta=0.0
+        )
+        for rule in (relative, normalized, [relative, normalized], [normalized, relative])
+    )
+    assert one[:3] == pytest.approx([0.5, 0.51, 0.52])
+    assert both == turned
+    assert both == pytest.approx([a + b - 0.5 for a, b in zip(one, other, strict=True)])
+
+
+def test_of_a_state_what_other_rules_made_of_a_momentum_is_not_taken_over():
+    one = Controller(optimizer(), momentum_rule="relative+normalized", trend_window=2)
+    for loss in (3, 2, 1):
+        one.observe(loss=loss)
+    assert one.parts["momentum"].keys() == {"relative", "normalized"}
+    other = Controller(optimizer(), momentum_rule="relative", trend_window=2)
+    other.load_state_dict(one.state_dict())
+    assert other.parts["momentum"] == {"relative": one.parts["momentum"]["relative"]}
+    older = {name: each for name, each in one.state_dict().items() if name != "parts"}
+    other.load_state_dict(older)
+    assert other.parts == {}
+
+
 # For any signal
 
 
@@ -558,6 +614,37 @@ def test_each_change_has_its_reason():
         {"step": 0, "hyperparameter": "lr", "rule": "loss_decay", "signal": "loss", "value": 1.0,
          "old": 1.0, "new": 0.5}
     ]  # fmt: skip
+
+
+def test_a_value_that_returns_to_its_base_is_not_said_to_be_moved_by_the_rule():
+    entries: list[dict] = []
+    controller = Controller(
+        optimizer(), reward_rule="trend", trend_window=2, memory=10.0, record=entries.append
+    )
+    for reward in (0, 1, 1, 1):
+        controller.observe(reward=reward)
+    said = [(entry["hyperparameter"], entry["rule"]) for entry in entries]
+    assert said == [
+        ("lr", "reward trend"), ("momentum", "reward trend"),
+        *[("lr", "mean reversion"), ("momentum", "mean reversion")] * 2,
+    ]  # fmt: skip
+    assert reason("mean reversion", "momentum").startswith("no rule acted")
+
+
+def test_records_and_properties_are_about_the_first_group_that_has_the_hyperparameter():
+    groups = [
+        {"params": [torch.nn.Parameter(torch.ones(1))], "momentum": momentum}
+        for momentum in (0.0, 0.9)
+    ]
+    entries: list[dict] = []
+    opt = AdaptiveOptimizer(
+        torch.optim.SGD(groups, lr=1.0), momentum_rule="normalized", loss_beta=0.0,
+        record=entries.append,
+    )  # fmt: skip
+    for loss in (1, 2):
+        opt.step_loss(loss)
+    assert [(entry["old"], entry["new"]) for entry in entries] == [(0.9, pytest.approx(0.8))]
+    assert opt.momentum == pytest.approx(0.8) and opt.param_groups[0]["momentum"] == 0.0
 
 
 def test_constants_may_be_given_with_their_rule():

@@ -459,6 +459,18 @@ def test_the_rate_does_not_wind_up_behind_its_bound():
     assert world.region.ratio == pytest.approx(1), "scaled to a quarter, which met the target"
 
 
+def test_a_rate_that_is_scaled_down_below_its_bound_is_warned_of_once(caplog):
+    """Each step is scaled down anew from there, which no record of the rate would show."""
+    world = World(lr=1.0, kl=0.01, min_lr=0.5)
+    for _ in range(3):
+        kl = iter([1.0, 0.01])
+        assert world.step(measure=lambda kl=kl: next(kl)).lr < 0.5
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert warning.startswith(
+        "trust_region, step 0: an update had to be scaled down below min_lr 0.5, "
+    )
+
+
 def test_while_there_is_no_gradient_nothing_is_measured():
     world = World(lr=1e-3)
     info = world.step(gradient=0.0, measure=lambda: pytest.fail("measured"))

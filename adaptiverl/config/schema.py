@@ -154,7 +154,12 @@ class Config(BaseModel, Generic[RewardT]):
     TRUST_REGION_SCHEDULE: Literal["linear", "constant"] = Field(
         "linear", description="linear: TRUST_REGION_KL falls to 0 over the run"
     )
-    MIN_LR: float | None = Field(None, gt=0, description="Lowest rate of all rules; null: 1e-9")
+    MIN_LR: float | None = Field(
+        None,
+        gt=0,
+        description="Lowest rate of all rules; an update that goes too far may be scaled down "
+        "below it; null: 1e-9",
+    )
     MAX_LR: float | None = Field(None, gt=0, description="Highest rate of all rules; null: 10")
     MIN_MOMENTUM: float = Field(0.0, ge=0, lt=1, description="Lowest momentum of all rules")
     MAX_MOMENTUM: float = Field(0.999, ge=0, lt=1, description="Highest momentum of all rules")

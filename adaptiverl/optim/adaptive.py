@@ -282,7 +282,7 @@ class AdaptiveOptimizer(_Wrapper):
 
     @property
     def momentum(self) -> float | None:
-        """None for optimizers that have betas instead."""
+        """Of the first group that has one; None where the optimizer has none, or one of 0."""
         return self._get("momentum")
 
     @property
@@ -291,7 +291,9 @@ class AdaptiveOptimizer(_Wrapper):
         return None if first is None or second is None else (first, second)
 
     def _get(self, name: str) -> float | None:
-        return get(self.param_groups[0], self.controller.places[name])
+        place = self.controller.places[name]
+        found = (get(group, place) for group in self.param_groups)
+        return next((value for value in found if value is not None), None)
 
     def _rate(self, rate: float) -> float:
         """What the parts beside the controller make of its rate."""

@@ -1,6 +1,8 @@
 """Rules, signals and bounds → the next hyperparameters, with a record of each change.
 
 Each rule of the rate keeps a ratio of its own, and the rate is the base rate times all of them.
+Of other hyperparameters each rule keeps a part of its own: the value is the base plus what each
+part differs from it.
 Stateful rules mean-revert to 1 over `memory` steps and stay within `max_drift`: a signal that rises
 is no evidence that a larger rate is better.
 """
@@ -20,7 +22,14 @@ from torch.optim import Optimizer
 from adaptiverl.optim import hyperparams
 from adaptiverl.optim.constants import BOUNDS, CONSTANTS, lr_bounds, whole
 from adaptiverl.optim.hyperparams import Scalar, clamp, get, numbers
-from adaptiverl.optim.rules import ARGUMENTS, Rule, check_constants, documented, parse_rules
+from adaptiverl.optim.rules import (
+    ARGUMENTS,
+    MEAN_REVERSION,
+    Rule,
+    check_constants,
+    documented,
+    parse_rules,
+)
 from adaptiverl.optim.signals import LARGEST, State, read
 
 log = logging.getLogger(__name__)
@@ -96,6 +105,8 @@ class Controller:
         self.moves = {active.rule.moves for active in self.rules}
         self.base: dict[str, list[float | None]] = {name: [] for name in BOUNDS}  # by group
         self.values: dict[str, list[float | None]] = {name: [] for name in BOUNDS if name != "lr"}
+        # What each rule makes of a base, by hyperparameter, rule and group
+        self.parts: dict[str, dict[str, list[float | None]]] = {}
         self.places = hyperparams.places(optimizer)
         self.warned: set[str] = set()
         self.ratios: dict[str, float] = {}  # rule → its own factor on the rate
@@ -146,6 +157,8 @@ class Controller:
                 self.base[name].append(get(group, place))
             for name, values in self.values.items():
                 values.append(self.base[name][-1])
+                for own in self.parts.get(name, {}).values():
+                    own.append(self.base[name][-1])
             if "lr" in self.moves:
                 hyperparams.check_rate(float(group["lr"]), self.bounds["lr"])
         for i, group in enumerate(groups):
@@ -161,6 +174,8 @@ class Controller:
                         "something else sets the %s too, so what rules make of it is lost", name
                     )
                 self.base[name][i] = self.values[name][i] = now
+                for own in self.parts.get(name, {}).values():
+                    own[i] = now
 
     @property
     def inert(self) -> bool:
@@ -235,23 +250,45 @@ class Controller:
 
     def _move_rate(self, active: _Active, reading: Any, x: float) -> None:
         rule, old = active.rule, self.ratios.get(active.rule.label, 1.0)
-        new = active.update(old, 1.0, reading)
-        if rule.kind == "stateful":
-            new = clamp(new ** (1 - 1 / self.memory), (1 / self.max_drift, self.max_drift))
         base = self._reference()
+        new = asked = active.update(old, 1.0, reading)
+        if rule.kind == "stateful":
+            new = clamp(asked ** (1 - 1 / self.memory), (1 / self.max_drift, self.max_drift))
+            new = self._within_bounds(old, new, base * self._kept_ratio(but=rule.label))
         before, self.ratios[rule.label] = self.rate(base), max(new, 0.0)
-        if new != old:
-            self._note("lr", rule, x, before, self.rate(base))
+        self._note("lr", rule, x, before, self.rate(base), acted=asked != old)
+
+    def _kept_ratio(self, but: str) -> float:
+        """What the other stateful rules make of the base rate."""
+        kept = {active.rule.label for active in self.rules if active.rule.kind == "stateful"}
+        return math.prod(ratio for label, ratio in self.ratios.items() if label in kept - {but})
+
+    def _within_bounds(self, old: float, new: float, rate: float) -> float:
+        """`new`, but no further than where the bounds of the rate are, or it would wind up there.
+
+        Beyond them already, as after a scheduler's move, it stays: bounds move no ratio.
+        """
+        if not rate:
+            return new
+        low, high = (bound / rate for bound in self.bounds["lr"])
+        return min(new, max(old, high)) if new > old else max(new, min(old, low))
 
     def _move_value(self, active: _Active, reading: Any, x: float) -> None:
-        """Moves a momentum, beta, alpha or weight decay of every group that has one."""
-        rule, name = active.rule, active.rule.moves
-        for i, (old, base) in enumerate(zip(self.values[name], self.base[name], strict=True)):
-            if old is None or base is None:
+        """Moves a momentum, beta, alpha or weight decay of every group that has one.
+
+        Each rule has a part of its own, so that they can be joined in any order: the value is the
+        base plus what each part differs from it.
+        """
+        rule, name, noted = active.rule, active.rule.moves, False
+        parts = self.parts.setdefault(name, {})
+        own = parts.setdefault(rule.label, list(self.base[name]))
+        for i, (before, base) in enumerate(zip(self.values[name], self.base[name], strict=True)):
+            old = own[i]
+            if before is None or base is None or old is None:
                 continue
-            new = active.update(old, base, reading)
+            new = asked = active.update(old, base, reading)
             if rule.kind == "stateful":
-                new = base + (new - base) * (1 - 1 / self.memory)
+                new = base + (asked - base) * (1 - 1 / self.memory)
             low, high = self.bounds[name]
             if name == "momentum":
                 low = max(low, LEAST_MOMENTUM)
@@ -259,9 +296,13 @@ class Controller:
                 if base**self.step >= TINY:
                     continue
                 high = min(high, max(base, TINY ** (1 / self.step)))
-            self.values[name][i] = new = clamp(new, (low, high))
-            if i == 0 and new != old:
-                self._note(name, rule, x, old, new)
+            own[i] = new = clamp(new, (low, high))
+            others = [part[i] for part in parts.values() if part is not own]
+            moved = sum(part - base for part in others if part is not None)
+            self.values[name][i] = value = clamp(new + moved, (low, high))
+            if not noted:
+                noted = True
+                self._note(name, rule, x, before, value, acted=asked != old)
 
     def _reference(self) -> float:
         """The rate that records are about: the first that is not 0, as it is now.
@@ -274,9 +315,14 @@ class Controller:
                 return float(rate)
         return 0.0
 
-    def _note(self, name: str, rule: Rule, x: float, old: float, new: float) -> None:
-        if self.record:
-            entry = {"step": self.step, "hyperparameter": name, "rule": rule.label}
+    def _note(self, name: str, rule: Rule, x: float, old: float, new: float, acted: bool) -> None:
+        """Records a change of the first group that has the hyperparameter.
+
+        Where the rule has not acted, its part only went back towards the base.
+        """
+        if self.record and new != old:
+            label = rule.label if acted else MEAN_REVERSION
+            entry = {"step": self.step, "hyperparameter": name, "rule": label}
             self.record(entry | {"signal": rule.reads, "value": x, "old": old, "new": new})
 
     def write(self) -> None:
@@ -299,6 +345,7 @@ class Controller:
 
         What other rules than its own had made of the rate is left out.
         """
+        state = {"parts": {}} | state  # earlier versions kept none
         if missing := [name for name in _KEPT if name not in state]:
             raise ValueError(f"this is no state of a controller: it has no {missing[0]}")
         was, own = len(state["base"].get("lr", [])), len(self.optimizer.param_groups)
@@ -306,12 +353,15 @@ class Controller:
             raise ValueError(f"the state is of {was} parameter groups, the optimizer has {own}")
         for name in _KEPT:
             setattr(self, name, copy.deepcopy(state[name]))
-        # What other rules had made of the rate would stay for ever: nothing moves it any more
+        # What other rules had made of a value would stay for ever: nothing moves it any more
         labels = {active.rule.label for active in self.rules if active.rule.moves == "lr"}
         self.ratios = {label: ratio for label, ratio in self.ratios.items() if label in labels}
+        for name, parts in self.parts.items():
+            labels = {active.rule.label for active in self.rules if active.rule.moves == name}
+            self.parts[name] = {label: part for label, part in parts.items() if label in labels}
         readers = {active.reader for active in self.rules}
         self.seen = {reader: seen for reader, seen in self.seen.items() if reader in readers}
         self.write()
 
 
-_KEPT = ("base", "values", "ratios", "seen", "ignored", "step")
+_KEPT = ("base", "values", "parts", "ratios", "seen", "ignored", "step")

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 from adaptiverl.optim.constants import CONSTANTS
 
 ARGUMENTS = ("lr_rule", "reward_rule", "momentum_rule", "betas_rule", "alpha_rule", "wd_rule")
+MEAN_REVERSION = "mean reversion"  # in records, where a stateful rule has not acted
 MIN_SCALING = 0.01  # of scaling: a rate of 0 would learn nothing more
 C = TypeVar("C", bound=type)
 # (old value, value at the start, what was read, constants) → new value
@@ -211,6 +212,8 @@ def reason(label: str, moves: str = "lr") -> str:
         if label.endswith("up"):
             return "the first update fell short, and was scaled up at once"
         return "an update went too far, and was scaled down at once"
+    if label == MEAN_REVERSION:
+        return "no rule acted: what rules had moved went back towards its base"
     return next(rule.reason for rule in RULES if (rule.label, rule.moves) == (label, moves))
 
 

@@ -179,6 +179,11 @@ class TrustRegion:
             update.rescale(0.0)
             raise
         info = UpdateInfo(rate * scale, kl, target, scale, self.alignments.value)
+        if 0 < info.lr < self.bounds[0]:
+            self._warn(
+                f"an update had to be scaled down below min_lr {self.bounds[0]:g}, from which the "
+                "next step begins again: a smaller min_lr lets the rate follow"
+            )
         self._set_ratio(base, self.ratio * scale, "line_search", kl)
         # That nothing is left of an update is no sign that the rate was too small, and the
         # next one is searched too.
