@@ -23,7 +23,10 @@ from adaptiverl.files.console import Console, forgiving_console, printable
 
 def _report(given: Namespace) -> int:
     from adaptiverl.commands.report import write_report
+    from adaptiverl.commands.written import check_writable
 
+    if given.out or given.run.is_dir():
+        check_writable(given.out or given.run / "report.html", "name another file by --out")
     out = write_report(given.run, given.out)
     print(out)
     if given.open:

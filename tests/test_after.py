@@ -22,12 +22,14 @@ from test_quantized import stored as stored
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 from adaptiverl.__main__ import main as adaptiverl
+from adaptiverl.commands.model_card import _reward
 from adaptiverl.commands.paired import compare, estimate
 from adaptiverl.config.loading import load_config
 from adaptiverl.files.checkpoint import lock
 from adaptiverl.rl.loading import load_policy
 from adaptiverl.rl.merging import merged
 from adaptiverl.training.keys import RunConfig
+from rewards import ClassifierReward, LengthReward
 
 pytestmark = [
     # what peft says of GPT-2, and corrects by itself
@@ -165,10 +167,10 @@ def test_an_untrained_run_is_equal_to_its_start_exactly(train, command, kind):
     for name in ("completions/distinct_2", "perplexity_under_start"):
         assert found[name]["trained"] == found[name]["start"]
     status, out, _ = command("generate", run, "This film", "I saw", "--base", "-n", 3)
-    lines = re.findall(r"^\[(\d) (\w+)\] (.*)$\n    (.*)$", out, flags=re.MULTILINE)
+    lines = re.findall(r"^\[(\d), (.*?)\] (.*)$\n    (.*)$", out, flags=re.MULTILINE)
     assert status == 0 and len(lines) == 2 * 3 * 2
     for after, before in zip(lines[::2], lines[1::2], strict=True):
-        assert after[1] == "trained" and before[1] == "start"
+        assert after[1] == "trained" and before[1] == "before training"
         assert after[2:] == before[2:]
 
 
@@ -232,9 +234,10 @@ def test_generate_samples_from_the_checkpoint_that_is_asked_for(trained, command
     words = ("generate", trained, "This film", "My wife", "-n", 4, "--base", "--checkpoint")
     first, last = command(*words, 1), command(*words, "final")
     assert first[0] == last[0] == 0 and "step-000001, after 1 step\n" in first[2]
-    texts = [re.findall(r"^\[\d (\w+)\] (.*)$", out, re.M) for _, out, _ in (first, last)]
+    texts = [re.findall(r"^\[\d, (.*?)\] (.*)$", out, re.M) for _, out, _ in (first, last)]
     (trained_1, start_1), (trained_2, start_2) = (
-        [[text for w, text in found if w == who] for who in ("trained", "start")] for found in texts
+        [[text for w, text in found if w == who] for who in ("trained", "before training")]
+        for found in texts
     )
     assert start_1 == start_2 and len(start_1) == 8
     assert trained_1 != trained_2 != start_2
@@ -524,7 +527,7 @@ def test_a_folder_without_a_run_is_refused(copy, command, tmp_path, name):
         "checkpoint by --checkpoint 000001"
     )
     assert error(copy, "--checkpoint", "7") == (
-        f"--checkpoint 7: {copy} has none such, only 000001, 000002, final"
+        f"--checkpoint 7: {copy} has no such checkpoint; there is: 000001, 000002, final"
     )
     for checkpoint in ("step-000001", "step-000002", "final"):
         shutil.rmtree(copy / checkpoint)
@@ -664,6 +667,41 @@ def test_where_to_write_is_known_before_the_work(full, command, tmp_path, capsys
         with pytest.raises(SystemExit):
             command(*words)
         assert said in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_is_told_before_the_work(full, command, tmp_path):
+    """A name that leaves no room for that of the new file beside it; and folders of the kernel."""
+    import seen_by_reward
+
+    seen_by_reward.ROWS.clear()
+    to = tmp_path / ("x" * 250 + ".json")
+    status, out, err = command("evaluate", full, "--json", to, "-n", 2)
+    assert (status, out) == (2, "") and err == (
+        f"error: {to} cannot be written (File name too long): name another file by --json\n"
+    )
+    assert not seen_by_reward.ROWS and not list(tmp_path.iterdir())
+    status, _, err = command("export", full, tmp_path / ("x" * 250) / "model")
+    assert (status, err) == (
+        2,
+        f"error: {tmp_path}/{'x' * 250} cannot be written (File name too long): name another "
+        "folder\n",
+    )
+
+
+def test_a_line_that_is_lost_does_not_keep_a_model_from_its_export(copy, command, tmp_path):
+    lines = (copy / "metrics.jsonl").read_text().splitlines()
+    (copy / "metrics.jsonl").write_text("\n".join([lines[0][:50], lines[1], ""]))
+    assert command("export", copy, tmp_path / "out")[0] == 0
+    card = (tmp_path / "out/README.md").read_text()
+    assert re.search(r"^\| 2 \| \d", card, re.M) and not re.search(r"^\| 1 \| \d", card, re.M)
+
+
+def test_a_card_says_what_a_reward_scores_where_that_is_its_default():
+    given = _reward(ClassifierReward())["given"]
+    assert re.sub(r" \S*sentiment,", " sentiment,", given) == (
+        "`MODEL` sentiment, `LABEL` positive, `OUTPUT` probability"
+    )
+    assert _reward(LengthReward(target=6))["given"] == "`TARGET` 6, `UNIT` tokens"
 
 
 def test_an_evaluation_that_is_replaced_is_said(full, command, tmp_path):

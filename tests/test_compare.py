@@ -94,6 +94,48 @@ def test_the_frontier_goes_by_kl(tmp_path):
     assert len(points) == 48 and points[20][0] == pytest.approx(2.1)
 
 
+def test_figures_say_of_which_steps_they_are_the_mean(tmp_path, capsys):
+    runs = [a_run(tmp_path / "a", 0.2, 1), a_run(tmp_path / "b", 0.2, 2)]
+    out = tmp_path / "page.html"
+    assert adaptiverl(["compare", *map(str, runs), "--out", str(out)]) == 0
+    note = (
+        "Means over the last 10 steps that have a value, fewer in a shorter run. ± is one "
+        "standard error."
+    )
+    assert f"\n{note}\n" in capsys.readouterr().out and f">{note}<" in out.read_text()
+    assert "equally long" not in out.read_text()
+
+
+def test_a_verdict_on_runs_of_other_lengths_names_them(tmp_path, capsys):
+    runs = [a_run(tmp_path / "a", 0.2, 1), a_run(tmp_path / "b", 4.0, 2)]
+    rows = (runs[1] / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (runs[1] / "metrics.jsonl").write_text("".join(rows[:12]))
+    (runs[1] / "final/manifest.json").unlink()
+    out = tmp_path / "page.html"
+    assert adaptiverl(["compare", *map(str, runs), "--out", str(out)]) == 0
+    assert " The runs are not equally long, in steps: a 48, b 12.</p>" in out.read_text()
+    said = "b is not compared step by step: that needs at least 16 steps in both runs."
+    assert said in capsys.readouterr().out
+
+
+def test_a_file_that_is_no_page_is_not_replaced(tmp_path, capsys, monkeypatch):
+    runs = [str(a_run(tmp_path / "a", 0.2, 1)), str(a_run(tmp_path / "b", 0.2, 2))]
+    monkeypatch.chdir(tmp_path)
+    mine = tmp_path / "compare.html"
+    mine.write_text("mine")
+    assert adaptiverl(["compare", *runs]) == 2
+    assert mine.read_text() == "mine" and capsys.readouterr().err == (
+        "error: compare.html exists and was not written by adaptiverl: name another file by --out\n"
+    )
+    mine.unlink()
+    assert adaptiverl(["compare", *runs]) == adaptiverl(["compare", *runs]) == 0
+    long = "x" * 250 + ".html"
+    assert adaptiverl(["compare", *runs, "--out", long]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {long} cannot be written (File name too long): name another file by --out\n"
+    )
+
+
 # Curves
 
 

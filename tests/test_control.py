@@ -3,11 +3,12 @@
 import copy
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import RANDOM_REWARD, around_steps, read_jsonl, with_samples
+from conftest import RANDOM_REWARD, around_steps, read_jsonl, with_samples, written_run
 
 from adaptiverl.__main__ import main as adaptiverl
 from adaptiverl.commands.explain import explain
@@ -250,7 +251,8 @@ def test_explain_says_what_moved_the_rate(main, settings, capsys):
     searches = [reason for reason in reasons if reason["rule"] == "line_search"]
     factor = math.prod(reason["new"] / reason["old"] for reason in searches)
     steps = ", ".join(str(reason["step"]) for reason in searches[:5])
-    assert f"line_search     × {factor:.3g} in {len(searches)} steps ({steps}" in text
+    when = f"{len(searches)} steps ({steps}" if len(searches) > 1 else f"step {steps}: "
+    assert f"line_search     × {factor:.3g} in {when}" in text
     assert f"step 1      × {searches[0]['new']:.3g}" in text, "from 1"
     assert f"with curves: adaptiverl report {out}" in text
 
@@ -268,6 +270,47 @@ def test_explain_names_the_steps_that_had_a_value(main, settings):
         factor = rates[step - 1] / rates[step - 2]
         assert f"step {step}      × {factor:<8.3g} cosine, time {step - 1}" in text
     assert f"highest {rates[0]:.3g} (step 1)" in text
+
+
+def explained(folder: Path, rows: list[dict], changes: Sequence[dict] = ()) -> str:
+    rows = [{"lr": 1e-3} | row for row in rows]
+    return explain(written_run(folder, rows, {"STEPS": len(rows)}, controller=list(changes)))
+
+
+def test_explain_names_the_steps_of_first_and_last_values(tmp_path):
+    """An evaluation is not of each step."""
+    rows = [{"step": k, "reward": k / 10, "eval/reward": None} for k in range(1, 13)]
+    for row in rows[1::2]:
+        row["eval/reward"] = row["step"] / 100
+    text = explained(tmp_path / "few", rows)
+    assert "\nreward       0.25 in steps 1 to 4, 1.05 in steps 9 to 12 (± 0.091)\n" in text
+    assert "\neval/reward  0.02 in step 2, 0.12 in step 12\n" in text
+    more = [row | {"step": k, "eval/reward": 1 if k % 2 else None}
+            for k, row in enumerate(rows * 2, 1)]  # fmt: skip
+    text = explained(tmp_path / "more", more)
+    assert "\neval/reward  1 in 4 steps from 1 to 7, 1 in 4 steps from 17 to 23 (± 0)\n" in text
+    assert text.count("± is one standard error of the difference") == 1
+    text = explained(tmp_path / "one", rows[:1])
+    assert "\nshort        1 step; from 30 on, means say more\nreward       0.1 in step 1\n" in text
+
+
+def test_explain_says_once_what_an_error_is_where_the_verdict_has_none(tmp_path):
+    rows = [{"step": k, "reward": None, "kl": k / 10} for k in range(1, 13)]
+    text = explained(tmp_path / "run", rows)
+    assert "\n±            one standard error of the difference\n" in text
+    assert text.count("standard error of the difference") == 1
+
+
+def test_explain_takes_a_label_that_is_no_rule_of_this_version(tmp_path):
+    changes = [
+        {"step": 2, "hyperparameter": "lr", "rule": rule, "signal": "reward", "value": 0.5,
+         "old": 1e-3, "new": 2e-3}
+        for rule in ("reward trend", "back to its base")
+    ]  # fmt: skip
+    rows = [{"step": k, "reward": 0.5} for k in (1, 2, 3)]
+    text = explained(tmp_path / "run", rows, changes)
+    assert "\n  reward trend    × 2 in step 2: the reward " in text
+    assert "\n  back to its base × 2 in step 2\n" in text
 
 
 def test_explain_names_the_first_of_equal_rates(main, settings):

@@ -191,6 +191,20 @@ def test_the_page_of_keys_is_that_of_the_declarations():
             assert f"\n| `{key.upper()}` | " in section, key
 
 
+def test_every_figure_of_a_run_is_named_in_a_page(main, settings):
+    settings["REWARDS"][0] |= {"NORMALIZE": "zscore"}
+    more = {"HELD_OUT": [{"TYPE": "regex", "NAME": "held", "PATTERNS": "a"}], "STEPS": 1}
+    assert main(settings | more | {"EVAL_SPLIT": 0.4, "EVAL_EVERY": 1}) == 0
+    (row,) = read_jsonl(Path(settings["OUTPUT_DIR"]) / "metrics.jsonl")
+    names = {re.sub("rewards/(regex|length|held)/", "rewards/<name>/", name) for name in row}
+    names = {re.sub("^seconds/.*", "seconds/<part>", name) for name in names}
+    # of an evaluation they are named as without one
+    names = {name.removeprefix("eval/") if "held_out" in name else name for name in names}
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    assert {"rewards/<name>/scaled", "updates_scaled", "eval/score"} <= names
+    assert sorted(name for name in names if f"`{name}`" not in text) == []
+
+
 @pytest.mark.parametrize("target", ["train", "test"])
 def test_make_has_the_two_commands(target):
     makefile = (ROOT / "Makefile").read_text()

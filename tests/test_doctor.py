@@ -14,7 +14,8 @@ from conftest import ROOT, read_jsonl, written_run
 
 from adaptiverl.__main__ import main as adaptiverl
 from adaptiverl.commands.curves import Run, change, read_run
-from adaptiverl.commands.doctor import ORDER, findings
+from adaptiverl.commands.doctor import ORDER, doctor, findings
+from adaptiverl.commands.report import write_report
 from adaptiverl.commands.verdict import verdict
 from benchmarks.doctor import FAULTS, MINE, SOUND
 
@@ -254,12 +255,170 @@ def test_a_torn_line_is_said_and_its_step_is_left_out(tmp_path, capsys):
     assert kinds(run) == ["torn line"]
     assert adaptiverl(["doctor", str(run)]) == 1
     said = capsys.readouterr().out
-    assert "metrics.jsonl: a line is no JSON; the last whole step is 39" in said
+    assert "line 40 of metrics.jsonl: no whole line; the last step that can be read is 39\n" in said
+    assert "RESUME=auto cuts the line off and goes on\n" in said
     assert adaptiverl(["report", str(run)]) == 0
     zeros = text.splitlines()
     zeros[20] = "\0" * 40
     (run / "metrics.jsonl").write_text("\n".join(zeros) + "\n")
     assert read_run(run).step == STEPS and kinds(run) == ["torn line"]
+
+
+def test_a_line_that_is_broken_in_the_middle_is_not_one_that_ends_the_file(tmp_path, capsys):
+    """RESUME=auto does not mend it: it is said which steps are lost, and how to have it silent."""
+    run = a_run(tmp_path)
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    lines[5:7] = [lines[5][:50] + lines[6]]
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    (found,) = findings(read_run(run))
+    assert found.kind == "torn line" and found.says == (
+        "a file has a line that cannot be read, with whole ones after it"
+    )
+    assert found.evidence == "line 6 of metrics.jsonl: no JSON; metrics.jsonl lacks steps 6, 7"
+    assert "RESUME" not in found.advice and "delete the line" in found.advice
+    assert adaptiverl(["explain", str(run)]) == 0
+    said = capsys.readouterr().out
+    assert f"{run}: steps 1 to 40 of 40, finished\n" in said
+    assert "\nlost         metrics.jsonl lacks steps 6, 7\n" in said
+    assert write_report(run).read_text().count("metrics.jsonl lacks steps 6, 7") == 2
+    del lines[5]
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert adaptiverl(["doctor", str(run)]) == 0
+    head, second, *_ = capsys.readouterr().out.splitlines()
+    assert head == f"{run}: 40 steps of 40, finished"
+    assert second == "metrics.jsonl lacks steps 6, 7"
+
+
+def test_a_finished_run_that_lost_its_last_line_is_finished(main, settings, capsys):
+    keys = settings | {"STEPS": 4, "SAVE_EVERY": 2}
+    assert main(keys) == 0
+    out = Path(settings["OUTPUT_DIR"])
+    file = out / "metrics.jsonl"
+    file.write_bytes(file.read_bytes()[:-100])
+
+    def said() -> list[str]:
+        capsys.readouterr()
+        adaptiverl(["doctor", str(out)])
+        return capsys.readouterr().out.splitlines()
+
+    head, *rest = said()
+    assert head == f"{out}: 4 steps of 4, finished"
+    assert rest[2].endswith("the last step that can be read is 3; metrics.jsonl lacks step 4")
+    assert rest[3].endswith("cuts the line off; nothing else is lost, the run is finished")
+    assert main(keys | {"RESUME": "auto"}) == 0
+    assert said()[:2] == [head, "metrics.jsonl lacks step 4"] and kinds(out) == []
+    with (out / "final/model.safetensors").open("r+b") as weights:
+        weights.write(b"12345678")
+    assert read_run(out).state == "killed", "nobody goes on from a final/ that is damaged"
+
+
+@pytest.mark.parametrize(
+    ("every", "advice"),
+    [
+        (0, "start it again, with a SAVE_EVERY above 0, so that less is lost the next time"),
+        (1, "start it again"),
+        (50, "start it again, with a smaller SAVE_EVERY"),
+    ],
+)
+def test_a_killed_run_without_a_checkpoint_gets_advice_that_can_be_followed(
+    tmp_path, every, advice
+):
+    run = a_run(tmp_path, {"SAVE_EVERY": every})
+    (run / "final/manifest.json").unlink()
+    (found,) = findings(read_run(run))
+    assert found.kind == "killed" and found.advice.split(";")[0] == advice
+
+
+@pytest.mark.parametrize(
+    ("keys", "ended"),
+    [
+        ({"EPOCHS": 1}, "3 steps of 12, finished: EPOCHS 1 came before STEPS"),
+        ({"EPOCHS": 9}, "12 steps of 12, finished\n"),
+        ({"STOP_REWARD": -1}, "10 steps of 12, stopped early by STOP_REWARD: a reward of "),
+    ],
+)
+def test_what_ended_a_run_before_its_steps_is_named(main, settings, capsys, keys, ended):
+    assert main(settings | {"STEPS": 12} | keys) == 0
+    out = settings["OUTPUT_DIR"]
+    capsys.readouterr()
+    adaptiverl(["doctor", out])
+    assert capsys.readouterr().out.startswith(f"{out}: {ended}")
+    adaptiverl(["explain", out])
+    step, _, why = ended.partition(" steps of ")
+    assert capsys.readouterr().out.startswith(f"{out}: steps 1 to {step} of {why}")
+
+
+def test_who_stopped_a_run_is_named(tmp_path):
+    run = a_run(tmp_path)
+    (run / "final").rename(run / "step-000040")
+    said = "stopped by SIGINT after step 40"
+    event = {"step": 40, "kind": "stopped", "message": said, "action": "stop"}
+    (run / "events.jsonl").write_text(json.dumps(event) + "\n")
+    assert doctor(run)[0].startswith(f"{run}: 40 steps of 40, {said}\n")
+
+
+def test_a_sum_that_is_beyond_what_is_summed_is_named(main, settings, tmp_path, monkeypatch):
+    (tmp_path / "of_any_size.py").write_text(
+        "def up(completions, **_):\n    return [0.28 for _ in completions]\n"
+        "def huge(completions, **_):\n    return [3e16 for _ in completions]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    up = {"TYPE": "python", "FUNCTION": "of_any_size:up", "WEIGHT": 1e30}
+    out = Path(settings["OUTPUT_DIR"])
+    assert main(settings | {"REWARDS": [up]}) == 0
+    (found,) = findings(read_run(out))
+    assert found.kind == "reward missing" and "the sum by WEIGHT is beyond 1e16" in found.says
+    assert found.evidence == (
+        "no completion has a reward in 3 of 3 steps, the first is 1; WEIGHT: up 1e+30"
+    )
+    assert found.advice == "give the entries of REWARDS a smaller WEIGHT"
+    (event,) = [each for each in read_jsonl(out / "events.jsonl") if each["kind"] == "missing"]
+    assert event["message"] == (
+        "no completion has a reward: up gave None, NaN, infinity or a number beyond 1e16 for all "
+        "of them, or the sum by WEIGHT is beyond 1e16. Such a step trains nothing; look at REWARDS"
+    )
+    huge = {"TYPE": "python", "FUNCTION": "of_any_size:huge"}
+    assert main(settings | {"REWARDS": [huge]}) == 0
+    (found,) = findings(read_run(out))
+    assert found.says == (
+        "the reward 'huge' is missing for many completions: it gives NaN, infinity or numbers "
+        "beyond 1e16, first in step 1"
+    )
+
+
+def test_sums_that_are_beyond_it_in_a_part_of_the_completions_are_counted(tmp_path):
+    rows = texts(a=float)
+    for row in rows[::4]:
+        row["reward"] = None
+    (found,) = findings(read_run(a_run(tmp_path, {}, rows)))
+    assert found.kind == "reward missing"
+    assert found.evidence == "25% of 640 completions; WEIGHT: a 1.0"
+
+
+def test_cut_completions_are_counted_in_words_that_say_the_limit(tmp_path):
+    cut = {"completions/clipped_ratio": 0.995}
+    (found,) = findings(read_run(a_run(tmp_path, **cut)))
+    assert found.says == "almost all completions are cut off at MAX_NEW_TOKENS"
+    assert found.evidence == "99.5 % of the completions were cut at 32 tokens, over 40 steps"
+
+
+def test_without_a_config_it_is_said_that_keys_were_not_looked_at(tmp_path):
+    run = a_run(tmp_path, **{"completions/clipped_ratio": 1.0})
+    (run / "config.json").unlink()
+    said, status = doctor(run)
+    assert status == 1 and "None" not in said
+    assert said.startswith(
+        f"{run}: 40 steps of ?, finished\n"
+        "config.json is missing, so what depends on keys and rewards is not checked\n"
+    )
+    assert "100 % of the completions were cut at MAX_NEW_TOKENS, over 40 steps\n" in said
+
+
+def test_no_reward_makes_more_than_all_of_the_variance(tmp_path):
+    shares = {"rewards/a/share": 1.002, "rewards/b/share": -0.002}
+    (found,) = findings(read_run(a_run(tmp_path, TWO, **shares)))
+    assert found.kind == "one reward drowns"
+    assert found.evidence == "it makes 100.0% of the advantages' variance over 40 steps"
 
 
 def test_a_run_that_was_taken_back_says_so(tmp_path):
@@ -313,3 +472,16 @@ def test_a_short_run_is_said_to_be_short(steps, short):
     text = verdict(Run(Path("x"), {"STEPS": steps}, rows, [], [], [], []), [])
     assert text.startswith(f"This is a short run, of {steps} steps") == short
     assert "the reward rose from" in text
+    assert text.count("±") == 2 and text.endswith(". ± is one standard error of the difference.")
+
+
+def test_of_too_few_steps_the_verdict_says_so(tmp_path):
+    rows = [{"step": k, "reward": 0.3} for k in (1, 2)]
+    run = Run(tmp_path, {}, rows, [], [], [], [])
+    assert verdict(run, []) == (
+        "This is a short run, of 2 steps, which says little: too few steps to say whether the "
+        "reward moved."
+    )
+    assert "little: no completion had a reward." in verdict(
+        Run(tmp_path, {}, [{"step": 1, "reward": None}], [], [], [], []), []
+    )

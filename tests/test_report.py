@@ -166,6 +166,45 @@ def test_why_a_run_paused_is_in_its_folder_its_report_and_the_doctors_words(
 # From a folder alone
 
 
+def test_the_key_that_named_the_evaluations_is_said(main, settings):
+    keys = {"EVAL_SPLIT": 0.4, "EVAL_EVERY": 1}
+    assert main(settings | keys) == 0
+    page = (Path(settings["OUTPUT_DIR"]) / "report.html").read_text()
+    shown = page.split("Changed keys")[0]
+    assert "at first, on EVAL_SPLIT" in shown and "EVAL_FILE" not in shown
+    assert "<h3>Evaluations</h3><small>on EVAL_SPLIT</small>" in page
+    assert ">of EVAL_SPLIT<" in page
+
+
+def test_what_the_charts_of_variety_and_of_equal_rewards_count_is_said(tmp_path):
+    run = a_run(tmp_path / "run")
+    shapes = {f"completions/distinct_{n}": 0.5 for n in (1, 2)}
+    rows = [row | shapes for row in metrics(40)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = write_report(run).read_text()
+    assert "<h3>Variety</h3><small>shares of tokens, of their pairs and triples</small>" in page
+    assert "distinct tokens" in page and "of words" not in page
+    assert (
+        "<h3>Prompts whose completions all got the same reward</h3><small>share of the prompts"
+        in page
+    )
+
+
+def test_a_page_that_cannot_be_written_is_told_before_with_the_option(tmp_path, capsys):
+    """A name that leaves no room for that of the new file beside it."""
+    run, out = a_run(tmp_path / "run"), tmp_path / ("x" * 250 + ".html")
+    assert adaptiverl(["report", str(run), "--out", str(out)]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {out} cannot be written (File name too long): name another file by --out\n"
+    )
+    (run / "report.html").mkdir()
+    assert adaptiverl(["report", str(run)]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {run}/report.html cannot be written (it is a folder): name another file by --out\n"
+    )
+    assert [path for path in run.iterdir() if path.name.startswith(".")] == []
+
+
 def test_the_page_is_one_file_that_names_no_other(tmp_path):
     page = write_report(a_run(tmp_path / "run")).read_text()
     assert not re.search(r"""(?:src|href)=["']?(?!["'#]|data:,)""", page), "nothing is loaded"

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from adaptiverl.commands.curves import Run
 from adaptiverl.commands.finding import Finding
 from adaptiverl.commands.sample_facts import SampleFacts
+from adaptiverl.files.console import counted
 
 FAR = 1.0  # nats per token to the first policy; sound runs come to 0.75 where texts get short,
 VERY_FAR = 20.0  # and nats per completion, of which they have 7
@@ -53,7 +54,7 @@ def _gradient(run: Run) -> Iterator[Finding]:
         yield Finding(
             "rate zero",
             "the learning rate is 0: nothing is trained",
-            f"in all {len(rows)} steps",
+            f"in {len(rows)} of {counted(len(rows), 'step')}",
             'set LRATE, or leave it at "auto" with LR_RULE trust_region',
         )
 
@@ -158,7 +159,9 @@ def _ends(run: Run, facts: SampleFacts) -> Iterator[Finding]:
     shares = run.values("completions/clipped_ratio")
     if not shares or 1 - (cut := statistics.mean(shares)) >= NO_END:
         return
-    most = f"{cut:.1%} are cut at MAX_NEW_TOKENS {run.config.get('MAX_NEW_TOKENS')}"
+    tokens = run.config.get("MAX_NEW_TOKENS")
+    limit = "MAX_NEW_TOKENS" if tokens is None else f"{tokens} tokens"
+    most = f"{100 * cut:.3g} % of the completions were cut at {limit}"
     if facts.inner:
         token, count = facts.inner.most_common(1)[0]
         yield Finding(
@@ -172,8 +175,8 @@ def _ends(run: Run, facts: SampleFacts) -> Iterator[Finding]:
     else:
         yield Finding(
             "truncated",
-            "the completions are cut: hardly one ends by itself",
-            f"of the completions {most}, over {len(shares)} steps",
+            "almost all completions are cut off at MAX_NEW_TOKENS",
+            f"{most}, over {counted(len(shares), 'step')}",
             "raise MAX_NEW_TOKENS, or reward what is short; if none ends at any length, the "
             "end-of-text token of MODEL is wrong",
         )

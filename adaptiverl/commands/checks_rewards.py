@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from adaptiverl.commands.curves import Row, Run
 from adaptiverl.commands.finding import Finding
 from adaptiverl.commands.sample_facts import SampleFacts
+from adaptiverl.files.console import counted
 
 FLAT = 0.95  # share of the steps, or of the prompts, without a difference
 MISSING = 0.2  # share of the scores
@@ -17,6 +18,7 @@ FELL = 0.2  # and the share of its first value that a held-out reward lost: less
 
 def reward_findings(run: Run, facts: SampleFacts) -> Iterator[Finding]:
     yield from _missing(run)
+    yield from _too_large(run, facts)
     yield from _flat(run, facts)
     yield from _gamed(run)
     yield from _unbalanced(run, facts)
@@ -34,17 +36,45 @@ def _missing(run: Run) -> Iterator[Finding]:
         odd = next((row for row in run.metrics if row.get(f"rewards/{name}/quarantined")), None)
         why, advice = "it gives None", f"correct {name!r} in REWARDS (TYPE {reward['TYPE']})"
         if odd:
-            why = f"it gives NaN or infinity, first in step {odd['step']}"
+            why = f"it gives NaN, infinity or numbers beyond 1e16, first in step {odd['step']}"
         elif reward["TYPE"] == "human":
             why = "people skipped them, or gave no label in time"
             advice = f"raise TIMEOUT of {name!r}, or let a head fill in (REWARD_MODEL online)"
         yield Finding(
             "reward missing",
             f"the reward {name!r} is missing for many completions: {why}",
-            f"{share:.0%} of its scores in {len(rows)} steps"
+            f"{share:.0%} of its scores in {counted(len(rows), 'step')}"
             + (f", of which its ASK leaves out {left_out:.0%}" if left_out else ""),
             advice,
         )
+
+
+def _too_large(run: Run, facts: SampleFacts) -> Iterator[Finding]:
+    """Completions that have scores and no reward: their weighted sum is beyond what is summed."""
+    names = [reward["NAME"] for reward in run.rewards]
+    steps = [
+        row["step"]
+        for row in run.metrics
+        if row.get("reward") is None
+        and any(row.get(f"rewards/{name}/mean") is not None for name in names)
+    ]
+    share = len(steps) / len(run.metrics) if run.metrics else 0.0
+    sampled = facts.too_large / facts.count if facts.count else 0.0
+    if max(share, sampled) < MISSING:
+        return
+    weights = ", ".join(f"{reward['NAME']} {reward.get('WEIGHT', 1.0)}" for reward in run.rewards)
+    yield Finding(
+        "reward missing",
+        "completions have scores and no reward: the sum by WEIGHT is beyond 1e16, and left out",
+        (
+            f"no completion has a reward in {len(steps)} of {len(run.metrics)} steps, the first is "
+            f"{steps[0]}"
+            if share >= sampled
+            else f"{sampled:.0%} of {facts.count} completions"
+        )
+        + f"; WEIGHT: {weights}",
+        "give the entries of REWARDS a smaller WEIGHT",
+    )
 
 
 def _left_out(run: Run, reward: Row) -> float:
@@ -106,7 +136,9 @@ def _unbalanced(run: Run, facts: SampleFacts) -> Iterator[Finding]:
             yield Finding(
                 "one reward drowns",
                 f"the reward {reward['NAME']!r} drowns the others: they hardly count",
-                f"it makes {share:.1%} of the advantages' variance over {len(shares)} steps",
+                # beyond 1 where another pulls against it a little
+                f"it makes {min(share, 1):.1%} of the advantages' variance over {len(shares)} "
+                "steps",
                 f"give {reward['NAME']!r} a smaller WEIGHT, or all of them NORMALIZE zscore",
             )
 

@@ -4,14 +4,14 @@ import re
 from collections.abc import Iterator
 
 from adaptiverl.commands.curves import Run
+from adaptiverl.commands.endings import ENDED, in_words, lost
 from adaptiverl.commands.finding import Finding
 from adaptiverl.commands.sample_facts import SampleFacts
+from adaptiverl.files.console import counted
 
 FEW = 4  # completions per step, at most, that one prompt each cannot be learned from
 MANY_PROMPTS = 4  # times that a prompt is drawn, at least, before its being the only one shows
 JUDGES = ("judge", "local_judge")
-# Kinds of a stop that somebody asked for
-ASKED = ("stopped", "stopped early")
 
 
 def run_findings(run: Run, facts: SampleFacts) -> Iterator[Finding]:
@@ -23,7 +23,7 @@ def run_findings(run: Run, facts: SampleFacts) -> Iterator[Finding]:
 
 
 def _ended(run: Run) -> Iterator[Finding]:
-    steps, goes_on = run.config.get("STEPS"), "the same command with RESUME=auto goes on"
+    steps, goes_on = run.config.get("STEPS", "?"), "the same command with RESUME=auto goes on"
     if run.state == "stopped":
         event = run.events[-1]
         message, step = event["message"], event["step"]
@@ -45,7 +45,7 @@ def _ended(run: Run) -> Iterator[Finding]:
                     f"before step {step + 1}: {message}",
                     f"correct that entry of REWARDS; {goes_on}",
                 )
-        elif event["kind"] not in ASKED:
+        elif event["kind"] not in ENDED:
             yield Finding(
                 event["kind"],
                 "the run could not go on",
@@ -59,13 +59,20 @@ def _ended(run: Run) -> Iterator[Finding]:
         kept = (
             "no checkpoint was written" if saved is None else f"the last checkpoint is of {saved}"
         )
-        advice = goes_on if saved is not None else "start it again, with a smaller SAVE_EVERY"
+        advice = goes_on if saved is not None else _start_again(run.config.get("SAVE_EVERY"))
         yield Finding(
             "killed",
             "the run ended without saying so: it was killed, or its machine went off",
             f"metrics.jsonl ends at step {run.step} of {steps}, and {kept}",
             advice + "; if memory was short, a smaller BATCH_SIZE or a larger GRAD_ACCUM helps",
         )
+
+
+def _start_again(every: int | None) -> str:
+    """Of a run without a checkpoint; a SAVE_EVERY of 0 writes none before the end."""
+    if every == 0:
+        return "start it again, with a SAVE_EVERY above 0, so that less is lost the next time"
+    return "start it again" + (", with a smaller SAVE_EVERY" if every != 1 else "")
 
 
 def _taken_back(run: Run) -> Iterator[Finding]:
@@ -80,19 +87,35 @@ def _taken_back(run: Run) -> Iterator[Finding]:
     elif back:
         yield Finding(
             "rolled back",
-            f"the run collapsed and was taken back to a sound checkpoint, {len(back)} times",
+            "the run collapsed and was taken back to a sound checkpoint, "
+            f"{counted(len(back), 'time')}",
             f"first in step {back[0]['step']}: {back[0]['message']}",
             "what that says, or a smaller TRUST_REGION_KL",
         )
 
 
 def _torn(run: Run) -> Iterator[Finding]:
-    if run.torn and run.state != "running":
+    if not run.torn or run.state == "running":
+        return
+    where = ", ".join(f"line {each.line} of {each.file}" for each in run.torn)
+    gone = lost(run)
+    lacks = f"; metrics.jsonl lacks {in_words(gone)}" if gone else ""
+    if any(each.is_last for each in run.torn):
+        done = run.state == "finished"
         yield Finding(
             "torn line",
-            "a line was written in part: the disk was full, or the power failed",
-            f"{', '.join(run.torn)}: a line is no JSON; the last whole step is {run.step}",
-            "make room on the disk of OUTPUT_DIR; RESUME=auto cuts the line off and goes on",
+            "a last line was written in part: the disk was full, or the power failed",
+            f"{where}: no whole line; the last step that can be read is {run.step}{lacks}",
+            "make room on the disk of OUTPUT_DIR; RESUME=auto cuts the line off"
+            + ("; nothing else is lost, the run is finished" if done else " and goes on"),
+        )
+    else:
+        yield Finding(
+            "torn line",
+            "a file has a line that cannot be read, with whole ones after it",
+            f"{where}: no JSON{lacks}",
+            "nothing brings back what stood there, and the checkpoints do not need it; delete the "
+            "line, and this is not said again",
         )
 
 
@@ -113,7 +136,7 @@ def _prompts(run: Run, facts: SampleFacts) -> Iterator[Finding]:
         yield Finding(
             "one prompt",
             "there is only one prompt: what is learned holds for it alone",
-            f"all {facts.count} completions of {facts.steps} steps continue {shown!r}",
+            f"all {facts.count} completions of {counted(facts.steps, 'step')} continue {shown!r}",
             "give TRAIN_FILE different prompts",
         )
 

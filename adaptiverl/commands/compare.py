@@ -13,8 +13,10 @@ from tabulate import tabulate
 
 from adaptiverl.commands.charts import Chart, Series, chart, number
 from adaptiverl.commands.curves import Run, change, read_run, smoothed
-from adaptiverl.commands.pages import write_page
+from adaptiverl.commands.endings import reached
+from adaptiverl.commands.pages import is_page, write_page
 from adaptiverl.commands.sample_facts import steps_of
+from adaptiverl.commands.written import check_writable
 from adaptiverl.config.schema import ConfigError
 
 FIGURES = (
@@ -28,6 +30,11 @@ FIGURES = (
 PAIRED_BY = ("SEED", "TRAIN_FILE", "BATCH_SIZE", "NUM_GENERATIONS")  # as many prompts, the same
 BLOCKS = 8  # of neighbouring steps, which depend on each other: the error is that of their means
 INTERVAL = 2.365  # standard errors: 95 % with BLOCKS - 1 = 7 degrees of freedom
+LAST = 10  # steps that a figure at the end is the mean of
+FIGURES_NOTE = (
+    f"Means over the last {LAST} steps that have a value, fewer in a shorter run. ± is one "
+    "standard error."
+)
 OWN = {"OUTPUT_DIR", "$schema", "RESUME"}  # keys in which any two runs differ
 
 Table = list[list[str]]
@@ -41,6 +48,10 @@ def compare(folders: list[Path], out: Path) -> str:
     for run in runs:
         if not run.metrics:
             raise ConfigError(f"{run.path / 'metrics.jsonl'} has no step yet")
+    hint = "name another file by --out"
+    check_writable(out, hint)
+    if out.exists() and not is_page(out):
+        raise ConfigError(f"{out} exists and was not written by adaptiverl: {hint}")
     names = _names(folders)
     keys, figures = differing_keys(runs), _figures(runs)
     short = [[_cut(text) for text in line] for line in keys]
@@ -56,6 +67,7 @@ def compare(folders: list[Path], out: Path) -> str:
         "verdict": _verdict(runs, names),
         "keys": keys,
         "figures": figures,
+        "figures_note": FIGURES_NOTE,
         "differences": differences,
         "differences_note": note,
         "charts": _charts(runs, names),
@@ -63,7 +75,7 @@ def compare(folders: list[Path], out: Path) -> str:
     write_page("compare.html", out, headers | values)
     parts = [
         tabulate(short, headers["key_names"], disable_numparse=True) if keys else "no key differs",
-        tabulate(figures, headers["figure_names"], disable_numparse=True),
+        tabulate(figures, headers["figure_names"], disable_numparse=True) + f"\n{FIGURES_NOTE}",
         tabulate(differences, headers["difference_names"], disable_numparse=True)
         if differences
         else "",
@@ -154,12 +166,12 @@ def _label(name: str) -> str:
 
 
 def _figures(runs: list[Run]) -> Table:
-    """Means over the last ten steps ± their standard errors."""
+    """What FIGURES_NOTE says."""
     table = []
     for run in runs:
-        line = [str(run.step)]
+        line = [str(reached(run))]
         for name in _shared(runs):
-            last = run.values(name)[-10:]
+            last = run.values(name)[-LAST:]
             text = number(statistics.mean(last)) if last else "—"
             if len(last) > 2:
                 text += f" ± {number(statistics.stdev(last) / math.sqrt(len(last)), 2)}"
@@ -196,8 +208,10 @@ def _differences(runs: list[Run], names: list[str]) -> tuple[Table, str]:
             f"the means of {BLOCKS} blocks of steps: it is of this seed, not of others."
         )
     if short:
+        be = "is" if len(short) == 1 else "are"
         notes.append(
-            f"No differences by step for {', '.join(short)}: it takes {2 * BLOCKS} steps of both."
+            f"{', '.join(short)} {be} not compared step by step: that needs at least {2 * BLOCKS} "
+            "steps in both runs."
         )
     for name in unpaired:
         run = runs[names.index(name)]
@@ -212,15 +226,18 @@ def _verdict(runs: list[Run], names: list[str]) -> str:
     if any(run.config.get("REWARDS") != runs[0].config.get("REWARDS") for run in runs):
         return "The runs have different REWARDS, so their rewards are not compared."
     reward = runs[0].reward if len({run.reward for run in runs}) == 1 else "reward"
-    ends = {name: run.values(reward)[-10:] for name, run in zip(names, runs, strict=True)}
+    ends = {name: run.values(reward)[-LAST:] for name, run in zip(names, runs, strict=True)}
     if min(map(len, ends.values())) < 5:
         return "The runs are too short to be compared."
     first, second = sorted(ends, key=lambda name: -statistics.mean(ends[name]))[:2]
     seen = change(ends[second], ends[first])
     said = f"{number(seen.last)} against {number(seen.first)} (± {number(seen.error, 2)})"
+    steps = {name: reached(run) for name, run in zip(names, runs, strict=True)}
+    each = ", ".join(f"{name} {count}" for name, count in steps.items())
+    lengths = f" The runs are not equally long, in steps: {each}." * (len({*steps.values()}) > 1)
     if seen.z > 3:
-        return f"{first} ends with the highest reward, {said} of {second}."
-    return f"No run ends with a higher reward than the others beyond its noise: {said}."
+        return f"{first} ends with the highest reward, {said} of {second}.{lengths}"
+    return f"No run ends with a higher reward than the others beyond its noise: {said}.{lengths}"
 
 
 def _charts(runs: list[Run], names: list[str]) -> list[Chart]:

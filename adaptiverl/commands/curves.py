@@ -38,9 +38,17 @@ class Change(NamedTuple):
         return math.copysign(math.inf, difference) if difference else 0.0
 
 
+class Torn(NamedTuple):
+    """A line that is not whole: of which file, its number, and whether it is the last."""
+
+    file: str
+    line: int
+    is_last: bool
+
+
 @dataclass
 class Run:
-    """The files of a run; `torn` names those with a line that is not whole."""
+    """The files of a run; `torn` are their lines that are not whole."""
 
     path: Path
     config: Row
@@ -48,7 +56,7 @@ class Run:
     changes: list[Row]
     events: list[Row]
     progress: list[Row]
-    torn: list[str]
+    torn: list[Torn]
 
     @property
     def step(self) -> int:
@@ -113,12 +121,19 @@ class Run:
     @cached_property
     def state(self) -> str:
         """finished, stopped (it says why in its events), running or killed."""
-        if self.metrics and self.checkpoints.get("final") == self.step:
+        final = self.checkpoints.get("final", 0)
+        if (self.metrics and final == self.step) or (final > self.step and self._has_whole_final()):
             return "finished"
         last = self.events[-1] if self.events else None
         if last and last["action"] == "stop" and last["step"] >= self.step:
             return "stopped"
         return "running" if _is_locked(self.path / ".lock") else "killed"
+
+    def _has_whole_final(self) -> bool:
+        """A run that goes on from before a damaged final/ leaves it there until its end."""
+        from adaptiverl.files import checkpoint  # imports torch
+
+        return checkpoint.damage(self.path / "final") is None
 
 
 def read_run(path: Path) -> Run:
@@ -130,8 +145,8 @@ def read_run(path: Path) -> Run:
     config = path / "config.json"
     keys = json_object(config.read_text(encoding="utf-8")) if config.exists() else {}
     names = ("metrics", "controller", "events", "progress")
-    read = {name: _rows(path / f"{name}.jsonl") for name in names}
-    torn = [f"{name}.jsonl" for name, (_, broken) in read.items() if broken]
+    read = {name: whole_rows(path / f"{name}.jsonl") for name in names}
+    torn = [line for _, broken in read.values() for line in broken]
     metric_rows, changes, events, progress = (rows for rows, _ in read.values())
     return Run(path, keys or {}, metric_rows, changes, events, progress, torn)
 
@@ -152,13 +167,15 @@ def smoothed(values: Sequence[float], width: int | None = None) -> list[float]:
     return [(sums[end] - sums[begin]) / (end - begin) for begin, end in bounds]
 
 
-def _rows(path: Path) -> tuple[list[Row], bool]:
-    """The whole lines, and whether there are others."""
+def whole_rows(path: Path) -> tuple[list[Row], list[Torn]]:
+    """The lines that are JSON, and which are torn: no JSON, or without an end."""
     if not path.exists():
-        return [], False
+        return [], []
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    rows = [json_object(line) for line in lines if line]
-    return [row for row in rows if row is not None], bool(lines[-1]) or None in rows
+    numbered = {number: json_object(line) for number, line in enumerate(lines, 1) if line}
+    rows = [row for row in numbered.values() if row is not None]
+    torn = [n for n, row in numbered.items() if row is None or n == len(lines)]
+    return rows, [Torn(path.name, number, number == max(numbered)) for number in torn]
 
 
 def json_object(line: str) -> Row | None:

@@ -9,6 +9,7 @@ from adaptiverl.commands.checks_policy import policy_findings
 from adaptiverl.commands.checks_rewards import reward_findings
 from adaptiverl.commands.checks_run import run_findings
 from adaptiverl.commands.curves import Run, json_object, read_run
+from adaptiverl.commands.endings import in_words, lost, outcome, reached
 from adaptiverl.commands.finding import Finding
 from adaptiverl.commands.sample_facts import SampleFacts, facts_of
 from adaptiverl.files.console import counted
@@ -77,9 +78,12 @@ def doctor(folder: Path) -> tuple[str, int]:
     """What is wrong in words, and the exit status: 1 if anything is, else 0."""
     run = read_run(folder)
     found = findings(run)
-    lines = [
-        f"{folder}: {counted(run.step, 'step')} of {run.config.get('STEPS', '?')}, {run.state}"
-    ]
+    steps = f"{counted(reached(run), 'step')} of {run.config.get('STEPS', '?')}"
+    lines = [f"{folder}: {steps}, {outcome(run)}"]
+    if (gone := lost(run)) and not run.torn:  # else a finding says it
+        lines.append(f"metrics.jsonl lacks {in_words(gone)}")
+    if not run.config:
+        lines.append("config.json is missing, so what depends on keys and rewards is not checked")
     for number, each in enumerate(found, 1):
         lines += [
             "",

@@ -18,6 +18,7 @@ from adaptiverl.commands.curves import json_object
 from adaptiverl.commands.paired import Estimate, compare, estimate
 from adaptiverl.commands.run_folder import RunReader
 from adaptiverl.commands.trained import RunRewards, TrainedModel
+from adaptiverl.commands.written import check_writable, write_whole
 from adaptiverl.files.console import counted
 from adaptiverl.rl.data import indices_at, load_prompts
 from adaptiverl.rl.diversity import distinct
@@ -38,6 +39,7 @@ def main(given: Namespace, run: RunReader) -> int:
     source = str(given.prompts.resolve()) if given.prompts else c.EVAL_FILE or c.TRAIN_FILE
     key = "--prompts" if given.prompts else "EVAL_FILE" if c.EVAL_FILE else "TRAIN_FILE"
     to = given.json.resolve() if given.json else run.path / "evaluation.json"
+    check_writable(to, "name another file by --json")
     seed = c.SEED if given.seed is None else given.seed
     with run.as_started():
         with as_config_error(key):
@@ -70,9 +72,9 @@ def main(given: Namespace, run: RunReader) -> int:
         print(f"missing   {name}: {who}")
     for name, why in rewards.left_out.items():
         print(f"left out  {name}: {why}")
+    replaced = _completions_in(to)
     with as_config_error("--json" if given.json else "RUN"):
-        replaced = _completions_in(to)
-        _write(to, about)
+        write_whole(to, json.dumps(about, indent=2, ensure_ascii=False) + "\n")
     print(f"written to {to}" + (f", which had {counted(replaced, 'completion')}" * bool(replaced)))
     return 0
 
@@ -169,10 +171,3 @@ def _completions_in(path: Path) -> int:
     """Those of an earlier evaluation in the same file."""
     found = json_object(path.read_text("utf-8", errors="replace")) if path.is_file() else None
     return (found or {}).get("completions", 0)
-
-
-def _write(path: Path, values: dict[str, Any]) -> None:
-    """All of the file or nothing: `export` reads it."""
-    new = path.with_name(f".new-{path.name}")
-    new.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    new.replace(path)

@@ -5,10 +5,12 @@ from collections import defaultdict
 from pathlib import Path
 
 from adaptiverl.commands.charts import number
-from adaptiverl.commands.curves import SHORT, Change, Row, Run, read_run, smoothed
+from adaptiverl.commands.curves import SHORT, Row, Run, read_run, smoothed
 from adaptiverl.commands.doctor import findings
-from adaptiverl.commands.verdict import verdict
+from adaptiverl.commands.endings import in_words, lost, outcome
+from adaptiverl.commands.verdict import ERRORS, verdict
 from adaptiverl.config.schema import ConfigError
+from adaptiverl.files.console import counted
 from adaptiverl.optim.rules import reason
 
 
@@ -18,16 +20,22 @@ def explain(folder: Path) -> str:
     if not run.metrics:
         raise ConfigError(f"{folder / 'metrics.jsonl'} has no step yet")
     found = findings(run)
-    lines = [f"{folder}: steps {run.metrics[0]['step']} to {run.step}", verdict(run, found), ""]
-    if len(run.metrics) < SHORT:
-        lines.append(f"short        {len(run.metrics)} steps; from {SHORT} on, means say more")
+    steps = f"steps {run.metrics[0]['step']} to {run.step} of {run.config.get('STEPS', '?')}"
+    lines = [f"{folder}: {steps}, {outcome(run)}", verdict(run, found), ""]
+    if gone := lost(run):
+        lines.append(f"lost         metrics.jsonl lacks {in_words(gone)}")
+    if (count := len(run.metrics)) < SHORT:
+        lines.append(f"short        {counted(count, 'step')}; from {SHORT} on, means say more")
     named = [
         *dict.fromkeys(["reward", run.reward]),
         *(run.names("rewards/", "/mean") if len(run.rewards) > 1 else []),
     ]
     named += run.names("held_out/rewards/", "/mean")
     named += ["kl", "kl_per_completion", "entropy", "completions/mean_length", "eval/reward"]
-    lines += [line for name in named if name in run.names("") for line in _ends(run, name)]
+    ends = [line for name in named if name in run.names("") for line in _ends(run, name)]
+    lines += ends
+    if "±" not in lines[1] and any("±" in line for line in ends):
+        lines.append(f"±            {ERRORS.removeprefix('± is ')}")
     if known := run.series(run.reward):
         smooth = smoothed([value for _, value in known])
         best = max(range(len(smooth)), key=smooth.__getitem__)
@@ -46,18 +54,26 @@ def explain(folder: Path) -> str:
 
 def _ends(run: Run, name: str) -> list[str]:
     """Means over the first and the last steps that are known, with their standard error."""
-    known = run.values(name)
+    known = run.series(name)
     if not known:
         return [f"{name:12} missing in all steps"]
+    steps = [step for step, _ in known]
     seen = run.change(name)
     if seen is None:
-        seen = Change(known[0], known[-1], 0.0)
-        return [f"{name:12} {seen.first:.4g} in the first step, {seen.last:.4g} in the last"]
+        ends = known[:1] + known[1:][-1:]
+        return [f"{name:12} " + ", ".join(f"{value:.4g} in step {step}" for step, value in ends)]
     size = min(10, len(known) // 3)
     return [
-        f"{name:12} {seen.first:.4g} in the first {size} steps, {seen.last:.4g} in the last "
-        f"{size} (± {number(seen.error, 2)})"
+        f"{name:12} {seen.first:.4g} in {_span(steps[:size])}, {seen.last:.4g} in "
+        f"{_span(steps[-size:])} (± {number(seen.error, 2)})"
     ]
+
+
+def _span(steps: list[int]) -> str:
+    """`steps 1 to 3`, or `3 steps from 2 to 6` where not each of them had a value."""
+    first, last = steps[0], steps[-1]
+    every = last - first == len(steps) - 1
+    return f"steps {first} to {last}" if every else f"{len(steps)} steps from {first} to {last}"
 
 
 def _rates(run: Run) -> list[str]:
@@ -69,9 +85,8 @@ def _rates(run: Run) -> list[str]:
         f"lowest {low:.3g} (step {at_low}), highest {high:.3g} (step {at_high})"
     ]
     if run.metrics[-1].get("skipped"):
-        lines.append(
-            f"skipped      {run.metrics[-1]['skipped']} steps: their gradient was not finite"
-        )
+        steps = counted(run.metrics[-1]["skipped"], "step")
+        lines.append(f"skipped      {steps}, of a gradient that was not finite")
     return lines
 
 
@@ -87,9 +102,17 @@ def movers(run: Run, name: str) -> list[str]:
         total = math.exp(sum(factor(change) for change in own))
         steps = ", ".join(str(used_from(change)) for change in own[:5])
         steps += ", …" if len(own) > 5 else ""
-        why = reason(rule, name)
-        lines.append(f"{rule:15} × {total:.3g} in {len(own)} steps ({steps}): {why}")
+        when = f"step {steps}" if len(own) == 1 else f"{len(own)} steps ({steps})"
+        lines.append(f"{rule:15} × {total:.3g} in {when}{_why(rule, name)}")
     return lines
+
+
+def _why(rule: str, name: str) -> str:
+    """Nothing of a label that no rule of this version has."""
+    try:
+        return f": {reason(rule, name)}"
+    except StopIteration:
+        return ""
 
 
 def largest(run: Run, name: str) -> list[str]:

@@ -19,6 +19,7 @@ from transformers.utils import PushToHubMixin
 from adaptiverl.commands.model_card import model_card
 from adaptiverl.commands.run_folder import RunReader
 from adaptiverl.commands.trained import TrainedModel
+from adaptiverl.commands.written import check_writable
 from adaptiverl.config.schema import ConfigError
 from adaptiverl.files.console import counted
 from adaptiverl.rl.merging import merged
@@ -37,6 +38,8 @@ def main(given: Namespace, run: RunReader) -> int:
     checkpoint = run.choose(given.checkpoint)
     if given.push:
         _refuse_without_hub(given.push)
+    first = next(path for path in (folder, *folder.parents) if path.parent.exists())  # to be made
+    check_writable(first / "README.md" if first.exists() else first, "name another folder")
     with run.as_started():
         adapter = not c.FULLTUNE and not given.merge
         base = _base(c.MODEL, checkpoint.path)

@@ -23,6 +23,7 @@ from adaptiverl.training.inputs import as_config_error
 from adaptiverl.training.metrics import cell
 
 WHO = ("trained", "start")
+SHOWN = {"trained": "trained", "start": "before training"}
 
 
 def main(given: Namespace, run: RunReader) -> int:
@@ -173,7 +174,7 @@ class Answers:
                 if row % self.count == 0:
                     yield f"\n> {readable(batch['prompt'][row])}"
                 for i, who in enumerate(self.who):
-                    number = f"{row % self.count + 1}" + f" {who}" * (len(self.who) > 1)
+                    number = f"{row % self.count + 1}" + f", {SHOWN[who]}" * (len(self.who) > 1)
                     yield f"[{number}] {texts[i][row].strip()}"
                     at = i * rows + row
                     if by_reward:

@@ -25,6 +25,8 @@ ELSEWHERE = {
     "$schema", "MODEL", "OUTPUT_DIR", "RESUME", "SAVE_EVERY", "KEEP_CHECKPOINTS", "LOG_EVERY",
     "SAMPLES_EVERY", "TRACKERS", "REWARDS", "HELD_OUT", "TRAIN_FILE", "EVAL_FILE", "PROMPT_COLUMN",
 }  # fmt: skip
+# Keys of a reward that say what it scores, also where they are at their default
+MEANT = {"MODEL", "LABEL", "OUTPUT", "COLUMN", "UNIT", "MATCH", "QUESTION", "SCALE"}
 ALWAYS = (
     "FULLTUNE", "BATCH_SIZE", "NUM_GENERATIONS", "MAX_NEW_TOKENS", "TEMPERATURE", "BASELINE",
     "KL_COEF", "OPTIM", "LRATE", "LR_RULE", "SEED",
@@ -86,7 +88,9 @@ def _reward(reward: Reward) -> dict[str, Any]:
     own = reward.model_dump(mode="json", by_alias=True)
     changed = reward.changed() - {"NAME", "WEIGHT", "TYPE"}
     given = {
-        key: _public(own[key]) if key == "MODEL" else own[key] for key in own if key in changed
+        key: _public(own[key]) if key == "MODEL" else own[key]
+        for key in own
+        if key in changed | MEANT
     }
     keys = ", ".join(f"`{key}` {_cell(value)}" for key, value in given.items())
     meaning = " ".join((type(reward).__doc__ or "").split("\n\n")[0].split())

@@ -11,10 +11,11 @@ from pydantic import BaseModel
 from adaptiverl.commands.charts import number
 from adaptiverl.commands.curves import FIXED, Row, Run, json_object, read_run
 from adaptiverl.commands.doctor import end_ids, findings
+from adaptiverl.commands.endings import in_words, lost, outcome, reached
 from adaptiverl.commands.explain import factor, movers, used_from
 from adaptiverl.commands.kept_samples import kept_samples
 from adaptiverl.commands.pages import write_page
-from adaptiverl.commands.report_charts import report_charts
+from adaptiverl.commands.report_charts import evaluated_on, report_charts
 from adaptiverl.commands.sample_facts import SampleFacts, facts_of
 from adaptiverl.commands.verdict import verdict
 from adaptiverl.rl.chat import readable
@@ -88,7 +89,9 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
 
 
 def _subtitle(run: Run, times: list[PartOfTime]) -> str:
-    parts = [f"step {run.step} of {run.config.get('STEPS', '?')}", run.state]
+    parts = [f"step {reached(run)} of {run.config.get('STEPS', '?')}", outcome(run)]
+    if gone := lost(run):
+        parts.append(f"metrics.jsonl lacks {in_words(gone)}")
     if seconds := sum(each.seconds for each in times):
         minutes = f"{seconds / 60:.1f} minutes" if seconds > 120 else f"{seconds:.0f} seconds"
         parts.append(f"{minutes} of steps")
@@ -105,7 +108,7 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
         ("kl_per_completion", "KL", "nats per completion"),
         ("entropy", "Entropy", "nats per token"),
         ("completions/mean_length", "Length", "tokens"),
-        ("eval/reward", "Evaluation", "on EVAL_FILE"),
+        ("eval/reward", "Evaluation", f"on {evaluated_on(run)}"),
     ]
     tiles = []
     for name, label, unit in named:
@@ -123,7 +126,7 @@ def _progress(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
     for row in run.progress:
         step = row["step"]
         when = "before the first step" if not step else f"after step {step}"
-        when += " (the last)" if step == last == run.step and run.state == "finished" else ""
+        when += " (the last)" if step == last == reached(run) and run.state == "finished" else ""
         by_prompt.setdefault(readable(row["prompt"]), []).append((when, row["completion"]))
     return list(by_prompt.items())
 

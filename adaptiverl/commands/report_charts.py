@@ -4,7 +4,7 @@ from adaptiverl.commands.charts import Chart, Points, Series, chart
 from adaptiverl.commands.curves import FIXED, Run
 
 SHAPES = {
-    "completions/distinct_1": "distinct words",
+    "completions/distinct_1": "distinct tokens",
     "completions/distinct_2": "distinct pairs",
     "completions/repetition": "repetition",
 }
@@ -42,18 +42,23 @@ def report_charts(run: Run) -> list[Chart]:
         chart(
             "Variety",
             [Series(SHAPES[name], run.series(name)) for name in SHAPES],
-            unit="shares of words, pairs, triples",
+            unit="shares of tokens, of their pairs and triples",
         ),
-        chart("Evaluations", _evaluations(run), unit="on EVAL_FILE"),
+        chart("Evaluations", _evaluations(run), unit=f"on {evaluated_on(run)}"),
         chart("Gradient norm", [Series("before clipping", run.series("grad_norm"))], log=True),
         chart(
-            "Prompts without a difference",
+            "Prompts whose completions all got the same reward",
             [Series("share", run.series("frac_reward_zero_std"))],
-            unit="all their rewards are equal",
+            unit="share of the prompts",
         ),
         chart("Missing scores", _all(run, "rewards/", "/missing"), unit="share of the completions"),
     ]
     return [each for each in made if each]
+
+
+def evaluated_on(run: Run) -> str:
+    """The key that named the prompts of the evaluations."""
+    return "EVAL_SPLIT" if run.config.get("EVAL_SPLIT") else "EVAL_FILE"
 
 
 def _reward(run: Run) -> Chart | None:
@@ -62,7 +67,7 @@ def _reward(run: Run) -> Chart | None:
     points = [(row["step"], row[run.reward]) for row in rows]
     series = [Series("reward", points, spread)]
     if evaluated := run.series("eval/reward"):
-        series.append(Series("of EVAL_FILE", evaluated, dashed=True, smooth=False))
+        series.append(Series(f"of {evaluated_on(run)}", evaluated, dashed=True, smooth=False))
     note = "The band is one standard deviation of a step's completions to each side."
     if spread is None:
         note = f"The sum is {FIXED}: metrics.jsonl calls it {run.reward}."

@@ -1,7 +1,6 @@
 """The folder of a run, read: its config, its metrics, and which checkpoint to use.
 
-Loads torch only to verify a checkpoint or to read metrics. Leaves out models and rewards, which are
-trained.py's.
+Loads torch only to verify a checkpoint. Leaves out models and rewards, which are trained.py's.
 """
 
 import json
@@ -13,7 +12,7 @@ from contextlib import chdir, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from adaptiverl.commands.curves import read_run
+from adaptiverl.commands.curves import read_run, whole_rows
 from adaptiverl.config.loading import load_config
 from adaptiverl.config.schema import ConfigError
 from adaptiverl.training.keys import RunConfig
@@ -58,10 +57,7 @@ class RunReader:
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl, in the order of the steps; none if there is no such file."""
-        from adaptiverl.files.logs import read_rows  # imports torch
-
-        file = self.path / "metrics.jsonl"
-        return read_rows(file) if file.exists() else []
+        return whole_rows(self.path / "metrics.jsonl")[0]
 
     def checkpoints(self) -> dict[str, int]:
         """The steps of all checkpoints by name, undamaged or not, in the order of the steps."""
@@ -94,7 +90,9 @@ class RunReader:
         names = [name for name, step in steps.items() if which in (name, str(step))]
         if which and not names:
             known = ", ".join(dict.fromkeys(name.removeprefix("step-") for name in steps))
-            raise ConfigError(f"--checkpoint {which}: {self.path} has none such, only {known}")
+            raise ConfigError(
+                f"--checkpoint {which}: {self.path} has no such checkpoint; there is: {known}"
+            )
         from adaptiverl.files import checkpoint  # imports torch
 
         if which:

@@ -19,6 +19,7 @@ class SampleFacts:
     count: int = 0
     steps: int = 0
     empty: int = 0  # of one token at most: only the end
+    too_large: int = 0  # with scores, and without a reward: their sum is left out
     prompts: Counter[str] = field(default_factory=Counter)
     constant: Counter[str] = field(default_factory=Counter)  # steps in which a reward is the same
     correlations: dict[tuple[str, str], float] = field(default_factory=dict)  # within prompts
@@ -37,6 +38,8 @@ def facts_of(run: Run, end_ids: Sequence[int]) -> SampleFacts:
             ids = row.get("completion_ids", [])
             facts.count += 1
             facts.empty += len(ids) <= 1
+            scored = any(row.get(f"rewards/{name}") is not None for name in names)
+            facts.too_large += scored and row.get("reward") is None
             facts.inner.update({token for token in end_ids if token in ids[:-1]})
             if len(facts.prompts) < ALL_PROMPTS:
                 facts.prompts[readable(row["prompt"])] += 1

@@ -7,6 +7,7 @@ from adaptiverl.commands.curves import SHORT, Change, Run
 from adaptiverl.commands.finding import Finding
 
 SURE = 3.0  # standard errors
+ERRORS = "± is one standard error of the difference"
 
 
 def verdict(run: Run, found: Sequence[Finding]) -> str:
@@ -19,7 +20,12 @@ def verdict(run: Run, found: Sequence[Finding]) -> str:
     if not steps:
         return "No step is finished." + wrong
     rose = run.change(run.reward)
-    said = "nothing can be said of the reward" if rose is None else moved("the reward", rose)
+    if rose:
+        said = moved("the reward", rose)
+    elif run.values(run.reward):
+        said = "too few steps to say whether the reward moved"
+    else:
+        said = "no completion had a reward"
     kl = run.late("kl_per_completion")
     if kl is not None:
         said += f", at a KL of {number(kl)} nats per completion to the first policy"
@@ -30,7 +36,8 @@ def verdict(run: Run, found: Sequence[Finding]) -> str:
     if steps < SHORT:
         begin = f"This is a short run, of {steps} step{'s' * (steps > 1)}, which says little: "
     going = f" It is running, at step {run.step}." if run.state == "running" else ""
-    return begin + said + "." + going + wrong
+    errors = f" {ERRORS}." if "±" in said else ""
+    return begin + said + "." + errors + going + wrong
 
 
 def moved(what: str, seen: Change) -> str:

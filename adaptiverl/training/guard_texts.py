@@ -16,8 +16,8 @@ DRIFT = (
     "policy. Likely cause: {cause}"
 )
 MISSING = (
-    "no completion has a reward: {rewards} gave None, or a score that is not finite, for all of "
-    "them. Such a step trains nothing; look at REWARDS"
+    "no completion has a reward: {rewards} gave None, NaN, infinity or a number beyond 1e16 for "
+    "all of them, or the sum by WEIGHT is beyond 1e16. Such a step trains nothing; look at REWARDS"
 )
 CONSTANT = (
     "all rewards that are compared have been equal for {steps} steps in a row, so {trains} "

@@ -2,13 +2,14 @@
 
 import base64
 import hashlib
-import os
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
+
+from adaptiverl.commands.written import write_whole
 
 HERE = Path(__file__).parent
 
@@ -37,11 +38,10 @@ def write_page(template: str, out: Path, values: dict[str, Any]) -> Path:
         "script_hash": Markup(f"sha256-{digest}"),
     }
     text = environment().get_template(template).render(values | own)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    # a lone surrogate, which a model may write, is no UTF-8
-    try:
-        temporary.write_text(text, encoding="utf-8", errors="replace")
-        temporary.replace(out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(out, text)
     return out
+
+
+def is_page(path: Path) -> bool:
+    """Whether a command has written it: its end says so."""
+    return b"Written by <code>adaptiverl " in path.read_bytes()
