@@ -601,7 +601,7 @@ def test_a_tap_takes_a_batch_by_position_too(given, named):
     order = ["completions", "prompts"] if named == "completions" else ["prompts", "completions"]
     values = tap(**batch) if given else tap(*(batch[name] for name in order))
     assert values == [0.0, 1.0]
-    assert tap.texts() == ["ax", "ay"] and tap.informative()
+    assert tap.texts() == [("a", "x"), ("a", "y")] and tap.informative()
 
 
 def test_an_async_tap_takes_a_batch_by_position_too():
@@ -610,7 +610,7 @@ def test_an_async_tap_takes_a_batch_by_position_too():
 
     tap = RewardTap(reward)
     assert asyncio.run(tap(["a", "a"], ["x", "y"])) == [0.0, 1.0]
-    assert tap.texts() == ["ax", "ay"] and tap.informative()
+    assert tap.texts() == [("a", "x"), ("a", "y")] and tap.informative()
 
 
 def test_a_tap_reads_messages_of_parts_and_without_content():
@@ -631,7 +631,7 @@ def test_a_tap_reads_messages_of_parts_and_without_content():
             ],
         ],
     )
-    assert tap.texts() == ["abx", "ab\n4\ny"] and tap.informative()
+    assert tap.texts() == [("ab", "x"), ("ab", "\n4\ny")] and tap.informative()
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -676,7 +676,7 @@ def test_an_evaluation_leaves_the_batch_of_the_training_alone(kind, asynchronous
     seen = []
 
     def last(step):
-        is_own = not any("EVAL" in text for text in tap.texts())
+        is_own = not any("EVAL" in prompt for prompt, _ in tap.texts())
         seen.append((tap.last(), optimizer.informative, is_own))
         return tap.last()
 
@@ -693,24 +693,33 @@ def test_the_reward_scheduler_says_what_its_rule_is_called():
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_callback_measures_the_ends_of_texts_at_the_trainers_temperature(tmp_path):
-    """Against the KL of each text alone, without padding, at its last tokens."""
+@pytest.mark.parametrize("named", [True, False])
+def test_the_callback_measures_the_ends_of_texts_at_the_trainers_temperature(named, tmp_path):
+    """Against the KL of each text alone, without padding, where it predicts what counts."""
     from transformers import TrainerControl, TrainerState, TrainingArguments
+    from trl import RLOOConfig
 
     model, tokenizer, _ = texts(tmp_path)
-    own = ["I saw it with my brother and we", "Yes"]
+    own = ["I saw it with my brother and we", "Yes", ("This", " film"), ("I saw it with my", "")]
     optimizer = AdaptiveOptimizer(SGD(model.parameters(), lr=0.1), "trust_region")
+    temperature = 0.5 if named else None
     callback = TrustRegionCallback(
-        optimizer, tokenizer, lambda: own, length=3, temperature=0.5
-    )  # fmt: skip
+        optimizer, tokenizer, lambda: own, length=3, temperature=temperature
+    )
 
     def logprobs():
+        """The last three of a text; of a pair from the last token of the prompt on."""
         model.eval()
-        ids = [tokenizer(text, return_tensors="pt").input_ids[:, -3:] for text in own]
-        return torch.cat([(model(i).logits[0] / 0.5).log_softmax(-1) for i in ids]).detach()
+        found = []
+        for text, count in ((own[0], 3), ("Yes", 3), ("This film", 2), ("I saw it with my", 1)):
+            logits = model(tokenizer(text, return_tensors="pt").input_ids[:, -3:]).logits[0]
+            found.append((logits[-count:] / 0.5).log_softmax(-1))
+        return torch.cat(found).detach()
 
+    assert len(tokenizer("This film").input_ids) == 2
     before = logprobs()
-    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    kind, more = (TrainingArguments, {}) if named else (RLOOConfig, {"temperature": 0.5})
+    arguments = kind(str(tmp_path), use_cpu=True, report_to=[], bf16=False, **more)
     callback.on_pre_optimizer_step(arguments, TrainerState(), TrainerControl(), model=model)
     with torch.no_grad():
         model.transformer.wte.weight.mul_(2)

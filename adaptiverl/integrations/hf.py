@@ -105,12 +105,13 @@ class TrustRegionCallback(_LogsRates):
 
     optimizer   the AdaptiveOptimizer that the Trainer steps
     tokenizer   of the model
-    texts       gives the texts on which to measure, the first `count` of them at each step:
-                `RewardTap.texts` are prompts with the completions of the last batch
+    texts       gives what to measure on, the first `count` of them at each step: texts, or pairs
+                of a prompt and its completion, of which only the completion counts.
+                `RewardTap.texts` are such pairs, of the last batch
     informative     says whether any rewards of the step differ (TrustRegion.step); default: always.
                     It is true if it is true in any process
     count, length       texts per process and last tokens of each; default 4 and 64
-    temperature     that the trainer samples at; default 1
+    temperature     of the policy; default: that of the trainer's arguments, 1 where they have none
 
     Log-probabilities of all words are computed at each token before the step, and once or a few
     times within it; KL(before ‖ now) is exact, in nats per token, the mean over all processes. The
@@ -122,11 +123,11 @@ class TrustRegionCallback(_LogsRates):
         self,
         optimizer: AdaptiveOptimizer,
         tokenizer: Any,
-        texts: Callable[[], Sequence[str]],
+        texts: Callable[[], Sequence[str | tuple[str, str]]],
         informative: Callable[[], bool] | None = None,
         count: int = 4,
         length: int = 64,
-        temperature: float = 1.0,
+        temperature: float | None = None,
     ):
         super().__init__(optimizer)
         self.tokenizer, self.texts, self.count, self.length = tokenizer, texts, count, length
@@ -134,11 +135,13 @@ class TrustRegionCallback(_LogsRates):
         self.optimizer, self.informative = optimizer, informative
         self.model: Any = None
         self.inputs: Any = None
+        self.counted = torch.empty(0)  # [texts, tokens], at which of them the policy is measured
         self.old = torch.empty(0)  # [tokens, words], of the policy before the step
         optimizer.measure_kl = self.measure_kl
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.model, texts = kwargs["model"], [*self.texts()][: self.count]
+        self.divisor = self.temperature or getattr(args, "temperature", 1.0)  # TRL's have one
         if not texts:
             raise ValueError("TrustRegionCallback: texts() gave no text to measure the KL on")
         if self.informative:
@@ -146,11 +149,21 @@ class TrustRegionCallback(_LogsRates):
             self.optimizer.informative = mean_over_processes(own, args.device)["share"] > 0
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        # Completions are at the end of the texts
-        ids = [each[-self.length :] for each in self.tokenizer(texts).input_ids]
+        pairs = [("", each) if isinstance(each, str) else each for each in texts]
+        whole = self.tokenizer([prompt + completion for prompt, completion in pairs]).input_ids
+        ids = [each[-self.length :] for each in whole]
         self.inputs = self.tokenizer.pad(
             {"input_ids": ids}, padding_side="right", return_tensors="pt"
         ).to(args.device)
+        # A token is measured where it is predicted: from the last one of the prompt on
+        prompts = [len(self.tokenizer(prompt).input_ids) if prompt else 1 for prompt, _ in pairs]
+        left = [
+            max(of_prompt - 1 - (len(each) - len(kept)), 0)
+            for of_prompt, each, kept in zip(prompts, whole, ids, strict=True)
+        ]
+        mask = self.inputs["attention_mask"].bool()
+        places = torch.arange(mask.shape[1], device=mask.device)
+        self.counted = mask & (places >= torch.tensor(left, device=mask.device)[:, None])
         self.old = self._logprobs()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -162,8 +175,7 @@ class TrustRegionCallback(_LogsRates):
         self.model.eval()
         logits = self.model(**self.inputs).logits
         self.model.train(was_training)
-        kept = logits[self.inputs["attention_mask"].bool()].float()
-        return (kept / self.temperature).log_softmax(-1)
+        return (logits[self.counted].float() / self.divisor).log_softmax(-1)
 
     def measure_kl(self) -> float:
         """KL(policy before this step ‖ policy now), nats per token."""

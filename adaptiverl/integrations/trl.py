@@ -20,7 +20,7 @@ __all__ = ["RewardObserveCallback", "RewardTap", "TrustRegionCallback"]
 class RewardTap:
     """A reward function that remembers its last batch of the training; async if `reward` is.
 
-    `last()` is the mean of what it returned, `texts()` are the prompts with their completions, and
+    `last()` is the mean of what it returned, `texts()` are its prompts and completions, and
     `informative()` says whether any completions of one prompt had different rewards.
 
     Batches of an evaluation are scored and not remembered: TRL's trainers may use a batch for
@@ -80,9 +80,9 @@ class RewardTap:
         """Whether rewards of this process's last batch differ within a prompt."""
         return self.differs
 
-    def texts(self) -> list[str]:
-        """Prompts with completions of this process's last batch, for TrustRegionCallback."""
-        return [_text(prompt) + _text(completion) for prompt, completion in self.batch]
+    def texts(self) -> list[tuple[str, str]]:
+        """Prompts and completions of this process's last batch, for TrustRegionCallback."""
+        return [(_text(prompt), _text(completion)) for prompt, completion in self.batch]
 
 
 def _is_evaluation(batch: dict[str, Any]) -> bool:
