@@ -6,9 +6,10 @@ FP16 on a CPU) is checked by training/build.py.
 """
 
 import importlib.util
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, WithJsonSchema, model_validator
 
 
 class ConfigError(Exception):
@@ -41,6 +42,9 @@ class Config(BaseModel, Generic[RewardT]):
         "TRACKERS", "SAMPLER", "VLLM_SERVER", "HELD_OUT", "ON_COLLAPSE", "STOP_PATIENCE", "STOP_KL",
         "STOP_REWARD",
     })  # fmt: skip
+
+    # Where the run was started; a reward may make another folder the working directory
+    _here: Path = PrivateAttr(default_factory=Path.cwd)
 
     SCHEMA: str | None = Field(None, alias="$schema", description="For editors; a run ignores it")
 
@@ -216,6 +220,16 @@ class Config(BaseModel, Generic[RewardT]):
         """The keys that were given another value than their default."""
         fields = type(self).model_fields
         return {key for key in self.model_fields_set if getattr(self, key) != fields[key].default}
+
+    @property
+    def here(self) -> Path:
+        """The working directory when the config was read: its relative paths begin there."""
+        return self._here
+
+    @property
+    def output_dir(self) -> Path:
+        """OUTPUT_DIR as an absolute path."""
+        return self._here / self.OUTPUT_DIR
 
     @property
     def has_evaluation_prompts(self) -> bool:
