@@ -313,7 +313,7 @@ def test_a_comma_in_a_text_that_is_not_quoted_is_told(tmp_path):
     path.write_text('prompt,genre\n"Hello, my\nfriend",drama\nfoo,b\n')
     assert load_prompts(str(path), "prompt")["prompt"] == ["Hello, my\nfriend", "foo"]
     path.write_text("prompt;genre\nfoo;b\n")
-    with pytest.raises(ValueError, match="only prompt;genre: columns are sep.* to use ;$"):
+    with pytest.raises(ValueError, match=r"only prompt;genre: columns are sep.* to use ;$"):
         load_prompts(str(path), "prompt")
 
 
