@@ -452,6 +452,25 @@ def test_dry_run_shows_a_batch_and_trains_and_writes_nothing(main, settings, cap
     assert not Path(settings["OUTPUT_DIR"]).exists()
 
 
+def test_dry_run_says_of_a_sum_that_is_too_large_that_it_is_missing(main, settings, capsys, caplog):
+    rewards = [{"TYPE": "length", "TARGET": 8, "WEIGHT": 1e30}]
+    assert main(settings | {"REWARDS": rewards}, "--dry-run") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-2:] for line in lines[1:9]] == [["1.000", "missing"]] * 8
+    assert caplog.messages == ["the weighted sum of 8 completions is beyond 1e16: left out"]
+
+
+def test_the_console_shows_normalised_rewards_on_a_fixed_scale(main, settings, capsys):
+    rewards = [{"TYPE": "regex", "PATTERNS": "th", "NORMALIZE": "zscore"}]
+    assert main(settings | {"REWARDS": rewards, "LOG_EVERY": 2}) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Step ")]
+    found = read_jsonl(Path(settings["OUTPUT_DIR"]) / "metrics.jsonl")
+    one, two, three = (row["reward_fixed_scale"] for row in found)
+    assert [line.split(" | ")[1] for line in lines] == [
+        f"Reward (fixed scale): {value:.2f}" for value in (one, two, three)
+    ]
+
+
 def test_epochs_end_a_run_before_steps(main, settings):
     """Five prompts, two a step: two epochs are five steps."""
     assert main(settings | {"EPOCHS": 2, "STEPS": 50}) == 0

@@ -9,7 +9,16 @@ import importlib.util
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, WithJsonSchema, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 
 class ConfigError(Exception):
@@ -234,6 +243,13 @@ class Config(BaseModel, Generic[RewardT]):
     @property
     def has_evaluation_prompts(self) -> bool:
         return self.EVAL_FILE is not None or self.EVAL_SPLIT > 0
+
+    @field_validator("MODEL", "TRAIN_FILE", "EVAL_FILE", "CHAT_TEMPLATE", "OUTPUT_DIR")
+    @classmethod
+    def _not_empty(cls, value: str | None) -> str | None:
+        if value is not None and not value.strip():
+            raise PydanticCustomError("empty", "it is empty")
+        return value
 
     @model_validator(mode="after")
     def _contradictions(self) -> "Config":

@@ -272,8 +272,10 @@ def adaptive(
 ) -> AdaptiveOptimizer:
     """`base` under the rules of the config; every process gives them the same signals."""
     arguments = {key.lower(): getattr(c, key) for key in ARGUMENTS}
-    with as_config_error("BETAS_RULE"):
+    try:
         return AdaptiveOptimizer(base, steps=last_step, record=record, **arguments)
+    except ValueError as error:  # of a beta that the run is too short for
+        raise ConfigError(str(error).replace("betas_rule", "BETAS_RULE")) from error
 
 
 def narrow(optimizer: AdaptiveOptimizer, rollbacks: int) -> str | None:

@@ -119,7 +119,7 @@ class RunFolder:
             log.write("samples.jsonl", samples)
             log.write("controller.jsonl", changes)
             log.replace(checkpoint.EVENTS, self.parts.guards.events)
-            log.advance(metrics["reward"])
+            log.advance(metrics.get("reward_fixed_scale", metrics["reward"]))
         self.interval.append(metrics)
         due = c.LOG_EVERY and (step in (1, last) or step % c.LOG_EVERY == 0)
         if due and log:

@@ -6,11 +6,11 @@ Each function raises ConfigError, before the model loads.
 import json
 import logging
 import math
-import os
 import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from datasets import Dataset
@@ -103,8 +103,12 @@ def output_folder(c: RunConfig) -> Path:
         nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
     if not nearest.is_dir():
         raise ConfigError(f"OUTPUT_DIR: {nearest} is not a folder")
-    if not os.access(nearest, os.W_OK):
-        raise ConfigError(f"OUTPUT_DIR: {nearest} cannot be written to")
+    try:  # what rights alone do not tell: a file system may be read-only, or full
+        with TemporaryDirectory(prefix=".new-", dir=nearest):
+            pass
+    except OSError as error:
+        why = error.strerror or error
+        raise ConfigError(f"OUTPUT_DIR: {nearest} cannot be written to: {why}") from error
     if (path / "config.json").exists() and not checkpoint.holds_run(path):
         raise ConfigError(f"OUTPUT_DIR: {path} has a config.json of its own: name another folder")
     return path
