@@ -913,7 +913,7 @@ def test_wrong_number_of_scores_is_refused(values):
 )
 def test_a_score_that_is_no_number_is_told_with_its_place(value, shown):
     composite = CompositeReward({"mine": always(0, value)})
-    message = f"^reward 'mine' returned {shown} for completion 1; one number is expected$"
+    message = f"^reward 'mine' returned {shown} for completion 1; one number is expected"
     with pytest.raises(ValueError, match=message):
         composite(["p"] * 2, ["x", "y"])
 
