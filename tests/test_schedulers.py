@@ -193,9 +193,7 @@ def test_arguments_that_nothing_would_read_are_refused(make, message, caplog):
 
 def test_a_reward_scheduler_says_what_it_does_not_take():
     optimizer = SGD(linear().parameters(), lr=0.5)
-    with pytest.raises(
-        TypeError, match=r"^RewardAdaptiveScheduler takes no lr_rule: its rate "
-    ):
+    with pytest.raises(TypeError, match=r"^RewardAdaptiveScheduler takes no lr_rule: its rate "):
         RewardAdaptiveScheduler(optimizer, lr_rule="trend")
 
 
