@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from functools import partial
@@ -39,6 +40,10 @@ class PythonReward(Reward):
                 source = importlib.import_module(module)
         except SyntaxError as error:
             raise ValueError(f"{error.filename}, line {error.lineno}: {error.msg}") from error
+        except ImportError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise ValueError(f"{_place(error)}: {type(error).__name__}: {error}") from error
         if not callable(found := getattr(source, name, None)):
             file = getattr(source, "__file__", None) or "built in"
             raise ValueError(f"module {module} ({file}) has no function {name}")
@@ -109,6 +114,17 @@ class PythonReward(Reward):
     def close(self) -> None:
         if self._started and isinstance(self._function, Reward):
             self._function.close()
+
+
+def _place(error: BaseException) -> str:
+    """Where the user's module, the first that is neither ours nor Python's, raised `error`."""
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename not in (__file__, importlib.__file__) and "<frozen" not in frame.filename
+    ]
+    own = [frame for frame in frames if frame.filename == frames[0].filename]
+    return f"{own[-1].filename}, line {own[-1].lineno}"
 
 
 @contextmanager

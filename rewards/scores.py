@@ -22,17 +22,23 @@ def checked(name: str, answer: Any, completions: Sequence[Text]) -> tuple[list[f
     These are logged in one line. Raises ValueError for what is not one score per completion.
     """
     if not isinstance(answer, Sized) or isinstance(answer, Mapping | Set | str | bytes | bytearray):
-        text = repr(answer)
         raise ValueError(
-            f"reward {name!r} returned {text if len(text) < 60 else text[:59] + '…'}, not a list "
-            "of one score per completion"
+            f"reward {name!r} returned {_short(answer)}, not a list of one score per completion"
         )
     values: list[Any] = list(answer)  # type: ignore[call-overload]
     if len(values) != len(completions):
         raise ValueError(
             f"reward {name!r} returned {len(values)} scores for {len(completions)} completions"
         )
-    given = [None if value is None else _number(value) for value in values]
+    given: list[float | None] = []
+    for i, value in enumerate(values):
+        try:
+            given.append(None if value is None else _number(value))
+        except (TypeError, ValueError, RuntimeError) as error:  # the last is torch's
+            raise ValueError(
+                f"reward {name!r} returned {_short(value)} for completion {i}; one number is "
+                "expected"
+            ) from error
     odd = [i for i, score in enumerate(given) if score is not None and not abs(score) <= LARGEST]
     scores = [None if i in odd else score for i, score in enumerate(given)]
     if odd:
@@ -49,10 +55,15 @@ def checked(name: str, answer: Any, completions: Sequence[Text]) -> tuple[list[f
     return scores, len(odd)
 
 
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 60 else text[:59] + "…"
+
+
 def _number(value: Any) -> float:
     """As a float; infinite where it is an integer that no float can hold."""
     try:
-        return float(value)
+        return float(value.detach() if isinstance(value, Tensor) else value)
     except OverflowError:
         return torch.inf if value > 0 else -torch.inf
 

@@ -502,6 +502,22 @@ def test_a_copy_goes_on_as_the_original_does(base, copied):
     assert twin.lr == optimizer.lr != float(twin.param_groups[0]["lr"])
 
 
+@pytest.mark.parametrize("value", ["x", [1], torch.ones(2)], ids=str)
+@pytest.mark.parametrize("name", ["loss", "reward", "grad_norm"])
+def test_a_signal_that_is_no_number_is_named(name, value):
+    optimizer = AdaptiveOptimizer(torch.optim.SGD(model().parameters(), lr=0.1), "trend")
+    with pytest.raises(TypeError, match=rf"^{name} is .*; it must be one number$"):
+        optimizer.observe(**{name: value})
+
+
+def test_what_is_no_optimizer_and_what_is_no_state():
+    with pytest.raises(TypeError, match=r"^base is a generator; it must be an optimizer, such as"):
+        AdaptiveOptimizer(model().parameters(), "trend")
+    optimizer = AdaptiveOptimizer(torch.optim.SGD(model().parameters(), lr=0.1), "trend")
+    with pytest.raises(ValueError, match="no state of an optimizer: it has no param_groups"):
+        optimizer.load_state_dict({})
+
+
 def test_a_state_that_does_not_fit_is_refused():
     optimizer = AdaptiveOptimizer(BASES["SGD"](model().parameters()), lr_rule="learned")
     state = optimizer.state_dict()
@@ -673,7 +689,10 @@ def test_its_trust_region_is_saved_with_it(rule):
     ("arguments", "message"),
     [
         ({"lr_rule": "trust_region", "trust_region_kl": -1}, "trust_region_kl is -1; it must be"),
-        ({"trust_region_kl": 0.1}, "trust_region_kl is read by lr_rule trust_region and"),
+        (
+            {"trust_region_kl": 0.1},
+            "no chosen rule reads trust_region_kl; these do: lr_rule trust_region, ",
+        ),
         ({"lr_rule": "trust_region", "max_lr": 1e-3}, "the rate 0.1 is outside its bounds"),
         ({"lr_rule": "trust_region", "trust_region_schedule": "cosine"}, "trust_region_schedule"),
         ({"trust_region_schedule": "constant"}, "trust_region_schedule is given, and nothing uses"),

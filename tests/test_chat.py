@@ -677,14 +677,17 @@ def chats(folder: Path, *prompts: Any, column: str = "prompt") -> str:
 GOOD = user("Hi")
 
 
+ROW = "row {} (counted from 0) of column 'prompt' "
+
+
 @pytest.mark.parametrize(
     ("prompts", "message"),
     [
-        ([GOOD, user("Hi", "Ho")], "row 1 of column 'prompt' ends with the assistant's message"),
-        ([GOOD, "text"], "row 1 of column 'prompt' is 'text', not a list of messages"),
-        ([GOOD, []], "row 1 of column 'prompt' is [], not a list of messages"),
+        ([GOOD, user("Hi", "Ho")], ROW.format(1) + "ends with the assistant's message"),
+        ([GOOD, "text"], ROW.format(1) + "is 'text', not a list of messages"),
+        ([GOOD, []], ROW.format(1) + "is [], not a list of messages"),
         ([[{"from": "human", "value": "Hi"}]], "not a list of messages {\"role\": …"),
-        ([[{"role": "system", "content": "x"}]], "row 0 of column 'prompt' has no message"),
+        ([[{"role": "system", "content": "x"}]], ROW.format(0) + "has no message"),
         ([[{"role": "user", "content": None}]], "has a message of the user without content"),
         (
             [[{"role": "user", "content": [{"type": "image"}]}]],
@@ -700,7 +703,9 @@ def test_a_conversation_that_cannot_be_completed(tmp_path, prompts, message):
 
 def test_a_conversation_of_nothing_but_an_answer(tmp_path):
     rows = chats(tmp_path, [{"role": "assistant", "content": "Ho"}], column="messages")
-    with pytest.raises(ValueError, match="row 0 of column 'messages' has no message to answer"):
+    with pytest.raises(
+        ValueError, match=r"row 0 \(counted from 0\) of column 'messages' has no message to answer"
+    ):
         load_prompts(rows, "messages")
 
 

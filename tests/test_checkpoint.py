@@ -96,6 +96,22 @@ def test_a_replaced_checkpoint_survives_a_kill_between_the_renames(tmp_path):
     assert checkpoint.newest(tmp_path) == (tmp_path / "final", 5)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="modes are those of Unix")
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_files_have_the_mode_that_the_umask_gives(tmp_path, umask, mode):
+    def write(folder: Path) -> None:
+        (folder / "config.json").write_text("{}")
+        (folder / "weights").touch(mode=0o600)  # as safetensors makes its files
+
+    before = os.umask(umask)
+    try:
+        checkpoint.save(tmp_path / "final", 1, write)
+    finally:
+        os.umask(before)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "final").iterdir()}
+    assert modes == {"config.json": mode, "weights": mode, "manifest.json": mode}
+
+
 def test_prune_keeps_the_newest_and_final(tmp_path):
     for step in (1, 2, 3):
         checkpoint.save(tmp_path / f"step-{step:06d}", step, write(str(step)))

@@ -686,7 +686,7 @@ def test_a_tracker_must_be_installed(load, mistake, monkeypatch, tracker):
         ("OPTIM", "adam", "'adam_mini', 'adamw', 'adamw_8bit', 'sgd', 'rmsprop'"),
         ("BASELINE", "mean", "'none', 'ema', "),
         ("KL_ESTIMATOR", "k2", "'k1' or 'k3'"),
-        ("REWARDS", {"TYPE": "regex"}, "valid list"),
+        ("REWARDS", {"TYPE": "regex"}, "a list, for example"),
         ("LORA_TARGETS", "c_attn", "valid list"),
     ],
 )
@@ -720,7 +720,27 @@ def test_what_weights_and_limits_must_be(mistake):
         (REGEX | {"WEIGHT": [[0, "a"]]}, 'REWARDS.0.WEIGHT.0.1 is "a": it must be a valid'),
         (
             {"TYPE": "python", "FUNCTION": "my_reward"},
-            'REWARDS.0.FUNCTION is "my_reward": it must match pattern',
+            'REWARDS.0.FUNCTION is "my_reward": write module:function, for example '
+            "my_rewards:praise",
+        ),
+        (
+            REGEX | {"WEIGHT": [[0, 1, 2]]},
+            "REWARDS.0.WEIGHT.0 is [0, 1, 2]: each point of WEIGHT is [step, weight]",
+        ),
+        (
+            REGEX | {"WEIGHT": [[1]]},
+            "REWARDS.0.WEIGHT.0 is [1]: each point of WEIGHT is [step, weight]",
+        ),
+        (
+            REGEX | {"WEIGHT": [1]},
+            "REWARDS.0.WEIGHT.0 is 1: each point of WEIGHT is [step, weight]",
+        ),
+        (REGEX | {"CLIP": [1]}, "REWARDS.0.CLIP is [1]: give two numbers, [low, high]"),
+        (REGEX | {"CLIP": [1, 2, 3]}, "REWARDS.0.CLIP is [1, 2, 3]: give two numbers, [low, high]"),
+        (REGEX | {"CLIP": 3}, "REWARDS.0.CLIP is 3: give two numbers, [low, high]"),
+        (
+            "regex",
+            'REWARDS.0 is "regex": each reward is an object, for example {{"TYPE": "classifier"}}',
         ),
     ],
 )
@@ -728,6 +748,26 @@ def test_a_wrong_reward_is_told_with_its_place(mistake, reward, message):
     types = ", ".join(kind.model_fields["type"].default for kind in REWARD_TYPES)
     message = message.format(types=types)
     assert mistake({"REWARDS": [reward]}).startswith(f"config.json: {message}")
+
+
+def test_rewards_are_a_list_of_objects(mistake):
+    assert mistake({"REWARDS": REGEX}) == (
+        f"config.json: REWARDS is {json.dumps(REGEX)}: it must be a list, for example "
+        '[{"TYPE": "classifier"}]'
+    )
+
+
+@pytest.mark.parametrize("value", ["", "  "])
+@pytest.mark.parametrize("key", ["MODEL", "TRAIN_FILE", "EVAL_FILE", "CHAT_TEMPLATE", "OUTPUT_DIR"])
+def test_a_name_that_is_empty(mistake, key, value):
+    assert mistake({key: value}) == f"config.json: {key} is empty"
+
+
+def test_an_address_without_its_scheme(mistake):
+    assert mistake({"VLLM_SERVER": "localhost:8000"}) == (
+        'config.json: VLLM_SERVER is "localhost:8000": write an address, for example '
+        "http://localhost:8000"
+    )
 
 
 @pytest.mark.parametrize(

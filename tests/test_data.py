@@ -167,15 +167,20 @@ def test_a_malformed_file_is_told_by_the_first_line_of_the_cause(tmp_path, monke
     assert str(caught.value) == f"{path} cannot be read as parquet: one"
 
 
+NOTHING = " (to start from nothing, write the model's beginning-of-text token)"
+
+
 @pytest.mark.parametrize(
     ("prompts", "row", "value"),
     [
-        (["This", ""], 1, "is '', not text"),
-        (["", "This"], 0, "is '', not text"),
-        (["This", "That", None], 2, "is missing"),
-        ([3, 4], 0, "is 3, not text"),
-        ([["This"]], 0, "is ['This'], not text"),
-        ([{"role": "user"}], 0, "is {'role': 'user'}, not text"),
+        (["This", ""], 1, "prompt {} is empty" + NOTHING),
+        (["", "This"], 0, "prompt {} is empty" + NOTHING),
+        (["This", "That", None], 2, "prompt {} is missing" + NOTHING),
+        ([12, 4], 0, "prompt 12 {} is a number, not text"),
+        ([0.5], 0, "prompt 0.5 {} is a number, not text"),
+        ([True], 0, "prompt True {} is true or false, not text"),
+        ([["This"]], 0, "prompt ['This'] {} is a list, not text"),
+        ([{"role": "user"}], 0, "prompt {{'role': 'user'}} {} is an object, not text"),
     ],
 )
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
@@ -183,9 +188,7 @@ def test_a_prompt_that_is_not_text(tmp_path, suffix, prompts, row, value):
     path = write(tmp_path / f"a{suffix}", [{"prompt": prompt} for prompt in prompts])
     with pytest.raises(ValueError) as caught:
         load_prompts(str(path), "prompt")
-    assert str(caught.value).startswith(
-        f"{path}: row {row} of column 'prompt' {value} (to start from nothing, "
-    )
+    assert str(caught.value) == f"{path}: " + value.format(f"in row {row} (counted from 0)")
 
 
 def test_prompts_are_checked_all_at_once(tmp_path, monkeypatch):
@@ -199,7 +202,7 @@ def test_prompts_are_checked_all_at_once(tmp_path, monkeypatch):
 
 def test_prompts_of_several_kinds(tmp_path):
     path = write(tmp_path / "a.json", [{"prompt": "This"}, {"prompt": 3}])
-    with pytest.raises(ValueError, match="row 1 of column 'prompt' is 3, not text"):
+    with pytest.raises(ValueError, match=r"prompt 3 in row 1 \(counted from 0\) is a number"):
         load_prompts(str(path), "prompt")
 
 
@@ -310,7 +313,7 @@ def test_a_comma_in_a_text_that_is_not_quoted_is_told(tmp_path):
     path.write_text('prompt,genre\n"Hello, my\nfriend",drama\nfoo,b\n')
     assert load_prompts(str(path), "prompt")["prompt"] == ["Hello, my\nfriend", "foo"]
     path.write_text("prompt;genre\nfoo;b\n")
-    with pytest.raises(ValueError, match="only prompt;genre; columns of a"):
+    with pytest.raises(ValueError, match=r"only prompt;genre: columns are sep.* to use ;$"):
         load_prompts(str(path), "prompt")
 
 

@@ -206,6 +206,25 @@ def test_settings_of_torch_that_a_reward_makes_are_its_own(main, settings, rewar
     assert all(row["grad_norm"] > 0 for row in rows)
 
 
+@pytest.mark.parametrize("where", ["when imported", "when called"])
+def test_a_reward_that_changes_the_working_directory_moves_no_file(
+    main, settings, rewards_file, tmp_path, monkeypatch, capsys, where
+):
+    (tmp_path / "else").mkdir()
+    moves = f"os.chdir({str(tmp_path / 'else')!r})"
+    code = "import os\n" + (moves if where == "when imported" else "")
+    code += f"\ndef count(completions, **_):\n    {moves}\n    return list(map(len, completions))\n"
+    monkeypatch.chdir(tmp_path)
+    keys = {"OUTPUT_DIR": "here/run", "STEPS": 2, "REWARDS": rewards_file(code, "count")}
+    assert main(settings | keys) == 0
+    assert sorted(path.name for path in (tmp_path / "here/run").iterdir()) == [
+        ".lock", "config.json", "controller.jsonl", "environment.jsonl", "final", "metrics.jsonl",
+        "progress.jsonl", "report.html", "samples.jsonl",
+    ]  # fmt: skip
+    assert not any((tmp_path / "else").iterdir())
+    assert "finished: 2 steps, the model is in here/run/final\n" in capsys.readouterr().out
+
+
 def test_a_column_that_no_function_can_take(main, settings, capsys):
     file = Path(settings["TRAIN_FILE"])
     file.write_text(json.dumps([{"prompt": "a", "self": "b"}]))

@@ -47,8 +47,10 @@ def warnings(caplog, words: str) -> list[str]:
 def test_equal_rewards_are_warned_of_once(main, settings, caplog, steps, at):
     assert main(settings | {"REWARDS": ONE, "STEPS": steps}) == 0
     assert [row["frac_reward_zero_std"] for row in rows(settings)] == [1.0] * steps
-    (text,) = warnings(caplog, "equal")
-    assert text.startswith(f"step {at}: all rewards that are compared have been equal for {at} st")
+    (text,) = warnings(caplog, "the same reward")
+    assert text.startswith(
+        f"step {at}: in each of the last {at} steps all completions got the same reward, so only "
+    )
     assert "Change REWARDS" in text and "NUM_GENERATIONS" in text
 
 

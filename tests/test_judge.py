@@ -1157,7 +1157,8 @@ def test_an_evaluation_leaves_out_who_compares_completions_of_a_prompt(
 ):
     """There is one of each: what a PAIRWISE judge misses there is no reason to leave out others."""
     keys = keys_of(settings, server, tmp_path, PAIRWISE=True) | {"STEPS": 1, "EVAL_EVERY": 1}
-    assert main(keys | {"EVAL_FILE": settings["TRAIN_FILE"]}) == 0
+    (tmp_path / "eval.json").write_text(json.dumps([{"prompt": f"Say {k}:"} for k in range(5)]))
+    assert main(keys | {"EVAL_FILE": str(tmp_path / "eval.json")}) == 0
     (row,) = read_jsonl(Path(settings["OUTPUT_DIR"]) / "metrics.jsonl")
     assert caplog.messages == []
     assert row["rewards/judge/mean"] == 0.5, "as it is for any policy"

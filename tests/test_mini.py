@@ -106,7 +106,13 @@ def test_it_goes_on_from_a_file_bit_for_bit():
         ({"lr": -1.0}, "lr is -1.0; it must be in"),
         ({"eps": -1.0}, "eps is -1.0"),
         ({"weight_decay": float("nan")}, "weight_decay is nan"),
-        ({"betas": (1.0, 0.9)}, r"betas are \(1.0, 0.9\); both must be in \[0, 1\)"),
+        ({"betas": (1.0, 0.9)}, r"betas are \(1.0, 0.9\); they must be two numbers in \[0, 1\)"),
+        ({"betas": (0.9,)}, r"betas are \(0.9,\); they must be two numbers"),
+        ({"betas": 0.9}, r"betas are 0.9; they must be two numbers"),
+        ({"betas": ("a", 0.9)}, r"betas are \('a', 0.9\); they must be two numbers"),
+        ({"lr": "x"}, r"lr is 'x'; it must be in \[0, inf\)"),
+        ({"lr": float("inf")}, r"lr is inf; it must be in \[0, inf\)"),
+        ({"eps": None}, "eps is None; it must be in"),
     ],
 )
 def test_arguments_out_of_range_are_refused(arguments, message):

@@ -149,6 +149,7 @@ def test_an_unknown_key(mistake, tmp_path):
 
 def test_an_argument_that_is_not_key_value(mistake):
     assert mistake({}, "8") == "'8' is not KEY=VALUE"
+    assert mistake({}, "=8") == "'=8' has no key before ="
 
 
 def test_no_reward(mistake, tmp_path):
@@ -261,6 +262,43 @@ def test_a_python_reward_that_is_no_python(mistake, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     message = mistake({"REWARDS": [{"TYPE": "python", "FUNCTION": "torn:torn"}]})
     assert message == f"REWARDS.0: {tmp_path / 'torn.py'}, line 1: expected ':'"
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("open_at = {}['x']", "KeyError: 'x'"),
+        ("raise SystemExit(3)", "SystemExit: 3"),
+    ],
+)
+def test_a_python_reward_whose_module_raises(mistake, tmp_path, monkeypatch, line, why):
+    (tmp_path / "raises.py").write_text(f"def fail():\n    {line}\n\nfail()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    message = mistake({"REWARDS": [{"TYPE": "python", "FUNCTION": "raises:score"}]})
+    assert message == f"REWARDS.0: {tmp_path / 'raises.py'}, line 2: {why}"
+
+
+def test_the_line_is_the_users_where_a_library_raises(mistake, tmp_path, monkeypatch):
+    (tmp_path / "asks.py").write_text("import json\n\nWORDS = json.loads('{')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    message = mistake({"REWARDS": [{"TYPE": "python", "FUNCTION": "asks:score"}]})
+    assert message.startswith(f"REWARDS.0: {tmp_path / 'asks.py'}, line 3: JSONDecodeError: Expect")
+
+
+def test_a_rule_that_the_run_is_too_short_for_is_named_once(mistake):
+    assert mistake({"BETAS_RULE": "relative"}) == (
+        "BETAS_RULE relative moves nothing in the first 44 steps: Adam's bias correction takes "
+        "beta1 as constant while beta1^t is above 0.01, and the run has 3"
+    )
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="a folder of Linux")
+@pytest.mark.parametrize("arguments", [(), ("--dry-run",)])
+def test_an_output_dir_that_cannot_be_written(mistake, arguments):
+    """Not by root either, who has all rights."""
+    message = mistake({"OUTPUT_DIR": "/proc/run"}, *arguments)
+    assert message.startswith("OUTPUT_DIR: /proc cannot be written to: ")
 
 
 def test_a_python_reward_that_cannot_be_called(mistake, tmp_path, monkeypatch):

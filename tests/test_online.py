@@ -268,6 +268,12 @@ def test_complex_weights_and_sparse_gradients_are_refused():
         OnlineSGD(net.parameters(), lr=0.1).step()
 
 
+@pytest.mark.parametrize("learn", ["no", 1, None])
+def test_whether_it_learns_is_true_or_false(learn):
+    with pytest.raises(TypeError, match=f"^learn is {learn!r}; it must be True or False$"):
+        OnlineAdamW([torch.nn.Parameter(torch.ones(1))], learn=learn)
+
+
 def test_wrong_arguments_are_refused():
     model = net()
     optimizer = OnlineSGD(model.parameters(), lr=1.0)

@@ -122,7 +122,9 @@ def test_a_resumed_run_writes_progress_once(main, settings, tmp_path, at):
     assert [row["step"] for row in whole] == [0] * 4 + [2] * 4 + [4] * 4
 
 
-def test_a_report_that_cannot_be_written_is_a_warning_and_the_run_is_saved(main, settings, caplog):
+def test_a_report_that_cannot_be_written_is_a_warning_and_the_run_is_saved(
+    main, settings, caplog, capsys
+):
     out = Path(settings["OUTPUT_DIR"])
     (out / "report.html/in the way").mkdir(parents=True)
     assert main(settings) == 0
@@ -130,6 +132,8 @@ def test_a_report_that_cannot_be_written_is_a_warning_and_the_run_is_saved(main,
     assert "was not written (IsADirectoryError: " in text and "adaptiverl report" in text
     assert (out / "final/model.safetensors").exists()
     assert not list(out.glob(".report.html*")), "nothing half written stays"
+    said = capsys.readouterr().out
+    assert "report: " not in said and f" report {out}\n" in said, "it is made by a command"
 
 
 def test_why_a_run_paused_is_in_its_folder_its_report_and_the_doctors_words(

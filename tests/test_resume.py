@@ -87,6 +87,31 @@ def test_a_run_of_a_version_without_fingerprints_goes_on(main, finished):
 # Checkpoints
 
 
+def test_before_the_first_step_anything_may_change(main, settings, tmp_path, monkeypatch, capsys):
+    """A reward that failed is corrected in the config, too; nothing has been learned from it."""
+    (tmp_path / "early.py").write_text("def wrong(completions, **_):\n    return [1.0]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    out = Path(settings["OUTPUT_DIR"])
+    wrong = settings | {"REWARDS": [{"TYPE": "python", "FUNCTION": "early:wrong"}]}
+    assert main(wrong) == 3
+    assert main(wrong | {"RESUME": "auto"}) == 3, "the same config goes on from the checkpoint"
+    assert capsys.readouterr().out == f"resumed after step 0 from {out / 'step-000000'}\n"
+    assert main(settings | {"RESUME": "auto", "STEPS": 1, "OPTIM": "sgd"}) == 0
+    assert capsys.readouterr().out.startswith(
+        f"no step has been made in {out}, and the config has changed: starting a new run\n"
+    )
+    assert [row["step"] for row in read_jsonl(out / "metrics.jsonl")] == [1]
+    assert (out / "earlier-001/step-000000").is_dir()
+
+
+def test_a_run_that_was_taken_back_to_its_start_is_no_new_one(main, settings, capsys):
+    keys = settings | {"LRATE": 50, "LR_RULE": "none", "STEPS": 60, "LOG_EVERY": 0}
+    assert main(keys | {"REWARDS": settings["REWARDS"][:1]}) == 3
+    assert main(keys | {"RESUME": "auto"}) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: RESUME: REWARDS was ")
+
+
 def test_best_is_resumed_where_nothing_else_is_left(tmp_path, caplog):
     checkpoint.save(tmp_path / "best", 2, write("best"))
     assert checkpoint.newest(tmp_path) is None

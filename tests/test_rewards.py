@@ -902,6 +902,30 @@ def test_wrong_number_of_scores_is_refused(values):
 
 
 @pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ([1.0, 2.0], r"\[1\.0, 2\.0\]"),
+        ("good", "'good'"),
+        (1j, "1j"),
+        (torch.ones(2), r"tensor\(\[1\., 1\.\]\)"),
+        ("x" * 99, f"'{'x' * 58}…"),
+    ],
+)
+def test_a_score_that_is_no_number_is_told_with_its_place(value, shown):
+    composite = CompositeReward({"mine": always(0, value)})
+    message = f"^reward 'mine' returned {shown} for completion 1; one number is expected"
+    with pytest.raises(ValueError, match=message):
+        composite(["p"] * 2, ["x", "y"])
+
+
+@pytest.mark.filterwarnings("error")
+def test_scores_that_have_a_gradient_are_numbers_all_the_same():
+    scores = torch.tensor([0.5, 2.0], requires_grad=True)
+    composite = CompositeReward({"one": lambda **_: scores, "other": lambda **_: [*scores]})
+    assert composite(["p"] * 2, ["x", "y"]) == [1.0, 4.0]
+
+
+@pytest.mark.parametrize(
     "value", [1.1e16, 3e38, -1e39, pytest.param(10**400, id="10**400"), torch.tensor(math.inf)]
 )
 def test_what_float32_cannot_compute_with_is_quarantined(value):

@@ -74,6 +74,24 @@ def test_what_was_taken_back_is_sampled_anew(main, spiked):
     assert prompts[0] == prompts[1]
 
 
+def test_paths_of_the_config_are_found_after_a_reward_has_changed_the_working_directory(
+    main, spiked, tmp_path, monkeypatch
+):
+    (tmp_path / "else").mkdir()
+    (tmp_path / "moves.py").write_text(
+        f"import os\ndef moves(completions, **_):\n    os.chdir({str(tmp_path / 'else')!r})\n"
+        "    return list(map(len, completions))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    moves = {"TYPE": "python", "FUNCTION": "moves:moves", "WEIGHT": 0}
+    keys = {"TRAIN_FILE": "prompts.json", "OUTPUT_DIR": "run"}
+    assert main(spiked | keys | {"REWARDS": [*spiked["REWARDS"], moves]}) == 0
+    (event,) = (row for row in read_jsonl(tmp_path / "run/events.jsonl") if row["kind"] != "warn")
+    assert event["action"] == "rollback"
+    assert (tmp_path / "run/final").is_dir() and not any((tmp_path / "else").iterdir())
+
+
 def test_three_times_then_the_run_ends_with_the_cause(main, settings, capsys):
     """From a rate of 50 there is no checkpoint yet: back to the start, at most nine steps."""
     keys = settings | {"LRATE": 50, "LR_RULE": "none", "STEPS": 60, "LOG_EVERY": 0}

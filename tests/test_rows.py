@@ -70,12 +70,10 @@ def test_spaces_around_the_names_of_a_csv(tmp_path):
     assert rows == [{"genre": "drama", "prompt": " This"}]
 
 
-def test_names_of_a_csv_that_are_empty_or_there_twice(tmp_path):
+def test_an_empty_name_of_a_csv(tmp_path):
     """As a table that pandas wrote with its index."""
-    rows = load(tmp_path, "a.csv", ",prompt,genre,genre\n0,This,a,b\n")
-    assert rows == [{"Unnamed: 0": 0, "prompt": "This", "genre": "a", "genre.1": "b"}]
-    rows = load(tmp_path, "b.csv", "genre.1,prompt,genre,genre\nx,This,a,b\n")
-    assert rows == [{"genre.1": "x", "prompt": "This", "genre": "a", "genre.2": "b"}]
+    rows = load(tmp_path, "a.csv", ",prompt,\n0,This,a\n")
+    assert rows == [{"Unnamed: 0": 0, "prompt": "This", "Unnamed: 2": "a"}]
 
 
 @pytest.mark.parametrize(
@@ -84,6 +82,22 @@ def test_names_of_a_csv_that_are_empty_or_there_twice(tmp_path):
         (
             'prompt,genre\n"This\nfilm",a\nThat\n',
             "line 4 has 1 field, and the first line names 2: an empty field has its comma, too",
+        ),
+        ("prompt, prompt\nThis,That\n", "line 1: two columns have the name 'prompt'"),
+        (
+            "prompt;genre\nThis, that;a\n",
+            "line 2 has 2 fields, and the first line names 1: columns are separated by commas, "
+            "and this file seems to use ;",
+        ),
+        (
+            "prompt\tgenre\nThis, that\ta\n",
+            "line 2 has 2 fields, and the first line names 1: columns are separated by commas, "
+            "and this file seems to use tabs",
+        ),
+        (
+            "prompt\nThis, that\n",
+            "line 2 has 2 fields, and the first line names 1: put a text that has a comma in it "
+            'into quotes, "like, this"',
         ),
         ('prompt\nThis\n"That\n', "line 3: a quote is not closed"),
         (

@@ -437,9 +437,11 @@ def test_what_no_chosen_rule_reads_is_refused_with_what_reads_it(name, caplog):
     for rules in ({}, {"alpha_rule": "none"}):
         if name == "cycle_length":  # an example of the documentation has it
             Controller(optimizer(), **rules, **{name: value})
-            assert "cycle_length is read by lr_rule cyclical and" in caplog.text
+            assert "no chosen rule reads cycle_length; these do: lr_rule cyclical, " in caplog.text
         else:
-            with pytest.raises(ValueError, match=f"{name} is read by {readers(name)[0]}"):
+            with pytest.raises(
+                ValueError, match=f"no chosen rule reads {name}; these do: {readers(name)[0]}"
+            ):
                 Controller(optimizer(), **rules, **{name: value})
     for reader in readers(name):
         argument, rule = reader.split()
@@ -683,6 +685,9 @@ def test_constants_with_a_rule_are_checked(value, message):
 def test_what_a_rule_argument_may_be():
     rule, constants = parse_rules("lr_rule", {"name": "patience", "patience": 30})[0]
     assert (rule.name, rule.reads, constants) == ("patience", "loss", {"patience": 30})
+    for mixed in ("none+trend", "trend+none", ["none", "trend"], {"name": "none", "patience": 3}):
+        with pytest.raises(ValueError, match='lr_rule: "none" is no rule, and stands alone'):
+            parse_rules("lr_rule", mixed)
     assert parse_rules("lr_rule", "none") == parse_rules("lr_rule", []) == []
     both = parse_rules("betas_rule", ("relative", "variance"))
     assert [rule.moves for rule, _ in both] == ["beta1", "beta2"] and all(not c for _, c in both)

@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import inspect
 import io
 import math
 import pickle
@@ -165,10 +166,13 @@ def test_every_argument_of_the_documents_is_accepted():
     [
         (
             lambda o: RewardAdaptiveScheduler(o, up_factor=1.2),
-            "up_factor is read by lr_rule trend, and not by a rule that is chosen",
+            "no chosen rule reads up_factor; these do: lr_rule trend$",
         ),
-        (lambda o: AdaptiveScheduler(o, T0=100), "cycle_length is read by"),
-        (lambda o: AdaptiveScheduler(o, eta_min_scale=0.5), "eta_min_scale is read by"),
+        (lambda o: AdaptiveScheduler(o, T0=100), "no chosen rule reads cycle_length; these do: "),
+        (
+            lambda o: AdaptiveScheduler(o, eta_min_scale=0.5),
+            "no chosen rule reads eta_min_scale; these do: ",
+        ),
         (lambda o: AdaptiveScheduler(o, use_cosine=True, T0=0), "cycle_length is 0; it must be"),
         (lambda o: AdaptiveScheduler(o, use_cosine=True, T_mult=0.5), "cycle_mult is 0.5"),
         (
@@ -179,12 +183,42 @@ def test_every_argument_of_the_documents_is_accepted():
 )
 def test_arguments_that_nothing_would_read_are_refused(make, message, caplog):
     optimizer = SGD(linear().parameters(), lr=0.5, momentum=0.5)
-    if message == "cycle_length is read by":
+    if message == "no chosen rule reads cycle_length; these do: ":
         make(optimizer)
         assert message in caplog.text
     else:
         with pytest.raises(ValueError, match=message):
             make(optimizer)
+
+
+def test_a_reward_scheduler_says_what_it_does_not_take():
+    optimizer = SGD(linear().parameters(), lr=0.5)
+    with pytest.raises(TypeError, match=r"^RewardAdaptiveScheduler takes no lr_rule: its rate "):
+        RewardAdaptiveScheduler(optimizer, lr_rule="trend")
+
+
+def test_help_of_schedulers_is_true():
+    text = inspect.cleandoc(AdaptiveScheduler.__doc__ or "")
+    (said,) = (line for line in text.splitlines() if line.startswith("lr_rule"))
+    assert said == (
+        "lr_rule: loss_decay, trend, patience, variance, grad_norm, cyclical, cosine, "
+        "cosine_restart; default trend + variance + patience"
+    )
+    for rule in said.removeprefix("lr_rule: ").partition(";")[0].split(", "):
+        AdaptiveScheduler(SGD(linear().parameters(), lr=0.5), lr_rule=rule)
+    assert text.count("eta_min_scale") == 1
+    assert "\neta_min_scale = 0.1: lowest factor of a schedule; in [0, 1]\n" in text
+
+
+@pytest.mark.parametrize("kind", [AdaptiveScheduler, RewardAdaptiveScheduler])
+def test_parameters_are_no_optimizer(kind):
+    with pytest.raises(TypeError, match=r"^optimizer is a generator; it must be an optimizer"):
+        kind(linear().parameters())
+
+
+def test_what_is_no_state_of_a_scheduler():
+    with pytest.raises(ValueError, match="no state of an AdaptiveScheduler: it has no controller"):
+        AdaptiveScheduler(SGD(linear().parameters(), lr=0.5)).load_state_dict({})
 
 
 @pytest.mark.parametrize(("one", "other"), ALIASES.items())

@@ -2,16 +2,19 @@
 
 import json
 import os
+import platform
 import pty
 import signal
 import sys
 import termios
 from dataclasses import replace
+from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, around_steps, read_jsonl, with_samples
+from conftest import ENVIRONMENT, PROMPTS, around_steps, read_jsonl, with_samples
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -28,10 +31,14 @@ def test_a_run_leaves_all_it_says(run, settings):
     keys = settings | {"STEPS": 4, "SAVE_EVERY": 2, "LOG_EVERY": 2, "EVAL_EVERY": 3}
     result = run(keys | {"EVAL_FILE": settings["TRAIN_FILE"]})
     assert result.returncode == 0, result.stderr
-    assert result.stderr == ""
+    assert result.stderr == (
+        "WARNING: 5 of 5 prompts of EVAL_FILE are also in TRAIN_FILE: what is evaluated on is "
+        "trained on\n"
+    )
     assert sorted(p.name for p in out.iterdir()) == [
-        ".lock", "best", "config.json", "controller.jsonl", "final", "metrics.jsonl",
-        "progress.jsonl", "report.html", "samples.jsonl", "step-000002", "step-000004",
+        ".lock", "best", "config.json", "controller.jsonl", "environment.jsonl", "final",
+        "metrics.jsonl", "progress.jsonl", "report.html", "samples.jsonl", "step-000002",
+        "step-000004",
     ]  # fmt: skip
     resolved = json.loads((out / "config.json").read_text())
     assert resolved["TEMPERATURE"] == 1.0, "defaults are written out"
@@ -338,6 +345,45 @@ def test_prompts_that_lose_their_beginning_are_counted(main, settings, tmp_path,
     ) in caplog.text
 
 
+def test_prompts_that_are_trained_and_evaluated_on_are_counted(main, settings, tmp_path, caplog):
+    keys = settings | {"EVAL_EVERY": 1, "STEPS": 1, "EVAL_FILE": str(tmp_path / "eval.json")}
+    Path(keys["EVAL_FILE"]).write_text(json.dumps([*PROMPTS[:2], {"prompt": "A new one"}]))
+    assert main(keys) == 0
+    assert caplog.messages == [
+        "2 of 3 prompts of EVAL_FILE are also in TRAIN_FILE: what is evaluated on is trained on"
+    ]
+    caplog.clear()
+    Path(keys["EVAL_FILE"]).write_text(json.dumps([{"prompt": "A new one"}]))
+    assert main(keys | {"OUTPUT_DIR": str(tmp_path / "other")}) == 0
+    assert caplog.messages == []
+
+
+def test_each_start_says_what_it_was_made_with(main, settings, monkeypatch):
+    import transformers
+
+    import adaptiverl
+
+    file = Path(settings["OUTPUT_DIR"], "environment.jsonl")
+    assert main(settings | {"STEPS": 1}) == 0
+    assert main(settings | {"STEPS": 2}, "RESUME=auto") == 0
+    assert main(settings | {"STEPS": 2}, "RESUME=auto") == 0, "nothing is left to do"
+    first, second = read_jsonl(file)
+    assert first["command"][0] == "train.py" and second["command"][2:] == ["RESUME=auto"]
+    assert datetime.fromisoformat(first["started"]) <= datetime.fromisoformat(second["started"])
+    wanted = {
+        "adaptiverl": adaptiverl.__version__,
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "transformers": transformers.__version__,
+        "platform": platform.platform(),
+        "processes": 1,
+        "threads": torch.get_num_threads(),
+    }
+    assert {name: first[name] for name in wanted} == wanted
+    assert main(settings | {"STEPS": 1}) == 0
+    assert len(read_jsonl(file)) == 1, "the earlier run's are put aside with it"
+
+
 def test_training_raises_the_reward(main, settings):
     """A random model learns to write one word within forty steps; that it repeats it is right."""
     keys = {"STEPS": 40, "BATCH_SIZE": 16, "KL_COEF": 0, "SAMPLES_EVERY": 0}
@@ -378,7 +424,8 @@ def test_only_what_a_run_wrote_is_set_aside(main, settings):
         assert main(settings) == 0
     assert {p.name for p in out.iterdir()} == {
         "config.json", "metrics.jsonl", "samples.jsonl", "controller.jsonl", "progress.jsonl",
-        "report.html", "final", "earlier-001", ".lock", "other", "labels.sqlite", "notes.jsonl",
+        "environment.jsonl", "report.html", "final", "earlier-001", ".lock", "other",
+        "labels.sqlite", "notes.jsonl",
     }  # fmt: skip
     (out / "earlier-001").rename(out / "earlier-007")
     assert main(settings) == 0
@@ -403,6 +450,25 @@ def test_dry_run_shows_a_batch_and_trains_and_writes_nothing(main, settings, cap
     assert "trainable parameters  158,592 of 158,592 (100.0%)" in out
     assert "peak memory" in out and "seconds per step" in out
     assert not Path(settings["OUTPUT_DIR"]).exists()
+
+
+def test_dry_run_says_of_a_sum_that_is_too_large_that_it_is_missing(main, settings, capsys, caplog):
+    rewards = [{"TYPE": "length", "TARGET": 8, "WEIGHT": 1e30}]
+    assert main(settings | {"REWARDS": rewards}, "--dry-run") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-2:] for line in lines[1:9]] == [["1.000", "missing"]] * 8
+    assert caplog.messages == ["the weighted sum of 8 completions is beyond 1e16: left out"]
+
+
+def test_the_console_shows_normalised_rewards_on_a_fixed_scale(main, settings, capsys):
+    rewards = [{"TYPE": "regex", "PATTERNS": "th", "NORMALIZE": "zscore"}]
+    assert main(settings | {"REWARDS": rewards, "LOG_EVERY": 2}) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Step ")]
+    found = read_jsonl(Path(settings["OUTPUT_DIR"]) / "metrics.jsonl")
+    one, two, three = (row["reward_fixed_scale"] for row in found)
+    assert [line.split(" | ")[1] for line in lines] == [
+        f"Reward (fixed scale): {value:.2f}" for value in (one, two, three)
+    ]
 
 
 def test_epochs_end_a_run_before_steps(main, settings):

@@ -14,7 +14,7 @@ def test_a_run_is_that_of_a_fresh_interpreter(run, settings, tmp_path):
     keys = settings | {"SAVE_EVERY": 2, "LOG_EVERY": 2, "EVAL_EVERY": 3}
     said, folders = [], (tmp_path / "fresh", tmp_path / "forked")
     for out in folders:
-        own = {"OUTPUT_DIR": str(out), "EVAL_FILE": settings["TRAIN_FILE"]}
+        own = {"OUTPUT_DIR": str(out), "EVAL_SPLIT": 0.4}
         result = run(keys | own, fresh=out.name == "fresh")
         assert result.returncode == 0 and result.stderr == "", result.stderr
         said.append(re.sub(r" \| ETA: .*", "", result.stdout.replace(str(out), "")))

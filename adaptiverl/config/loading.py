@@ -34,6 +34,8 @@ def load_config(
         key, equals, value = override.partition("=")
         if not equals:
             raise ConfigError(f"{override!r} is not KEY=VALUE")
+        if not key:
+            raise ConfigError(f"{override!r} has no key before =")
         if key != key.strip():
             raise ConfigError(f"{override!r}: leave out the spaces around =")
         try:
@@ -107,6 +109,18 @@ def _place(error: Any, path: str | Path, typed: dict[str, Any]) -> str:
 KINDS = ("literal['auto']", "constrained-float", "float", "list[tuple[int, float]]")
 
 
+ENTRY = '{"TYPE": "classifier"}'
+PAIRS = {  # keys of rewards that hold pairs of numbers
+    "WEIGHT": "each point of WEIGHT is [step, weight]",
+    "CLIP": "give two numbers, [low, high]",
+}
+PATTERNS = {  # what is to be written where a key's pattern is not met
+    "FUNCTION": "module:function, for example my_rewards:praise",
+    "VLLM_SERVER": "an address, for example http://localhost:8000",
+    "BASE_URL": "an address, for example http://localhost:8000/v1",
+}
+
+
 def _is_of_another_kind(error: Any) -> bool:
     """Whether it says only that a value is not "auto", or no list, or no number but a list."""
     kind = error["loc"][-1] if error["loc"] else None
@@ -133,6 +147,16 @@ def _explain(error: Any, schema: type[Config]) -> str:
         return f"{name}: TYPE is one of {', '.join(kinds)}, not {error['ctx']['tag']!r}"
     if error["type"] == "union_tag_not_found":
         return f"{name}: a reward needs a TYPE, one of {', '.join(kinds)}"
+    if error["type"] == "model_attributes_type":
+        return (
+            f"{name} is {json.dumps(error['input'])}: each reward is an object, for example {ENTRY}"
+        )
+    if error["type"] == "list_type" and name in ("REWARDS", "HELD_OUT"):
+        return f"{name} is {json.dumps(error['input'])}: it must be a list, for example [{ENTRY}]"
+    is_pair = error["type"] in ("tuple_type", "too_long", "missing")
+    if is_pair and (hint := PAIRS.get(".".join(where[2:3]))):
+        place = where[:-1] if error["type"] == "missing" else where
+        return f"{'.'.join(place)} is {json.dumps(error['input'])}: {hint}"
     if error["type"] == "missing":
         return f"{name} is missing"
     message = error["msg"].removeprefix("Value error, ")
@@ -140,6 +164,10 @@ def _explain(error: Any, schema: type[Config]) -> str:
         return message
     if error["type"] == "value_error":
         return f"{name}: {message}"
+    if error["type"] == "empty":
+        return f"{name} is empty"
+    if error["type"] == "string_pattern_mismatch" and (hint := PATTERNS.get(where[-1])):
+        return f"{name} is {json.dumps(error['input'])}: write {hint}"
     message = re.sub(", unable to parse string as an? [a-z]+", "", message)
     message = message.replace("Input should be", "it must be").replace("String should", "it must")
     if error["type"] == "list_type" and isinstance(error["input"], str):

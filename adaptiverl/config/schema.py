@@ -6,9 +6,19 @@ FP16 on a CPU) is checked by training/build.py.
 """
 
 import importlib.util
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 
 class ConfigError(Exception):
@@ -41,6 +51,9 @@ class Config(BaseModel, Generic[RewardT]):
         "TRACKERS", "SAMPLER", "VLLM_SERVER", "HELD_OUT", "ON_COLLAPSE", "STOP_PATIENCE", "STOP_KL",
         "STOP_REWARD",
     })  # fmt: skip
+
+    # Where the run was started; a reward may make another folder the working directory
+    _here: Path = PrivateAttr(default_factory=Path.cwd)
 
     SCHEMA: str | None = Field(None, alias="$schema", description="For editors; a run ignores it")
 
@@ -223,8 +236,25 @@ class Config(BaseModel, Generic[RewardT]):
         return {key for key in self.model_fields_set if getattr(self, key) != fields[key].default}
 
     @property
+    def here(self) -> Path:
+        """The working directory when the config was read: its relative paths begin there."""
+        return self._here
+
+    @property
+    def output_dir(self) -> Path:
+        """OUTPUT_DIR as an absolute path."""
+        return self._here / self.OUTPUT_DIR
+
+    @property
     def has_evaluation_prompts(self) -> bool:
         return self.EVAL_FILE is not None or self.EVAL_SPLIT > 0
+
+    @field_validator("MODEL", "TRAIN_FILE", "EVAL_FILE", "CHAT_TEMPLATE", "OUTPUT_DIR")
+    @classmethod
+    def _not_empty(cls, value: str | None) -> str | None:
+        if value is not None and not value.strip():
+            raise PydanticCustomError("empty", "it is empty")
+        return value
 
     @model_validator(mode="after")
     def _contradictions(self) -> "Config":

@@ -30,8 +30,8 @@ FILES = (
     "metrics.jsonl", "samples.jsonl", "controller.jsonl", "progress.jsonl", "dynamics.jsonl",
 )  # fmt: skip
 WRITTEN = (  # all that a run leaves in its folder
-    *FILES, EVENTS, "config.json", "evaluation.json", "lr_vs_reward.png", "report.html",
-    "tensorboard", "step-*", "final", BEST, ".old-*", ".new-*",
+    *FILES, EVENTS, "config.json", "environment.jsonl", "evaluation.json", "lr_vs_reward.png",
+    "report.html", "tensorboard", "step-*", "final", BEST, ".old-*", ".new-*",
 )  # fmt: skip
 
 
@@ -41,6 +41,7 @@ def save(folder: Path, step: int, write: Callable[[Path], None]) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     write(temporary)
+    open_to_umask(temporary)
     files = {file.relative_to(temporary).as_posix(): _sha256(file) for file in _files(temporary)}
     manifest = {"step": step, "files": files}
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2), "utf-8")
@@ -52,6 +53,16 @@ def save(folder: Path, step: int, write: Callable[[Path], None]) -> None:
     temporary.rename(folder)
     _sync(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def open_to_umask(folder: Path) -> None:
+    """Gives the files in `folder`, which was made here, the mode of any new file.
+
+    Libraries write weights for their owner alone, whatever the umask.
+    """
+    mode = folder.stat().st_mode & 0o666
+    for file in _files(folder):
+        file.chmod(mode)
 
 
 def newest(output_dir: Path, steps: Collection[int] | None = None) -> tuple[Path, int] | None:

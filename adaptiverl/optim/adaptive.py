@@ -17,6 +17,7 @@ from adaptiverl.optim.constants import CONSTANTS
 from adaptiverl.optim.controller import Controller
 from adaptiverl.optim.hyperparams import (
     Scalar,
+    check_optimizer,
     clamp,
     get,
     gradient_norm,
@@ -42,6 +43,7 @@ class _Wrapper(Optimizer):
     """Stands for `base`, with which it shares the groups and the state."""
 
     def __init__(self, base: Optimizer):
+        check_optimizer(base, "base")
         super().__init__(base.param_groups, base.defaults)
         self.base = base
         self._share()
@@ -262,6 +264,8 @@ class AdaptiveOptimizer(_Wrapper):
         state = dict(state_dict)
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state = before(self, state) or state
+        if "param_groups" not in state:
+            raise ValueError("this is no state of an optimizer: it has no param_groups")
         saved = {name: state.pop(name, None) for name in ("controller", "trust_region", "learned")}
         self.base.load_state_dict(state)
         self._share()

@@ -43,7 +43,7 @@ CONSTANTS = {
     "momentum_down": Constant(0.9, SHARE, "factor on the momentum when things get worse"),
     "wd_up": Constant(1.05, POSITIVE, "factor on the weight decay when the loss rises"),
     "wd_down": Constant(0.95, POSITIVE, "factor on the weight decay when the loss falls"),
-    "loss_k": Constant(0.01, NOT_NEGATIVE, "k of loss_decay, per unit of the loss"),
+    "loss_k": Constant(0.01, NOT_NEGATIVE, "k of loss_decay, per unit of a loss above 0"),
     "loss_a": Constant(1.0, NOT_NEGATIVE, "a of the momentum rule exp, per unit of the loss"),
     "var_damp_base": Constant(1.0, POSITIVE, "denominator of variance without excess variance"),
     "var_damp_scale": Constant(1.0, NOT_NEGATIVE, "weight of the excess variance in variance"),

@@ -115,9 +115,28 @@ def needs_closure(optimizer: Optimizer) -> bool:
 
 
 def numbers(**signals: Scalar) -> dict[str, float]:
-    """The signals that there are, fetched from their devices."""
-    present = {name: x for name, x in signals.items() if x is not None}
-    return {k: float(x.detach() if isinstance(x, Tensor) else x) for k, x in present.items()}
+    """The signals that there are, fetched from their devices.
+
+    Raises TypeError, which names it, for what is no number.
+    """
+    result = {}
+    for name, x in signals.items():
+        if x is None:
+            continue
+        try:
+            result[name] = float(x.detach() if isinstance(x, Tensor) else x)
+        except (TypeError, ValueError, RuntimeError) as error:  # the last are torch's
+            raise TypeError(f"{name} is {x!r:.60}; it must be one number") from error
+    return result
+
+
+def check_optimizer(optimizer: Any, name: str) -> None:
+    """Raises TypeError for what is no optimizer, such as parameters; `name` is the argument."""
+    if not hasattr(optimizer, "param_groups"):
+        raise TypeError(
+            f"{name} is a {type(optimizer).__name__}; it must be an optimizer, such as "
+            "AdamW(model.parameters(), lr=1e-4)"
+        )
 
 
 def check_rate(rate: float, bounds: tuple[float, float]) -> None:

@@ -4,6 +4,7 @@ The momentum of a tensor keeps its direction; only its length is normalised. Lea
 blocks of the paper (attention heads, output neurons).
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -37,11 +38,11 @@ class AdamMini(Optimizer):
         weight_decay: float = 0.01,
     ):
         for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-            if not value >= 0:
-                raise ValueError(f"{name} is {value}; it must be in [0, inf)")
-        for beta in betas:
-            if not 0 <= beta < 1:
-                raise ValueError(f"betas are {betas}; both must be in [0, 1)")
+            if not _is_number(value) or not 0 <= value < math.inf:
+                raise ValueError(f"{name} is {value!r}; it must be in [0, inf)")
+        pair = isinstance(betas, list | tuple) and len(betas) == 2
+        if not pair or not all(_is_number(beta) and 0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas are {betas!r}; they must be two numbers in [0, 1)")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults)
 
@@ -96,6 +97,10 @@ def denominators(group: dict[str, Any], states: list[dict]) -> tuple[Sequence[Te
     roots = torch._foreach_sqrt(torch._foreach_div(squares, [1 - beta2**step for step in steps]))
     torch._foreach_add_(roots, float(group["eps"]))
     return roots, [1 - beta1**step for step in steps]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | Tensor) and not isinstance(value, bool)
 
 
 def _mean_square(grad: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 from adaptiverl.optim.constants import CONSTANTS
@@ -116,7 +117,7 @@ RULES: tuple[Rule, ...] = (
          "mean-reverts by 3 % per step; holds while no KL is measured", "the GRU answered so"),
     Rule("loss_decay", "lr_rule", "lr", "loss", "stateful",
          lambda old, base, r, c: old / max(1 + c.loss_k * r.ema, 0.5),
-         ("loss_k",), "η / (1 + `loss_k` · ℓ̄)", "the loss is there"),
+         ("loss_k",), "η / max(1 + `loss_k` · ℓ̄, ½)", "the loss is there"),
     Rule("trend", "lr_rule", "lr", "loss", "stateful",
          lambda old, base, r, c: _scaled(old, -r.trend, c.up_factor, c.down_factor),
          ("up_factor", "down_factor", *TREND),
@@ -175,10 +176,10 @@ RULES: tuple[Rule, ...] = (
          "the rate bets on the reward"),
     Rule("inverse", "momentum_rule", "momentum", "loss", "multiplier",
          lambda old, base, r, c: 1 - 1 / (1 + max(r.ema, 0.0)), (),
-         "1 − 1 / (1 + ℓ̄), 0 for a negative loss", "the loss changed"),
+         "1 − 1 / (1 + ℓ̄), practically 0 (1e-15) for a negative loss", "the loss changed"),
     Rule("exp", "momentum_rule", "momentum", "loss", "multiplier",
          lambda old, base, r, c: 1 - math.exp(-c.loss_a * max(r.ema, 0.0)), ("loss_a",),
-         "1 − e^(−`loss_a` · ℓ̄), 0 for a negative loss", "the loss changed"),
+         "1 − e^(−`loss_a` · ℓ̄), practically 0 (1e-15) for a negative loss", "the loss changed"),
     Rule("relative", "momentum_rule", "momentum", "loss", "stateful",
          lambda old, base, r, c: _nudged(old, -r.trend, c), NUDGED,
          "+ `momentum_up` when ℓ falls, × `momentum_down` when it rises", LOSS_TREND),
@@ -221,10 +222,12 @@ def parse_rules(argument: str, value: Value) -> list[tuple[Rule, dict[str, float
     """The rules that `value` names, each with the constants that it gives.
 
     `value` is names joined by "+", {"name": "patience", "patience": 30} or a list of both; "none"
-    is no rule. Raises ValueError for a name that is unknown (with the nearest one), given twice or
-    empty, and for a constant that is out of its range or that the rule does not read.
+    is no rule and stands alone. Raises ValueError for a name that is unknown (with the nearest
+    one), given twice or empty, and for a constant that is out of its range or that the rule does
+    not read.
     """
     chosen: list[tuple[Rule, dict[str, float]]] = []
+    named: list[str] = []
     for part in value if isinstance(value, list | tuple) else [value]:
         if not isinstance(part, str) and not (isinstance(part, Mapping) and "name" in part):
             raise ValueError(
@@ -234,6 +237,9 @@ def parse_rules(argument: str, value: Value) -> list[tuple[Rule, dict[str, float
         given = {} if isinstance(part, str) else dict(part)
         text = part if isinstance(part, str) else str(given.pop("name"))
         for name in map(str.strip, [text] if given else text.split("+")):
+            named.append(name)
+            if "none" in named and (len(named) > 1 or given):
+                raise ValueError(f'{argument}: "none" is no rule, and stands alone')
             if name == "none":
                 continue
             own = [rule for rule in RULES if (rule.argument, rule.name) == (argument, name)]
@@ -289,15 +295,18 @@ def check_constants(given: Mapping[str, Any], chosen: Sequence[Rule]) -> list[st
         if name in ("min_lr", "max_lr") and "lr" not in moved:
             raise ValueError(f"{name} bounds the rate, and no rule that is chosen moves the rate")
         if (by := readers(name)) and not any(rule.reads_constant(name) for rule in chosen):
-            text = f"{name} is read by {' and '.join(by)}, and not by a rule that is chosen"
+            text = f"no chosen rule reads {name}; these do: {', '.join(by)}"
             if name != "cycle_length":  # an example of the design documents gives it alone
                 raise ValueError(text)
             warnings.append(text)
     return warnings
 
 
-def documented(cls: C) -> C:
-    """Adds what its keyword arguments may be to the docstring of `cls`."""
+def documented(cls: C, own: Mapping[str, str] = MappingProxyType({})) -> C:
+    """Adds what its keyword arguments may be to the docstring of `cls`.
+
+    `own` has the lines of those that `cls` takes otherwise.
+    """
     lines = [
         'All other arguments are keywords. A rule argument is names joined by "+", a name with',
         'constants, like {"name": "patience", "patience": 30}, or a list of both. Formulas are in',
@@ -305,8 +314,9 @@ def documented(cls: C) -> C:
         "them with `mean_over_processes` first.",
         "",
     ]
-    lines += [f'{name}: {", ".join(names(name))}; default "none"' for name in ARGUMENTS]
+    said = {name: f'{name}: {", ".join(names(name))}; default "none"' for name in ARGUMENTS}
     for name, constant in CONSTANTS.items():
-        lines.append(f"{name} = {constant.shown}: {constant.meaning}; in {constant.range}")
+        said[name] = f"{name} = {constant.shown}: {constant.meaning}; in {constant.range}"
+    lines += (said | dict(own)).values()
     cls.__doc__ = "\n    ".join([f"{cls.__doc__}", *lines, ""])
     return cls

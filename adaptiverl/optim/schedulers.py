@@ -4,15 +4,17 @@ They own the rate of the optimizer that they are given, so that another schedule
 refused; AdaptiveOptimizer works beside any.
 """
 
+from functools import partial
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from adaptiverl.optim.constants import CONSTANTS
 from adaptiverl.optim.controller import Controller
-from adaptiverl.optim.hyperparams import Scalar, gradient_norm, numbers
-from adaptiverl.optim.rules import Value, documented, parse_rules
+from adaptiverl.optim.hyperparams import Scalar, check_optimizer, gradient_norm, numbers
+from adaptiverl.optim.rules import RULES, Value, documented, names, parse_rules
 
 ALIASES = {
     "lr_min": "min_lr",
@@ -26,16 +28,25 @@ ALIASES = {
 }
 
 
-@documented
+BY_SIGNAL = ", ".join(rule.name for rule in RULES if rule.argument == "lr_rule" and rule.update)
+
+
+@partial(
+    documented,
+    own={
+        "lr_rule": f"lr_rule: {BY_SIGNAL}; default trend + variance + patience",
+        "reward_rule": f'reward_rule: {", ".join(names("reward_rule"))}; default "trend" with '
+        '`use_reward`, else "none"',
+        "eta_min_scale": "eta_min_scale = 0.1: "
+        f"{CONSTANTS['eta_min_scale'].meaning}; in {CONSTANTS['eta_min_scale'].range}",
+    },
+)
 class AdaptiveScheduler(LRScheduler):
     """Moves the rate and momentum of `optimizer` by loss, reward, gradient norm and time.
 
     optimizer       any torch optimizer, whose rates and momentum it writes
-    lr_rule         None, the default, is trend + variance + patience
-    reward_rule     None, the default, is "trend" with `use_reward`, else "none"
     use_reward      whether the reward moves the rate; default False
     use_cosine      whether the rule cosine_restart is added; default False
-    eta_min_scale   lowest factor of a schedule; here the default is 0.1
     record          called with a dict for each change, as by Controller
     lr_min, lr_max, momentum_min, momentum_max, T0, T_mult, ema_loss_beta, ema_reward_beta
                     are other names of min_lr, max_lr, min_momentum, max_momentum, cycle_length,
@@ -62,6 +73,7 @@ class AdaptiveScheduler(LRScheduler):
         last_epoch: int = -1,
         **arguments: Any,
     ):
+        check_optimizer(optimizer, "optimizer")
         if last_epoch != -1:
             raise ValueError("last_epoch: continue with load_state_dict, which has all of the past")
         rules = parse_rules("lr_rule", "trend+variance+patience" if lr_rule is None else lr_rule)
@@ -138,22 +150,35 @@ class AdaptiveScheduler(LRScheduler):
         return {"controller": self.controller.state_dict(), "last_epoch": self.last_epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if "controller" not in state_dict:
+            raise ValueError("this is no state of an AdaptiveScheduler: it has no controller")
         self.controller.load_state_dict(state_dict["controller"])
         self.last_epoch = self._step_count = state_dict["last_epoch"]
         self._last_lr = self.get_lr()
 
 
-@documented
+@partial(
+    documented,
+    own={
+        "lr_rule": "lr_rule: refused; AdaptiveScheduler takes it",
+        "reward_rule": "reward_rule: refused; it is called rule here",
+    },
+)
 class RewardAdaptiveScheduler(AdaptiveScheduler):
     """An AdaptiveScheduler whose rate follows the reward alone.
 
     optimizer       any torch optimizer, whose rates and momentum it writes
     rule            scaling, trend, variance, kelly or none, as for `reward_rule`; default "trend"
 
-    The arguments of AdaptiveScheduler are its own, too.
+    The arguments of AdaptiveScheduler are its own, too, but for lr_rule and reward_rule.
     """
 
     def __init__(self, optimizer: Optimizer, rule: Value = "trend", **arguments: Any):
         if "reward_rule" in arguments:
             raise TypeError("RewardAdaptiveScheduler calls reward_rule rule")
+        if "lr_rule" in arguments:
+            raise TypeError(
+                "RewardAdaptiveScheduler takes no lr_rule: its rate follows the reward alone. "
+                "AdaptiveScheduler takes an lr_rule and a reward_rule"
+            )
         super().__init__(optimizer, lr_rule="none", reward_rule=rule, **arguments)

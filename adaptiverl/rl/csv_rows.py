@@ -29,7 +29,10 @@ def read_csv(path: Path, column: str) -> dict[str, list[Any]]:
     records = list(_records(path))
     if not records:
         return {}
-    names = _distinct([name.strip() for name in records[0]])
+    # As pandas calls the column of its index, which has no name
+    names = [name.strip() or f"Unnamed: {place}" for place, name in enumerate(records[0])]
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"line 1: two columns have the name {twice[0]!r}")
     fields = zip(*records[1:], strict=True) if len(records) > 1 else [()] * len(names)
     texts = {
         name: [text or None for text in values] for name, values in zip(names, fields, strict=True)
@@ -37,9 +40,16 @@ def read_csv(path: Path, column: str) -> dict[str, list[Any]]:
     return {name: v if name == column else _as_numbers(v) for name, v in texts.items()}
 
 
+def other_separator(line: str) -> str | None:
+    """What seems to separate the columns of `line`, the names of a file, where it has no comma."""
+    words = {";": ";", "\t": "tabs", "|": "|"}
+    return next((word for sign, word in words.items() if sign in line), None)
+
+
 def _records(path: Path) -> Iterator[list[str]]:
     """The fields of each record, the names first; blank lines are none."""
-    named, end = 0, 0
+    first: list[str] = []
+    end = 0
     with path.open(newline="", encoding="utf-8-sig") as file:
         lines = csv.reader(file, strict=True)
         while True:
@@ -54,31 +64,19 @@ def _records(path: Path) -> Iterator[list[str]]:
             end = lines.line_num
             if len(fields) < 2 and not "".join(fields).strip():
                 continue
-            named = named or len(fields)
+            first = first or fields
+            named = len(first)
             if len(fields) != named:
                 hint = "an empty field has its comma, too"
                 if len(fields) > named:
                     hint = 'put a text that has a comma in it into quotes, "like, this"'
+                if named == 1 and (sign := other_separator(first[0])):
+                    hint = f"columns are separated by commas, and this file seems to use {sign}"
                 count = f"{len(fields)} field" + "s" * (len(fields) != 1)
                 raise ValueError(
                     f"line {begin} has {count}, and the first line names {named}: {hint}"
                 )
             yield fields
-
-
-def _distinct(names: list[str]) -> list[str]:
-    """As pandas has them where a name is empty or there before: "Unnamed: 0", "genre.1"."""
-    seen: Counter[str] = Counter()
-    result = []
-    for place, name in enumerate(names):
-        name = name or f"Unnamed: {place}"
-        free = f"{name}.{seen[name]}" if seen[name] else name
-        while free in result:
-            seen[name] += 1
-            free = f"{name}.{seen[name]}"
-        result.append(free)
-        seen[name] += 1
-    return result
 
 
 def _as_numbers(texts: list[str | None]) -> list[Any]:

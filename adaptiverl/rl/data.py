@@ -19,7 +19,7 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.utils.logging import disable_progress_bar, get_verbosity, set_verbosity
 
 from adaptiverl.rl.chat import mistake
-from adaptiverl.rl.csv_rows import read_csv
+from adaptiverl.rl.csv_rows import other_separator, read_csv
 from adaptiverl.rl.exact import exact_dataset
 from adaptiverl.rl.formats import FORMATS, check_file, file_format
 from adaptiverl.rl.json_rows import read_json
@@ -46,24 +46,33 @@ def load_prompts(source: str, column: str, split: str = "train") -> Dataset:
         raise ValueError(f"{source} has no rows")
     if column not in rows.column_names:
         only = ", ".join(rows.column_names)
-        odd = len(rows.column_names) == 1 and any(sign in only for sign in ";\t|")
-        hint = "; columns of a .csv are separated by commas" if odd else ""
+        other = other_separator(only) if kind == "csv" and len(rows.column_names) == 1 else None
+        hint = (
+            f": columns are separated by commas, and this file seems to use {other}"
+            if other
+            else ""
+        )
         raise ValueError(f"{source} has no column {column!r}, only {only}{hint}")
     if holds_chats(rows, column):
         found = ((row, mistake(prompt, column)) for row, prompt in enumerate(rows[column]))
-        wrong = next(((row, why) for row, why in found if why), None)
-    elif (row := _not_text(rows, column)) is not None:
-        beginning = "(to start from nothing, write the model's beginning-of-text token)"
-        value = rows[row][column]
-        told = "is missing" if value is None else f"is {value!r}, not text"
-        wrong = row, f"{told} {beginning}"
-    else:
-        wrong = None
-    if wrong:
-        raise ValueError(
-            f"{source}: row {wrong[0]} of column {column!r} {wrong[1]}. The first row is 0"
-        )
+        if wrong := next(((row, why) for row, why in found if why), None):
+            row, why = wrong
+            raise ValueError(f"{source}: row {row} (counted from 0) of column {column!r} {why}")
+    elif (odd := _not_text(rows, column)) is not None:
+        raise ValueError(f"{source}: {_why_no_text(rows[odd][column], odd, column)}")
     return rows
+
+
+def _why_no_text(value: Any, row: int, column: str) -> str:
+    where = f"in row {row} (counted from 0)"
+    if value is None or value == "":
+        what = "missing" if value is None else "empty"
+        beginning = "to start from nothing, write the model's beginning-of-text token"
+        return f"{column} {where} is {what} ({beginning})"
+    kinds = {bool: "true or false", int: "a number", float: "a number"}
+    kinds |= {list: "a list", dict: "an object"}
+    kind = kinds.get(type(value), f"of type {type(value).__name__}")
+    return f"{column} {value!r:.60} {where} is {kind}, not text"
 
 
 def _read(path: Path, kind: str, column: str) -> Dataset:

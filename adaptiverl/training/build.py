@@ -106,6 +106,8 @@ def build(
     if eval_prompts and last_step < c.EVAL_EVERY and runtime.is_main:
         steps = f"EVAL_EVERY {c.EVAL_EVERY} is above the {last_step} steps of the run"
         logging.warning("%s: nothing is evaluated", steps)
+    if runtime.is_main and (said := inputs.trained_on(c, prompts, eval_prompts)):
+        logging.warning(said)
     max_prompt = inputs.max_prompt_tokens(c)
     rewards, held_out = (
         inputs.make_rewards(c, key, files, runtime) for key in ("REWARDS", "HELD_OUT")
@@ -114,7 +116,12 @@ def build(
     marks = runtime.from_main(runtime.is_main and inputs.fingerprints(c, prompts, eval_prompts))
     resumed = resume(c, runtime)
     if resumed:
-        state.refuse_changes(resumed, c, marks)
+        try:
+            state.refuse_changes(resumed, c, marks)
+        except ConfigError:
+            if not state.is_untouched(resumed):
+                raise
+            resumed = None
 
     sampler = make_sampler(c, runtime, resumed, max_prompt, files)
     named = [(name, p) for name, p in sampler.policy.named_parameters() if p.requires_grad]
@@ -179,7 +186,7 @@ def make_accelerator(c: RunConfig, kind: Callable[..., Accelerator] = Accelerato
         cpu=not torch.cuda.is_available(),
         mixed_precision="bf16" if c.BF16 else "fp16" if c.FP16 else "no",
         log_with=c.TRACKERS or None,
-        project_dir=Path(c.OUTPUT_DIR, "tensorboard"),
+        project_dir=c.output_dir / "tensorboard",
     )
     if result.distributed_type == DistributedType.FSDP and not result.is_fsdp2:
         raise ConfigError(
@@ -265,8 +272,10 @@ def adaptive(
 ) -> AdaptiveOptimizer:
     """`base` under the rules of the config; every process gives them the same signals."""
     arguments = {key.lower(): getattr(c, key) for key in ARGUMENTS}
-    with as_config_error("BETAS_RULE"):
+    try:
         return AdaptiveOptimizer(base, steps=last_step, record=record, **arguments)
+    except ValueError as error:  # of a beta that the run is too short for
+        raise ConfigError(str(error).replace("betas_rule", "BETAS_RULE")) from error
 
 
 def narrow(optimizer: AdaptiveOptimizer, rollbacks: int) -> str | None:

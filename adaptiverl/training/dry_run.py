@@ -9,6 +9,7 @@ from adaptiverl.training.build import Parts
 from adaptiverl.training.keys import RunConfig
 from adaptiverl.training.metrics import cell, prompt_cell
 from adaptiverl.training.scoring import columns_of
+from rewards.scores import as_list
 
 
 def dry_run(c: RunConfig, parts: Parts) -> int:
@@ -35,7 +36,7 @@ def dry_run(c: RunConfig, parts: Parts) -> int:
     if not runtime.is_main:
         return 0
     columns = columns_of(scores[rows], scoring.rewards.names)
-    total = scoring.rewards.combine(scores, 1, c.NUM_GENERATIONS)[rows].tolist()
+    total = as_list(scoring.rewards.combine(scores, 1, c.NUM_GENERATIONS)[rows])
     shown = {"completion": completions} | columns | {"reward": total}
     cells = {"prompt": [prompt_cell(each) for each in batch["prompt"]]}
     cells |= {name: [cell(value) for value in column] for name, column in shown.items()}

@@ -26,6 +26,7 @@ from adaptiverl.training import state
 from adaptiverl.training.advice import bf16_advice
 from adaptiverl.training.build import Parts
 from adaptiverl.training.collapse import Collapsed, sound_before
+from adaptiverl.training.environment import add_environment
 from adaptiverl.training.inputs import as_config_error
 from adaptiverl.training.keys import RunConfig
 from adaptiverl.training.metrics import Metrics, dynamics_lines, interval_means, step_line
@@ -37,7 +38,8 @@ class RunFolder:
     """OUTPUT_DIR; one process writes it, and all call the same methods together."""
 
     def __init__(self, c: RunConfig, parts: Parts):
-        self.config, self.path = c, Path(c.OUTPUT_DIR)
+        self.config, self.path = c, c.output_dir
+        self.shown = Path(c.OUTPUT_DIR)  # on the console, as the user wrote it
         self._parts: Parts | None = parts
         self.lock: filelock.BaseFileLock | None = None
         self.log: RunLog | None = None  # of the main process
@@ -57,12 +59,15 @@ class RunFolder:
                 self.lock = checkpoint.lock(self.path)
             checkpoint.put_back(self.path)
             if parts.resumed:
-                print(f"resumed after step {step} from {parts.resumed}")
+                print(f"resumed after step {step} from {self.shown / parts.resumed.name}")
                 if step >= c.STEPS:
                     print(f"nothing is left to do: it has {step} steps, and STEPS is {c.STEPS}")
             else:
                 if c.RESUME:
-                    print(f"no checkpoint in {self.path} to resume from: starting a new run")
+                    what = f"no checkpoint in {self.shown} to resume from"
+                    if (self.path / checkpoint.step_name(0)).exists():  # of another config
+                        what = f"no step has been made in {self.shown}, and the config has changed"
+                    print(f"{what}: starting a new run")
                 checkpoint.set_aside(self.path)
                 if advice := bf16_advice(c, parts):
                     print(advice)
@@ -72,6 +77,7 @@ class RunFolder:
             if not (parts.resumed and parts.done):
                 resolved = c.model_dump_json(by_alias=True, indent=2)
                 (self.path / "config.json").write_text(resolved + "\n", "utf-8")
+                add_environment(self.path, parts.runtime)
         parts.runtime.accelerator.wait_for_everyone()
         if parts.runtime.accelerator.log_with:
             start_trackers(parts.runtime.accelerator, c)
@@ -113,7 +119,7 @@ class RunFolder:
             log.write("samples.jsonl", samples)
             log.write("controller.jsonl", changes)
             log.replace(checkpoint.EVENTS, self.parts.guards.events)
-            log.advance(metrics["reward"])
+            log.advance(metrics.get("reward_fixed_scale", metrics["reward"]))
         self.interval.append(metrics)
         due = c.LOG_EVERY and (step in (1, last) or step % c.LOG_EVERY == 0)
         if due and log:
@@ -133,7 +139,7 @@ class RunFolder:
             self.log.write("progress.jsonl", rows)
 
     def save(self, name: str | None = None, evaluation: Metrics | None = None) -> Path:
-        """Writes the checkpoint `name` (`step-000012`), and returns where.
+        """Writes the checkpoint `name` (`step-000012`), and returns where, as the console says it.
 
         What `evaluation` says of it is written to best.json beside the weights.
         """
@@ -162,11 +168,11 @@ class RunFolder:
             spare = parts.guards.needed(step) if self.config.ON_COLLAPSE == "rollback" else ()
             checkpoint.prune(self.path, self.config.KEEP_CHECKPOINTS, folder, spare)
         parts.runtime.accelerator.wait_for_everyone()
-        return folder
+        return self.shown / folder.name
 
     def finish(self, stop: StopSignal) -> int:
         """Saves what was reached and says so; the exit status, 128 + signal if one came."""
-        c, stopped_by = self.config, self.parts.runtime.largest(stop.number)
+        stopped_by = self.parts.runtime.largest(stop.number)
         step, done, why = self.parts.progress.step, self.parts.done, self.parts.best.why_stop
         name = "" if done else signal.Signals(stopped_by).name
         if not done:
@@ -179,10 +185,10 @@ class RunFolder:
         if why and step < self.parts.last_step:
             said = f"stopped early after step {step}, {why}. The model is in {folder}"
         if done:
-            said = "\n".join([said, *self._best(), *next_commands(self.path, c.REPORT)])
+            said = "\n".join([said, *self._best()])
         else:
             said = f"stopped by {name} after step {step}, saved in {folder}; RESUME=auto continues"
-        self._end(said)
+        self._end(said, follow=done)
         return 0 if done else 128 + stopped_by
 
     def pause(self, reason: Paused, stop: StopSignal) -> int:
@@ -223,7 +229,8 @@ class RunFolder:
         )
         if self.log:
             self.log.replace(checkpoint.EVENTS, parts.guards.events)
-        where = f"the last sound checkpoint is {sound}" if sound else "there is no sound checkpoint"
+        place = self.shown / sound.name if sound else None
+        where = f"the last sound checkpoint is {place}" if place else "there is no sound checkpoint"
         self._end(f"stopped after a collapse in step {collapse.step}: {where}", sys.stderr)
         return 3
 
@@ -252,35 +259,43 @@ class RunFolder:
             return []
         row = json.loads(file.read_text("utf-8"))
         score = f"eval/score {row['eval/score']:.3f}"
-        return [f"best: step {row['step']} ({score}), the model is in {file.parent}"]
+        place = self.shown / checkpoint.BEST
+        return [f"best: step {row['step']} ({score}), the model is in {place}"]
 
     def interrupt(self) -> None:
         """Ends the waiting for people and judges."""
         if self._parts:
             self._parts.scoring.interrupt()
 
-    def _end(self, said: str, where: Any = None) -> None:
+    def _end(self, said: str, where: Any = None, follow: bool = False) -> None:
+        """The last words, `said`; with `follow` also what to do with the run."""
         if self.log:
             self.log.close()
-            self._report()
+            has_report = self._report()
+            if follow:
+                said = "\n".join([said, *next_commands(self.shown, has_report)])
             print(said, file=where)
         for failure in end_trackers(self.parts.runtime.accelerator):
             logging.warning("%s", failure)
         self.parts.runtime.accelerator.end_training()
 
-    def _report(self) -> None:
-        """Writes report.html; a report that cannot be written must not end a run that is saved."""
-        if self.config.REPORT:
-            try:
-                write_report(self.path)
-            except Exception as error:
-                logging.warning(
-                    "%s was not written (%s: %s): `adaptiverl report %s` tries again",
-                    self.path / "report.html",
-                    type(error).__name__,
-                    error,
-                    self.path,
-                )
+    def _report(self) -> bool:
+        """Writes report.html, and whether it is there: one that cannot be written must not end a
+        run that is saved."""
+        if not self.config.REPORT:
+            return False
+        try:
+            write_report(self.path)
+        except Exception as error:
+            logging.warning(
+                "%s was not written (%s: %s): `adaptiverl report %s` tries again",
+                self.shown / "report.html",
+                type(error).__name__,
+                error,
+                self.shown,
+            )
+            return False
+        return True
 
     def close(self) -> None:
         """Gives back OUTPUT_DIR, and what rewards hold."""

@@ -19,8 +19,10 @@ MISSING = (
     "no completion has a reward: {rewards} gave None, NaN, infinity or a number beyond 1e16 for "
     "all of them, or the sum by WEIGHT is beyond 1e16. Such a step trains nothing; look at REWARDS"
 )
+EQUAL = "all completions got the same reward"
+EQUAL_IN_PROMPTS = "within each prompt all completions got the same reward"
 CONSTANT = (
-    "all rewards that are compared have been equal for {steps} steps in a row, so {trains} "
+    "in each of the last {steps} steps all completions got the same reward, so {trains} "
     "(frac_reward_zero_std). Change REWARDS so that they tell completions apart; if rewards are "
     "rare, raise NUM_GENERATIONS and BATCH_SIZE"
 )
@@ -32,12 +34,12 @@ STUCK = (
 )
 DETERMINISTIC = (
     "the policy has hardly any choice from the first step on (entropy {entropy:.2f} nats per "
-    "token), and all rewards that are compared are equal: raise TEMPERATURE"
+    "token), and {equal}: raise TEMPERATURE"
 )
 COLLAPSED = (
     "the policy repeats itself (entropy {entropy:.2f} nats per token, {start_entropy:.2f} in the "
-    "first step; distinct-2 {distinct:.2f}, {start_distinct:.2f} in the first step), and all "
-    "rewards that are compared are equal: it has collapsed. {cause}"
+    "first step; distinct-2 {distinct:.2f}, {start_distinct:.2f} in the first step), and {equal}: "
+    "it has collapsed. {cause}"
 )
 HACKED = (
     "The reward rose from {before:.3g} to {now:.3g}, so REWARDS pay for one text, which the policy "

@@ -46,8 +46,8 @@ class Guards:
     last_step: int
     allowed_gap: float  # nats per token by which sampling and the loss may differ
     is_main: bool = True  # whether this process logs
-    flat_steps: int = 0  # steps in a row in which no rewards that are compared differed
-    moved: bool = False  # whether rewards that are compared have ever differed
+    flat_steps: int = 0  # steps in a row in which rewards gave nothing to learn from
+    moved: bool = False  # whether rewards have ever given something to learn from
     varied: bool = False  # whether rewards differed at all in these, or between them
     cut_steps: int = 0  # steps in a row in which all completions were cut off
     odd_gradients: int = 0  # steps in a row whose gradient was not finite
@@ -149,8 +149,7 @@ class Guards:
             yield "drift", say.DRIFT.format(gap=gap, allowed=self.allowed_gap, cause=cause)
 
     def _of_rewards(self, reward: Tensor, metrics: Metrics) -> Iterator[Finding]:
-        c = self.config
-        group = c.NUM_GENERATIONS if c.BASELINE in PER_PROMPT else 1
+        c, group = self.config, self._group
         flat, mean = not is_informative(reward, c.BASELINE, c.NUM_GENERATIONS), metrics["reward"]
         differs = zero_std_share(reward) < 1
         self.varied = differs or (self.varied and self.flat_steps > 0)
@@ -170,11 +169,12 @@ class Guards:
             yield kind, text.format(trains=trains, **values)
 
     def _collapsed(self, metrics: Metrics) -> Finding | None:
-        """Of a step in which all rewards that are compared are equal."""
+        """Of a step whose rewards give nothing to learn from."""
+        equal = say.EQUAL_IN_PROMPTS if self._group > 1 else say.EQUAL
         entropy, distinct = metrics["entropy"], metrics["completions/distinct_2"]
         before = self.first["entropy"], self.first["completions/distinct_2"]
         if entropy < DETERMINISTIC and (entropy >= LEFT * before[0] or before[0] < DETERMINISTIC):
-            return "deterministic", say.DETERMINISTIC.format(entropy=entropy)
+            return "deterministic", say.DETERMINISTIC.format(entropy=entropy, equal=equal)
         if entropy >= DETERMINISTIC and distinct >= REPEATED * before[1]:
             return None
         start, now = self.first.get("reward"), metrics["reward"]
@@ -186,6 +186,7 @@ class Guards:
             start_entropy=before[0],
             distinct=distinct,
             start_distinct=before[1],
+            equal=equal,
             cause=cause,
         )
 
@@ -232,6 +233,11 @@ class Guards:
                         what="evaluations" if at_eval else "steps",
                     ),
                 )
+
+    @property
+    def _group(self) -> int:
+        """How many completions are compared with each other, if not all; 1: all."""
+        return self.config.NUM_GENERATIONS if self.config.BASELINE in PER_PROMPT else 1
 
     def _less(self) -> str:
         if self.config.uses_trust_region:

@@ -3,13 +3,14 @@
 Each function raises ConfigError, before the model loads.
 """
 
+import json
 import logging
 import math
-import os
 import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from datasets import Dataset
@@ -20,6 +21,7 @@ from transformers import AutoConfig
 import adaptiverl
 from adaptiverl.config.schema import ConfigError
 from adaptiverl.files import checkpoint
+from adaptiverl.rl.chat import Prompt, given_prompt
 from adaptiverl.rl.data import fingerprint, load_prompts, split_prompts
 from adaptiverl.rl.formats import file_format
 from adaptiverl.rl.loading import adapter_config, refuse_other_kinds
@@ -101,8 +103,12 @@ def output_folder(c: RunConfig) -> Path:
         nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
     if not nearest.is_dir():
         raise ConfigError(f"OUTPUT_DIR: {nearest} is not a folder")
-    if not os.access(nearest, os.W_OK):
-        raise ConfigError(f"OUTPUT_DIR: {nearest} cannot be written to")
+    try:  # what rights alone do not tell: a file system may be read-only, or full
+        with TemporaryDirectory(prefix=".new-", dir=nearest):
+            pass
+    except OSError as error:
+        why = error.strerror or error
+        raise ConfigError(f"OUTPUT_DIR: {nearest} cannot be written to: {why}") from error
     if (path / "config.json").exists() and not checkpoint.holds_run(path):
         raise ConfigError(f"OUTPUT_DIR: {path} has a config.json of its own: name another folder")
     return path
@@ -139,6 +145,24 @@ def check_names(c: RunConfig, files: Mapping[str, Dataset], runtime: Runtime) ->
                 logging.warning(
                     "%s has a column %s: rewards do not see it, that name is taken", source, name
                 )
+
+
+def trained_on(c: RunConfig, train: Dataset, evaluated: Dataset | None) -> str | None:
+    """What is to be said where prompts of EVAL_FILE are trained on, too."""
+    if evaluated is None or not c.EVAL_FILE:  # an EVAL_SPLIT has none of them
+        return None
+    column, here = c.PROMPT_COLUMN, set(map(_given, train[c.PROMPT_COLUMN]))
+    if not (count := sum(_given(prompt) in here for prompt in evaluated[column])):
+        return None
+    return (
+        f"{count} of {len(evaluated)} prompts of EVAL_FILE are also in TRAIN_FILE: what is "
+        "evaluated on is trained on"
+    )
+
+
+def _given(prompt: Prompt) -> str:
+    """What the model is given of it, as one text."""
+    return json.dumps(given_prompt(prompt, None))
 
 
 def fingerprints(c: RunConfig, train: Dataset, evaluated: Dataset | None) -> dict[str, str]:

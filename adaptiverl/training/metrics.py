@@ -112,7 +112,7 @@ def time_metrics(runtime: Runtime, clock: Stopwatch, tokens: float) -> Metrics:
 def interval_means(rows: Sequence[Metrics]) -> Metrics:
     """The last of `rows`, with the means over all of them of what is noise in a single step."""
     means = dict(rows[-1])
-    for name in ("reward", "loss", "kl"):
+    for name in ("reward", "reward_fixed_scale", "loss", "kl"):
         known = [row[name] for row in rows if row.get(name) is not None]
         if known:
             means[name] = sum(known) / len(known)
@@ -120,9 +120,15 @@ def interval_means(rows: Sequence[Metrics]) -> Metrics:
 
 
 def step_line(step: int, last_step: int, metrics: Mapping[str, Any]) -> str:
-    """Step 50/100 | Reward: 0.82 | Loss: -0.3456 | LR: 3.2e-05 | Momentum: 0.912"""
+    """Step 50/100 | Reward: 0.82 | Loss: -0.3456 | LR: 3.2e-05 | Momentum: 0.912
+
+    The mean of normalised rewards is always near 0: instead, their sum on a fixed scale is shown.
+    """
+    name, reward = "Reward", metrics["reward"]
+    if "reward_fixed_scale" in metrics:
+        name, reward = "Reward (fixed scale)", metrics["reward_fixed_scale"]
     line = (
-        f"Step {step}/{last_step} | Reward: {_reward(metrics['reward'])} | "
+        f"Step {step}/{last_step} | {name}: {_reward(reward)} | "
         f"Loss: {metrics['loss']:.4f} | LR: {metrics['lr']:.3g} | "
         f"Momentum: {metrics['momentum']:.3f}"
     )

@@ -6,6 +6,7 @@ to the collapse again, and one that is killed later goes on from there.
 """
 
 import gc
+from contextlib import chdir
 
 import torch
 
@@ -36,7 +37,8 @@ def roll_back(c: RunConfig, folder: RunFolder, collapse: Collapsed) -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
-    parts = build(c, accelerator, resume=lambda *_: target)
+    with chdir(c.here):  # a reward may have left it, and paths in the config begin there
+        parts = build(c, accelerator, resume=lambda *_: target)
     more = count - parts.progress.rollbacks  # than the rate of the checkpoint has been through
     parts.progress.rollbacks = count
     how = narrow(parts.optimizer, count)

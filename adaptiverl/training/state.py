@@ -86,7 +86,7 @@ def newest(c: RunConfig, runtime: Runtime) -> Path | None:
     Raises ConfigError where there were checkpoints, and none is left to go on from.
     """
     looks = c.RESUME and runtime.is_main
-    found = runtime.from_main(checkpoint.to_resume(Path(c.OUTPUT_DIR)) if looks else None)
+    found = runtime.from_main(checkpoint.to_resume(c.output_dir) if looks else None)
     if isinstance(found, str):
         raise ConfigError(f"RESUME: {found}")
     return found
@@ -94,8 +94,19 @@ def newest(c: RunConfig, runtime: Runtime) -> Path | None:
 
 def among(c: RunConfig, runtime: Runtime, steps: Collection[int] | None = None) -> Path | None:
     """The newest undamaged checkpoint, of one of `steps` unless that is None."""
-    found = checkpoint.newest(Path(c.OUTPUT_DIR), steps) if runtime.is_main else None
+    found = checkpoint.newest(c.output_dir, steps) if runtime.is_main else None
     return runtime.from_main(found and found[0])
+
+
+def is_untouched(folder: Path) -> bool:
+    """Whether the run that wrote the checkpoint in `folder` had made no step, nor taken one back.
+
+    It has learned nothing, so that it may as well begin anew, as another run.
+    """
+    if folder.name != checkpoint.step_name(0):
+        return False
+    saved = torch.load(folder / "trainer.pt", weights_only=True, map_location="cpu", mmap=True)
+    return saved["progress"]["rollbacks"] == 0
 
 
 def refuse_changes(folder: Path, c: RunConfig, prompts: Mapping[str, str]) -> None:

@@ -14,7 +14,7 @@ def update(
 ) -> Metrics:
     """Lets loss, reward and gradient norm move hyperparameters, then steps; what the step did.
 
-    `informative` says whether any rewards that are compared differ.
+    `informative` says whether, within some prompt, rewards differ (rl/reinforce.py).
     """
     runtime, optimizer, progress = parts.runtime, parts.optimizer, parts.progress
     optimizer.observe(loss=seen["loss"], reward=seen["reward"], grad_norm=seen["grad_norm"])

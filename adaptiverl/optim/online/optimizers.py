@@ -49,6 +49,8 @@ class Online(PerTensorOptimizer, Optimizer):
     ):
         if weights not in ("trained", None):
             raise ValueError(f'weights is "trained" or None, not {weights!r}')
+        if not isinstance(learn, bool):
+            raise TypeError(f"learn is {learn!r}; it must be True or False")
         super().__init__(params, *arguments, **keywords)
         # Whoever scales gradients (GradScaler) must unscale them before they are looked at.
         self._step_supports_amp_scaling = False

@@ -1,0 +1,41 @@
+"""What a run was made with: versions, device, processes and command line, one row per start."""
+
+import json
+import platform
+import sys
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import adaptiverl
+from adaptiverl.training.runtime import Runtime
+
+FILE = "environment.jsonl"
+LIBRARIES = ("torch", "transformers", "accelerate", "peft", "datasets")
+
+
+def environment(runtime: Runtime) -> dict[str, Any]:
+    """Of this start. Of the command line the words alone, no variables of the environment."""
+    device = runtime.device
+    return {
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": list(sys.argv),
+        "adaptiverl": adaptiverl.__version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in LIBRARIES},
+        "platform": platform.platform(),
+        "device": str(device),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "cuda": torch.version.cuda,
+        "processes": runtime.processes,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def add_environment(folder: Path, runtime: Runtime) -> None:
+    """Appends a row to the file in a run's folder."""
+    with (folder / FILE).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(environment(runtime)) + "\n")
