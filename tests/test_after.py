@@ -400,6 +400,8 @@ def test_an_export_never_overwrites(full, command, tmp_path):
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["mine"]
     (tmp_path / "out/mine").unlink()
     assert command("export", full, tmp_path / "out")[0] == 0
+    modes = {file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()}
+    assert len(modes) == 1, "safetensors writes its files for their owner alone"
     assert {file.name for file in tmp_path.iterdir()} == {"out"}
 
 

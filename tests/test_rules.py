@@ -455,11 +455,12 @@ def test_what_no_chosen_rule_reads_is_refused_with_what_reads_it(name, caplog):
         ("adamw", {"momentum_rule": "inverse"}, "AdamW has no momentum"),
         ("sgd", {"betas_rule": "relative"}, "SGD has no beta1"),
         ("sgd", {"alpha_rule": "stable"}, "SGD has no alpha"),
-        ("sgd", {"wd_rule": "trend"}, "SGD has no weight_decay"),
+        ("sgd", {"wd_rule": "trend"}, "the weight decay is 0"),
+        ("plain", {"momentum_rule": "inverse"}, "the momentum is 0"),
     ],
 )
 def test_a_rule_for_what_the_optimizer_lacks_is_told(kind, rule, lacks, caplog):
-    own = optimizer(kind, weight_decay=0.0)
+    own = optimizer("sgd", momentum=0.0) if kind == "plain" else optimizer(kind, weight_decay=0.0)
     Controller(own, **rule)
     assert caplog.messages == [f"{next(iter(rule))} moves nothing: {lacks}"]
 
@@ -468,6 +469,7 @@ def test_a_rule_for_what_the_optimizer_lacks_is_told(kind, rule, lacks, caplog):
     ("rules", "signal"),
     [
         ({"lr_rule": "trend+grad_norm"}, "loss"),
+        ({"lr_rule": "trend+patience"}, "loss"),
         ({"lr_rule": "grad_norm"}, "grad_norm"),
         ({"momentum_rule": "inverse"}, "loss"),
         ({"reward_rule": "kelly"}, "reward"),

@@ -21,7 +21,9 @@ def read_command(words: Sequence[str] | None = None, program: str = "python trai
     A mistake ends the process: one line on stderr, status 2.
     """
     parser = argparse.ArgumentParser(
-        prog=program, description="REINFORCE fine-tuning of a language model."
+        prog=program,
+        description="REINFORCE fine-tuning of a language model.",
+        usage=f"{program} config.json [KEY=VALUE ...] [--dry-run]",
     )
     parser.add_argument("words", nargs="*", metavar="config.json [KEY=VALUE ...]")
     parser.add_argument("--dry-run", action="store_true", help="one batch, no training")

@@ -91,7 +91,7 @@ def _flat(run: Run, facts: SampleFacts) -> Iterator[Finding]:
         last = run.series("reward")[-1]
         yield Finding(
             "dead reward",
-            "the rewards that are compared are equal, so there is nothing to learn from",
+            "within each prompt all completions got the same reward, so nothing can be learned",
             f"equal in {statistics.mean(shares):.0%} of the prompts over {len(shares)} steps; the "
             f"reward is {last[1]:.4g} in step {last[0]}",
             "change REWARDS so that they tell completions apart; if a reward is rare, raise "

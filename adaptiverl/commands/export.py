@@ -21,6 +21,7 @@ from adaptiverl.commands.run_folder import RunReader
 from adaptiverl.commands.trained import TrainedModel
 from adaptiverl.commands.written import check_writable
 from adaptiverl.config.schema import ConfigError
+from adaptiverl.files.checkpoint import open_to_umask
 from adaptiverl.files.console import counted
 from adaptiverl.rl.merging import merged
 from adaptiverl.rl.sampling.sampler import eos_ids
@@ -121,6 +122,7 @@ def _write_whole(folder: Path, write: Callable[[Path], None]) -> None:
     new.mkdir(parents=True)
     try:
         write(new)
+        open_to_umask(new)
         if folder.exists():
             folder.rmdir()
         new.rename(folder)

@@ -121,8 +121,11 @@ class Controller:
         for rule in (active.rule for active in self.rules):
             known = [value for value in self.base[rule.moves] if value]
             if not known and rule.moves != "lr" and rule.argument != "reward_rule":
-                kind = type(self.optimizer).__name__
-                log.warning("%s moves nothing: %s has no %s", rule.argument, kind, rule.moves)
+                if self.places[rule.moves] in self.optimizer.param_groups[0]:
+                    why = f"the {rule.moves.replace('_', ' ')} is 0"
+                else:
+                    why = f"{type(self.optimizer).__name__} has no {rule.moves}"
+                log.warning("%s moves nothing: %s", rule.argument, why)
             if not known or not rule.moves.startswith("beta"):
                 continue
             held = min(math.floor(math.log(TINY) / math.log(beta)) + 1 for beta in known)
@@ -241,8 +244,8 @@ class Controller:
             if waiting and waiting[0].reader not in self.seen and not self.ignored[signal]:
                 names = dict.fromkeys(f"{a.rule.argument} {a.rule.name}" for a in waiting)
                 log.warning(
-                    "no %s was observed in %d steps, so %s moves nothing: call %s in each step",
-                    signal, PATIENCE, " and ".join(names), call,
+                    "no %s was observed in %d steps, so %s %s nothing: call %s in each step",
+                    signal, PATIENCE, ", ".join(names), "move" if len(names) > 1 else "moves", call,
                 )  # fmt: skip
         rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         if "lr" in self.moves and not any(rates):

@@ -130,7 +130,7 @@ class TrustRegion:
                     caller beforehand. It is called once or a few times, up to 13, without
                     gradient. NaN is too far. What it raises takes the update back
         min_kl      the target is never below this, for a KL that is measured with rounding errors
-        informative     whether any rewards that are compared differ. Where none do, the gradient is
+        informative     whether rewards differ, within some prompt. Where none do, the gradient is
                     that of a penalty alone, and its alignment is no evidence about the rewards
 
         The first update is also scaled up where it falls short. While all gradients are 0 before

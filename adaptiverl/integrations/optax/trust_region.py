@@ -56,7 +56,7 @@ def trust_region(
     grad            the gradient before the chain, of fresh samples: how it agrees with the last
                     update is the evidence that narrows the region. None: the region stays whole,
                     as with adaptiverl.TrustRegion for optimizers without momentum
-    informative     whether any rewards that are compared differ; default True
+    informative     whether rewards differ, within some prompt; default True
     min_kl          lowest target; default 0
 
     Where a chain has decoupled weight decay, the last update includes it; torch's does not.
