@@ -566,22 +566,29 @@ def test_weights_that_were_trained_need_no_model_but_the_run(train, command, tin
     assert status == 2 and f"there is no folder {start}" in err
 
 
+@pytest.mark.parametrize("out", ["runs/one", "ABSOLUTE", "../beside"])
 def test_relative_paths_are_those_of_where_the_run_was_started(
-    train, command, tiny, tmp_path, monkeypatch
+    train, command, tiny, tmp_path, monkeypatch, out
 ):
     """Whatever the working directory is now; what is typed is relative to that."""
+    run = tmp_path.with_name("beside") if out == "../beside" else tmp_path / "runs/one"
+    out = out.replace("ABSOLUTE", str(run))
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny, "start")
     Path("mine.json").write_text(json.dumps(PROMPTS))
-    keys = {"MODEL": "./start", "TRAIN_FILE": "mine.json", "OUTPUT_DIR": "runs/one"}
+    keys = {"MODEL": "./start", "TRAIN_FILE": "mine.json", "OUTPUT_DIR": out}
     train("relative", STEPS=1, **keys, **KINDS["lora"])
     Path("elsewhere").mkdir()
     monkeypatch.chdir("elsewhere")
-    assert command("evaluate", "../runs/one", "-n", 4, "--json", "here.json")[0] == 0
+    assert command("evaluate", run, "-n", 4, "--json", "here.json")[0] == 0
     assert json.loads(Path("here.json").read_text())["prompts"] == "mine.json"
-    assert command("export", "../runs/one", "out")[0] == 0
+    assert command("export", run, "out")[0] == 0
     base = json.loads(Path("out/adapter_config.json").read_text())["base_model_name_or_path"]
     assert base == str(tmp_path / "start") and Path.cwd() == tmp_path / "elsewhere"
+    if out == "runs/one":  # a project that was moved, or is on another machine
+        environment = run / "environment.jsonl"
+        environment.write_text(environment.read_text().replace(str(tmp_path), "/nowhere"))
+        assert command("evaluate", "../runs/one", "-n", 4, "--json", "here.json")[0] == 0
 
 
 def test_rewards_that_cost_or_cannot_score_are_left_out_and_named(copy, command):

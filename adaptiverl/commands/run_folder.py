@@ -117,15 +117,18 @@ class RunReader:
 
     @contextmanager
     def as_started(self) -> Iterator[None]:
-        """Within this, the working directory is the one where the run was started, if known.
+        """Within this, the working directory is the one where the run was started.
 
-        Relative paths in the config and modules of python rewards are found from there. It follows
-        from a relative OUTPUT_DIR. An absolute one, or a run that was moved, leaves the working
-        directory as it is.
+        Relative paths in the config and modules of python rewards are found from there. Where that
+        folder is gone, as on another machine, it follows from a relative OUTPUT_DIR; else the
+        working directory stays as it is.
         """
+        here, place = Path.cwd(), self.path
+        starts = whole_rows(place / "environment.jsonl")[0]  # earlier versions wrote none
         output = Path(os.path.normpath(self.config.OUTPUT_DIR))
-        place, here = self.path, Path.cwd()
-        if not output.is_absolute() and place.parts[-len(output.parts) :] == output.parts:
+        if starts and Path(starts[-1]["directory"]).is_dir():
+            here = Path(starts[-1]["directory"])
+        elif not output.is_absolute() and place.parts[-len(output.parts) :] == output.parts:
             here = Path(*place.parts[: -len(output.parts)])
         with chdir(here):
             if str(here) not in sys.path:

@@ -1,28 +1,29 @@
-"""What a run was made with: versions, device, processes and command line, one row per start."""
+"""What a run was made with: versions, device, working directory, command; one row per start."""
 
 import json
 import platform
 import sys
 from datetime import datetime
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import adaptiverl
+from adaptiverl.training.keys import RunConfig
 from adaptiverl.training.runtime import Runtime
 
 FILE = "environment.jsonl"
 LIBRARIES = ("torch", "transformers", "accelerate", "peft", "datasets")
 
 
-def environment(runtime: Runtime) -> dict[str, Any]:
+def environment(c: RunConfig, runtime: Runtime) -> dict[str, Any]:
     """Of this start. Of the command line the words alone, no variables of the environment."""
     device = runtime.device
     return {
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": list(sys.argv),
+        "directory": str(c.here),
         "adaptiverl": adaptiverl.__version__,
         "python": platform.python_version(),
         **{name: version(name) for name in LIBRARIES},
@@ -35,7 +36,7 @@ def environment(runtime: Runtime) -> dict[str, Any]:
     }
 
 
-def add_environment(folder: Path, runtime: Runtime) -> None:
-    """Appends a row to the file in a run's folder."""
-    with (folder / FILE).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(environment(runtime)) + "\n")
+def add_environment(c: RunConfig, runtime: Runtime) -> None:
+    """Appends a row to the file in the run's folder."""
+    with (c.output_dir / FILE).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(environment(c, runtime)) + "\n")

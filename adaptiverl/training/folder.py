@@ -77,7 +77,7 @@ class RunFolder:
             if not (parts.resumed and parts.done):
                 resolved = c.model_dump_json(by_alias=True, indent=2)
                 (self.path / "config.json").write_text(resolved + "\n", "utf-8")
-                add_environment(self.path, parts.runtime)
+                add_environment(self.config, parts.runtime)
         parts.runtime.accelerator.wait_for_everyone()
         if parts.runtime.accelerator.log_with:
             start_trackers(parts.runtime.accelerator, c)
