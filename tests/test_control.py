@@ -225,7 +225,7 @@ def test_a_kl_of_the_update_is_that_of_the_two_policies(
         ({"BETAS_RULE": "variance", "OPTIM": "sgd"}, "BETAS_RULE has no effect: OPTIM sgd has"),
         (
             {"BETAS_RULE": "variance", "STEPS": 100, "TRUST_REGION_SCHEDULE": "constant"},
-            "betas_rule variance moves nothing in the first 4,603 steps: Adam's bias correction "
+            "BETAS_RULE variance moves nothing in the first 4,603 steps: Adam's bias correction "
             "takes beta2 as constant while beta2^t is above 0.01, and the run has 100",
         ),
         ({"ALPHA_RULE": "stable"}, "ALPHA_RULE has no effect: OPTIM adam_mini has no alpha"),

@@ -247,13 +247,13 @@ def test_of_a_state_what_other_rules_made_of_a_momentum_is_not_taken_over():
     one = Controller(optimizer(), momentum_rule="relative+normalized", trend_window=2)
     for loss in (3, 2, 1):
         one.observe(loss=loss)
-    assert one.parts["momentum"].keys() == {"relative", "normalized"}
+    assert one.values.parts["momentum"].keys() == {"relative", "normalized"}
     other = Controller(optimizer(), momentum_rule="relative", trend_window=2)
     other.load_state_dict(one.state_dict())
-    assert other.parts["momentum"] == {"relative": one.parts["momentum"]["relative"]}
+    assert other.values.parts["momentum"] == {"relative": one.values.parts["momentum"]["relative"]}
     older = {name: each for name, each in one.state_dict().items() if name != "parts"}
     other.load_state_dict(older)
-    assert other.parts == {}
+    assert other.values.parts == {}
 
 
 # For any signal

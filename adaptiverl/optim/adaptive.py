@@ -295,7 +295,7 @@ class AdaptiveOptimizer(_Wrapper):
         return None if first is None or second is None else (first, second)
 
     def _get(self, name: str) -> float | None:
-        place = self.controller.places[name]
+        place = self.controller.values.places[name]
         found = (get(group, place) for group in self.param_groups)
         return next((value for value in found if value is not None), None)
 

@@ -1,10 +1,9 @@
 """Rules, signals and bounds → the next hyperparameters, with a record of each change.
 
 Each rule of the rate keeps a ratio of its own, and the rate is the base rate times all of them.
-Of other hyperparameters each rule keeps a part of its own: the value is the base plus what each
-part differs from it.
 Stateful rules mean-revert to 1 over `memory` steps and stay within `max_drift`: a signal that rises
-is no evidence that a larger rate is better.
+is no evidence that a larger rate is better. Leaves out momentum, betas, alpha and weight decay,
+which are values.py's.
 """
 
 import copy
@@ -31,6 +30,7 @@ from adaptiverl.optim.rules import (
     parse_rules,
 )
 from adaptiverl.optim.signals import LARGEST, State, read
+from adaptiverl.optim.values import Move, Values
 
 log = logging.getLogger(__name__)
 CALLS = {  # how a signal is given
@@ -38,8 +38,6 @@ CALLS = {  # how a signal is given
     "reward": "step_reward(reward), or observe(R=reward)",
     "grad_norm": "observe(model=model)",
 }
-LEAST_MOMENTUM = 1e-15  # at 0 RMSprop makes no buffer, and misses it when the momentum rises
-TINY = 0.01  # Adam's bias correction takes beta as constant while beta^t is above this
 PATIENCE = 20  # steps without a signal after which a warning is due
 
 
@@ -103,46 +101,20 @@ class Controller:
             "lr": lr_bounds(c.min_lr, c.max_lr), "momentum": (c.min_momentum, c.max_momentum)
         }  # fmt: skip
         self.moves = {active.rule.moves for active in self.rules}
-        self.base: dict[str, list[float | None]] = {name: [] for name in BOUNDS}  # by group
-        self.values: dict[str, list[float | None]] = {name: [] for name in BOUNDS if name != "lr"}
-        # What each rule makes of a base, by hyperparameter, rule and group
-        self.parts: dict[str, dict[str, list[float | None]]] = {}
-        self.places = hyperparams.places(optimizer)
-        self.warned: set[str] = set()
+        self.values = Values(optimizer, self.moves - {"lr"}, self.bounds, c.memory)
+        self.base: list[float | None] = []  # rates of the groups, before any rule
         self.ratios: dict[str, float] = {}  # rule → its own factor on the rate
         self.seen: dict[str, State] = {}  # reader → the state of its signal
         self.ignored = dict.fromkeys(CALLS, 0)
         self.step = 0
         self._adopt()
-        self._check_rules()
-
-    def _check_rules(self) -> None:
-        """Warns of a rule that moves nothing; ValueError where a beta is held for the whole run."""
-        for rule in (active.rule for active in self.rules):
-            known = [value for value in self.base[rule.moves] if value]
-            if not known and rule.moves != "lr" and rule.argument != "reward_rule":
-                if self.places[rule.moves] in self.optimizer.param_groups[0]:
-                    why = f"the {rule.moves.replace('_', ' ')} is 0"
-                else:
-                    why = f"{type(self.optimizer).__name__} has no {rule.moves}"
-                log.warning("%s moves nothing: %s", rule.argument, why)
-            if not known or not rule.moves.startswith("beta"):
-                continue
-            held = min(math.floor(math.log(TINY) / math.log(beta)) + 1 for beta in known)
-            message = (
-                f"betas_rule {rule.name} moves nothing in the first {held:,} steps: Adam's bias "
-                f"correction takes {rule.moves} as constant while {rule.moves}^t is above {TINY:g}"
-            )
-            if self.steps and held >= self.steps:
-                raise ValueError(f"{message}, and the run has {self.steps:,}")
-            if not self.steps and held > 1000:
-                log.warning(message)
+        self.values.check([active.rule for active in self.rules], c.steps)
 
     def _check_rates(self) -> None:
         """Raises RuntimeError if something else has set a rate that this controller writes."""
         if not self.owns_lr or "lr" not in self.moves:
             return
-        for i, base in enumerate(self.base["lr"]):
+        for i, base in enumerate(self.base):
             expected, found = self.rate(base or 0.0), float(self.optimizer.param_groups[i]["lr"])
             if expected and not math.isclose(found, expected, rel_tol=1e-6):
                 raise RuntimeError(
@@ -153,32 +125,17 @@ class Controller:
 
     def _adopt(self) -> None:
         """Takes as base what is new: a group, a rate that has risen from 0, a value that something
-        else has set, like a scheduler of momentum."""
+        else has set."""
         groups = self.optimizer.param_groups
-        for group in groups[len(self.base["lr"]) :]:
-            for name, place in self.places.items():
-                self.base[name].append(get(group, place))
-            for name, values in self.values.items():
-                values.append(self.base[name][-1])
-                for own in self.parts.get(name, {}).values():
-                    own.append(self.base[name][-1])
+        for group in groups[len(self.base) :]:
+            self.base.append(None)
             if "lr" in self.moves:
                 hyperparams.check_rate(float(group["lr"]), self.bounds["lr"])
-        for i, group in enumerate(groups):
-            if self.base["lr"][i] is None:
-                self.base["lr"][i] = get(group, "lr")
-            for name in self.moves - {"lr"}:
-                now, value = get(group, self.places[name]), self.values[name][i]
-                if now is None or (value is not None and math.isclose(now, value, rel_tol=1e-6)):
-                    continue
-                if value != self.base[name][i] and name not in self.warned:
-                    self.warned.add(name)
-                    log.warning(
-                        "something else sets the %s too, so what rules make of it is lost", name
-                    )
-                self.base[name][i] = self.values[name][i] = now
-                for own in self.parts.get(name, {}).values():
-                    own[i] = now
+        self.base = [
+            get(group, "lr") if base is None else base
+            for group, base in zip(groups, self.base, strict=True)
+        ]
+        self.values.adopt()
 
     @property
     def inert(self) -> bool:
@@ -234,8 +191,9 @@ class Controller:
                     self.seen[reader], readings[reader] = read(
                         self.seen.get(reader, {}), x, beta, c
                     )
-                move = self._move_rate if active.rule.moves == "lr" else self._move_value
-                move(active, readings[reader], x)
+                move = self._move(active, readings[reader])
+                if move:
+                    self._note(active.rule, x, move)
         self.write()
 
     def _warn_of_missing_signals(self) -> None:
@@ -251,7 +209,14 @@ class Controller:
         if "lr" in self.moves and not any(rates):
             log.warning("the learning rate is still 0 after 20 steps: rules scale it, and it stays")
 
-    def _move_rate(self, active: _Active, reading: Any, x: float) -> None:
+    def _move(self, active: _Active, reading: Any) -> Move | None:
+        if active.rule.moves == "lr":
+            return self._move_rate(active, reading)
+        return self.values.move(
+            active.rule, lambda old, base: active.update(old, base, reading), self.step
+        )
+
+    def _move_rate(self, active: _Active, reading: Any) -> Move:
         rule, old = active.rule, self.ratios.get(active.rule.label, 1.0)
         base = self._reference()
         new = asked = active.update(old, 1.0, reading)
@@ -259,7 +224,7 @@ class Controller:
             new = clamp(asked ** (1 - 1 / self.memory), (1 / self.max_drift, self.max_drift))
             new = self._within_bounds(old, new, base * self._kept_ratio(but=rule.label))
         before, self.ratios[rule.label] = self.rate(base), max(new, 0.0)
-        self._note("lr", rule, x, before, self.rate(base), acted=asked != old)
+        return Move(before, self.rate(base), asked != old)
 
     def _kept_ratio(self, but: str) -> float:
         """What the other stateful rules make of the base rate."""
@@ -276,72 +241,42 @@ class Controller:
         low, high = (bound / rate for bound in self.bounds["lr"])
         return min(new, max(old, high)) if new > old else max(new, min(old, low))
 
-    def _move_value(self, active: _Active, reading: Any, x: float) -> None:
-        """Moves a momentum, beta, alpha or weight decay of every group that has one.
-
-        Each rule has a part of its own, so that they can be joined in any order: the value is the
-        base plus what each part differs from it.
-        """
-        rule, name, noted = active.rule, active.rule.moves, False
-        parts = self.parts.setdefault(name, {})
-        own = parts.setdefault(rule.label, list(self.base[name]))
-        for i, (before, base) in enumerate(zip(self.values[name], self.base[name], strict=True)):
-            old = own[i]
-            if before is None or base is None or old is None:
-                continue
-            new = asked = active.update(old, base, reading)
-            if rule.kind == "stateful":
-                new = base + (asked - base) * (1 - 1 / self.memory)
-            low, high = self.bounds[name]
-            if name == "momentum":
-                low = max(low, LEAST_MOMENTUM)
-            if name.startswith("beta"):
-                if base**self.step >= TINY:
-                    continue
-                high = min(high, max(base, TINY ** (1 / self.step)))
-            own[i] = new = clamp(new, (low, high))
-            others = [part[i] for part in parts.values() if part is not own]
-            moved = sum(part - base for part in others if part is not None)
-            self.values[name][i] = value = clamp(new + moved, (low, high))
-            if not noted:
-                noted = True
-                self._note(name, rule, x, before, value, acted=asked != old)
-
     def _reference(self) -> float:
         """The rate that records are about: the first that is not 0, as it is now.
 
         A tensor is not read, so the device is not waited for: as it was at first.
         """
-        for group, base in zip(self.optimizer.param_groups, self.base["lr"], strict=False):
+        for group, base in zip(self.optimizer.param_groups, self.base, strict=False):
             free = not self.owns_lr and not isinstance(group["lr"], torch.Tensor)
             if rate := (group["lr"] if free else base):
                 return float(rate)
         return 0.0
 
-    def _note(self, name: str, rule: Rule, x: float, old: float, new: float, acted: bool) -> None:
-        """Records a change of the first group that has the hyperparameter.
-
-        Where the rule has not acted, its part only went back towards the base.
-        """
-        if self.record and new != old:
-            label = rule.label if acted else MEAN_REVERSION
-            entry = {"step": self.step, "hyperparameter": name, "rule": label}
-            self.record(entry | {"signal": rule.reads, "value": x, "old": old, "new": new})
+    def _note(self, rule: Rule, x: float, move: Move) -> None:
+        if self.record and move.new != move.old:
+            label = rule.label if move.acted else MEAN_REVERSION
+            entry = {"step": self.step, "hyperparameter": rule.moves, "rule": label}
+            self.record(
+                entry | {"signal": rule.reads, "value": x, "old": move.old, "new": move.new}
+            )
 
     def write(self) -> None:
         """Writes what the rules came to into the parameter groups."""
-        for i, group in enumerate(self.optimizer.param_groups):
-            base = self.base["lr"][i]
-            if base and self.owns_lr and "lr" in self.moves:
-                hyperparams.put(group, "lr", self.rate(base))
-            for name in self.moves - {"lr"}:
-                if (value := self.values[name][i]) is not None:
-                    hyperparams.put(group, self.places[name] or name, value)
+        if self.owns_lr and "lr" in self.moves:
+            for group, base in zip(self.optimizer.param_groups, self.base, strict=True):
+                if base:
+                    hyperparams.put(group, "lr", self.rate(base))
+        self.values.write()
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, strings and lists."""
         self._adopt()
-        return {name: copy.deepcopy(getattr(self, name)) for name in _KEPT}
+        kept = {
+            "base": self.values.base | {"lr": self.base},
+            "values": self.values.values,
+            "parts": self.values.parts,
+        } | {name: getattr(self, name) for name in _KEPT}
+        return copy.deepcopy(kept)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from `state`, of an optimizer with as many groups; else raises ValueError.
@@ -349,22 +284,21 @@ class Controller:
         What other rules than its own had made of the rate is left out.
         """
         state = {"parts": {}} | state  # earlier versions kept none
-        if missing := [name for name in _KEPT if name not in state]:
+        if missing := [name for name in ("base", "values", *_KEPT) if name not in state]:
             raise ValueError(f"this is no state of a controller: it has no {missing[0]}")
         was, own = len(state["base"].get("lr", [])), len(self.optimizer.param_groups)
         if was != own:
             raise ValueError(f"the state is of {was} parameter groups, the optimizer has {own}")
         for name in _KEPT:
             setattr(self, name, copy.deepcopy(state[name]))
-        # What other rules had made of a value would stay for ever: nothing moves it any more
+        self.base = [*state["base"]["lr"]]
+        self.values.take(state, [active.rule for active in self.rules])
+        # What other rules had made of the rate would stay for ever: nothing moves it any more
         labels = {active.rule.label for active in self.rules if active.rule.moves == "lr"}
         self.ratios = {label: ratio for label, ratio in self.ratios.items() if label in labels}
-        for name, parts in self.parts.items():
-            labels = {active.rule.label for active in self.rules if active.rule.moves == name}
-            self.parts[name] = {label: part for label, part in parts.items() if label in labels}
         readers = {active.reader for active in self.rules}
         self.seen = {reader: seen for reader, seen in self.seen.items() if reader in readers}
         self.write()
 
 
-_KEPT = ("base", "values", "parts", "ratios", "seen", "ignored", "step")
+_KEPT = ("ratios", "seen", "ignored", "step")
