@@ -171,9 +171,9 @@ def test_a_kl_of_the_update_is_that_of_the_two_policies(
     run_parts, settings, tmp_path, monkeypatch, batch, length, rows, few
 ):
     """By the model's own passes before and after the step; rewards differ whatever is sampled."""
-    (tmp_path / "noisy.py").write_text(RANDOM_REWARD)
+    (tmp_path / "noise_of_control.py").write_text(RANDOM_REWARD)
     monkeypatch.syspath_prepend(tmp_path)
-    settings["REWARDS"] = [{"TYPE": "python", "FUNCTION": "noisy:noise"}]
+    settings["REWARDS"] = [{"TYPE": "python", "FUNCTION": "noise_of_control:noise"}]
     seen, sampled = [], []
     rows = torch.tensor([*rows])
 

@@ -1201,7 +1201,7 @@ def test_a_reward_that_raises_pauses_too(settings, main, capsys, tmp_path, monke
 
 def test_an_evaluation_that_fails_is_left_out(settings, main, caplog, tmp_path, monkeypatch):
     """The step before it is made: pausing the run would make it twice."""
-    (tmp_path / "picky.py").write_text(
+    (tmp_path / "evaluates.py").write_text(
         "def picky(prompts, completions, **_):\n"
         "    if 'odd' in prompts:\n"
         "        raise KeyError('odd')\n"
@@ -1209,7 +1209,7 @@ def test_an_evaluation_that_fails_is_left_out(settings, main, caplog, tmp_path, 
     )
     (tmp_path / "eval.json").write_text(json.dumps([{"prompt": "odd"}]))
     monkeypatch.syspath_prepend(tmp_path)
-    keys = settings | {"REWARDS": [{"TYPE": "python", "FUNCTION": "picky:picky"}]}
+    keys = settings | {"REWARDS": [{"TYPE": "python", "FUNCTION": "evaluates:picky"}]}
     keys |= {"EVAL_FILE": str(tmp_path / "eval.json"), "EVAL_EVERY": 2}
     assert main(keys) == 0
     assert "evaluation left out: reward 'picky' failed (KeyError: 'odd')" in caplog.text

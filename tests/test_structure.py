@@ -237,3 +237,12 @@ def test_comprehensions_hide_no_name_of_their_module():
     assert shadowing(code) == {"number"}
     found = {file.name: shadowing(file.read_text(encoding="utf-8")) for file in FILES}
     assert {name: names for name, names in found.items() if names} == {}
+
+
+def test_no_two_files_of_tests_write_a_module_of_rewards_of_one_name():
+    """A process imports it once: the second test would be given the first one's rewards."""
+    found: dict[str, Path] = {}
+    for file in sorted((ROOT / "tests").glob("test_*.py")):
+        for name in set(re.findall(r'"FUNCTION": f?"(\w+):', file.read_text(encoding="utf-8"))):
+            is_written = f'"{name}.py"' in file.read_text(encoding="utf-8")
+            assert not is_written or found.setdefault(name, file) == file, f"{name} of {file.name}"
