@@ -8,13 +8,11 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import hypothesis
 import pytest
-import torch
 from warm import Process, Server
 
 if TYPE_CHECKING:
@@ -31,9 +29,6 @@ ENVIRONMENT = os.environ | {
     "PYTHONPATH": str(Path(__file__).parent),
 }
 os.environ |= {key: ENVIRONMENT[key] for key in ("HF_HUB_OFFLINE", "HF_DATASETS_CACHE")}
-torch.set_num_threads(1)
-hypothesis.settings.register_profile("tests", deadline=None)  # no test is timed
-hypothesis.settings.load_profile("tests")
 
 RANDOM_REWARD = """
 import random
@@ -49,9 +44,25 @@ PROMPTS = [
 ]
 
 
+def pytest_collectstart() -> None:
+    settle()
+
+
+@cache
+def settle() -> None:
+    """Where tests are collected: the process that only hands them out needs no torch."""
+    import hypothesis
+    import torch
+
+    torch.set_num_threads(1)
+    hypothesis.settings.register_profile("tests", deadline=None)  # no test is timed
+    hypothesis.settings.load_profile("tests")
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random GPT-2 of two layers, GPT-2's dropout of 0.1 and pad = EOS."""
+    import torch
     from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
     folder = tmp_path_factory.mktemp("tiny")
@@ -105,6 +116,7 @@ def start(tmp_path: Path, warm: Server) -> Callable[..., subprocess.Popen | Proc
 
     From an interpreter that has imported torch, unless a `fresh` one is asked for.
     """
+    import torch
 
     def run(
         config: dict | Path,
@@ -251,6 +263,8 @@ def products_of_cuda(monkeypatch) -> Callable[[], None]:
 
     Every tensor says that it is on CUDA. `torch.mm` stands in for CUDA's.
     """
+    import torch
+
     mm = torch.mm
 
     def with_fp32_result(a, b, *, out=None, out_dtype=None):
