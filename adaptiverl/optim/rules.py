@@ -5,6 +5,7 @@ and what a config may say all come from it. `python -m scripts.rules_tables` wri
 """
 
 import difflib
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -318,5 +319,6 @@ def documented(cls: C, own: Mapping[str, str] = MappingProxyType({})) -> C:
     for name, constant in CONSTANTS.items():
         said[name] = f"{name} = {constant.shown}: {constant.meaning}; in {constant.range}"
     lines += (said | dict(own)).values()
-    cls.__doc__ = "\n    ".join([f"{cls.__doc__}", *lines, ""])
+    # Python 3.13 takes the indentation off by itself
+    cls.__doc__ = "\n".join([inspect.cleandoc(f"{cls.__doc__}"), *lines, ""])
     return cls
