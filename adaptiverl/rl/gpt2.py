@@ -7,7 +7,7 @@ dropout (it is always off), the projection to logits (head.py) and the variants 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import GPT2LMHeadModel, GPT2Model, PreTrainedModel
 
 from adaptiverl.rl.rollout import Rollout
+
+AddNorm = Callable[[Tensor, Tensor, torch.nn.LayerNorm], tuple[Tensor, Tensor]]
 
 
 class Cache:
@@ -29,6 +31,18 @@ class Cache:
         """Adds the new tokens' keys and values; returns all that these tokens may attend to."""
         self.held = new if self.held is None else torch.cat([self.held, new], 3)
         return self.held
+
+    def attend(self, qkv: Tensor, attend: Tensor) -> Tensor:
+        """The attention [B, N, D] of new tokens, whose `qkv` are [B, N, 3, H, D / H].
+
+        `attend` [B, 1, N, cached + N] is 0 where a token attends, else −inf.
+        """
+        q, kv = qkv.permute(2, 0, 3, 1, 4).split((1, 2))  # [1 or 2, B, H, N, D / H]
+        q, (k, v) = q.flatten(0, 1), self.extend(kv)
+        if q.requires_grad:
+            q = q.clone()  # backward keeps it, and a view would keep all of qkv
+        attended = scaled_dot_product_attention(q, k, v, attn_mask=attend)
+        return attended.transpose(1, 2).flatten(2)
 
     def take(self, rows: Tensor) -> "Cache":
         """A cache of the given `rows`, which may repeat."""
@@ -46,36 +60,39 @@ def is_gpt2(lm: PreTrainedModel) -> bool:
     )
 
 
+def add_norm(x: Tensor, delta: Tensor, norm: torch.nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    """x + delta, and its layer norm."""
+    x = x + delta
+    return x, norm(x)
+
+
 def hidden_states(
     transformer: GPT2Model,
     ids: Tensor,
     positions: Tensor,
     attend: Tensor,
     caches: Sequence[Cache],
+    add_norm: AddNorm = add_norm,
 ) -> Tensor:
     """The last layer's output [B, N, D] for `ids` [B, N] at `positions` [B, N].
 
-    `attend` [B, 1, N, cached + N] is True where a token attends; in floating point 0, else −inf.
+    `attend` [B, 1, N, cached + N] is True where a token attends.
     """
     rows, length = ids.shape
     heads = transformer.config.n_head
-    x = transformer.wte(ids) + transformer.wpe(positions)
+    x, delta = transformer.wte(ids), transformer.wpe(positions)
     for block, cache in zip(transformer.h, caches, strict=True):
-        qkv = block.attn.c_attn(block.ln_1(x)).view(rows, length, 3, heads, -1)
-        q, kv = qkv.permute(2, 0, 3, 1, 4).split((1, 2))  # [1 or 2, B, H, N, D / H]
-        q, (k, v) = q.flatten(0, 1), cache.extend(kv)
-        if q.requires_grad:
-            q = q.clone()  # backward keeps it, and a view would keep all of qkv
+        x, normed = add_norm(x, delta, block.ln_1)
+        qkv = block.attn.c_attn(normed).view(rows, length, 3, heads, -1)
         if attend.dtype == torch.bool:  # converted once here, not by torch in every layer
-            hidden = torch.zeros_like(attend, dtype=q.dtype)
+            hidden = torch.zeros_like(attend, dtype=qkv.dtype)
             attend = hidden.masked_fill_(~attend, -torch.inf)
-        attended = scaled_dot_product_attention(q, k, v, attn_mask=attend)
-        x = x + block.attn.c_proj(attended.transpose(1, 2).reshape(rows, length, -1))
-        inner = block.mlp.c_fc(block.ln_2(x))
+        x, normed = add_norm(x, block.attn.c_proj(cache.attend(qkv, attend)), block.ln_2)
+        inner = block.mlp.c_fc(normed)
         outer = gelu(inner)
         with recompute_gelu(outer, inner):
-            x = x + block.mlp.c_proj(outer)
-    return transformer.ln_f(x)
+            delta = block.mlp.c_proj(outer)
+    return transformer.ln_f(x + delta)  # not rounded to what is multiplied: the head divides it
 
 
 def recompute_gelu(outer: Tensor, inner: Tensor) -> saved_tensors_hooks:

@@ -9,6 +9,7 @@ ones.
 
 import copy
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,11 +17,11 @@ from torch.nn.functional import pad
 from transformers import GPT2Model
 from transformers.pytorch_utils import Conv1D
 
-from adaptiverl.rl.gpt2 import Cache, hidden_states, read_prompts
+from adaptiverl.rl.gpt2 import Cache, add_norm, hidden_states, read_prompts
 from adaptiverl.rl.projection import Projection, computed_in
 from adaptiverl.rl.rollout import Rollout
 from adaptiverl.rl.sampling.stop import NO_TOKEN
-from adaptiverl.rl.sampling.tokens import TokenSampler
+from adaptiverl.rl.sampling.tokens import TokenSampler, kernels_for
 
 COMPACT_EVERY = 16  # tokens
 ROUND_TO = 8  # slots; an odd number of columns makes products up to 1.6 times as slow on a CPU
@@ -39,9 +40,15 @@ class SlotCache(Cache):
     without it to the last of the `width` columns that a step uses.
     """
 
-    def __init__(self, held: Tensor, column: Tensor | None):
+    def __init__(self, held: Tensor, column: Tensor | None, kernels: Any = None):
         super().__init__(held)
-        self.column, self.live, self.width = column, held.shape[1], held.shape[3]
+        self.column, self.kernels = column, kernels
+        self.live, self.width = held.shape[1], held.shape[3]
+
+    def attend(self, qkv: Tensor, attend: Tensor) -> Tensor:
+        if self.kernels is None:
+            return super().attend(qkv, attend)
+        return self.kernels.attention(qkv, self.held, attend, self.column)
 
     def extend(self, new: Tensor) -> Tensor:
         rows = self.held[:, : self.live]
@@ -76,9 +83,15 @@ class Decoder:
         self.token_sampler, self.static = token_sampler, static
         self.rows, self.length, self.width = rows, length, width
         self.round_to = round_to
-        self.projection = Projection(head, token_sampler.temperature)
+        self.kernels, self.add_norm = kernels_for(device), add_norm
+        self.projection = Projection(head, token_sampler.temperature, by_token=bool(self.kernels))
         self.dtype = computed_in(head.weight)
         self.transformer = transformer
+        if self.kernels:
+            quantised = not all(p.is_floating_point() for p in transformer.parameters())
+            # What quantised layers multiply is theirs to round
+            normed = transformer.ln_f.weight.dtype if quantised else self.dtype
+            self.add_norm = functools.partial(self.kernels.add_norm, normed)
         self.copies: list[tuple[Tensor, Tensor]] = []  # (copy, original) of what autocast casts
         if self.projection.weight.dtype != head.weight.dtype:
             self.copies.append((self.projection.weight, head.weight))
@@ -102,9 +115,9 @@ class Decoder:
 
         config = transformer.config
         shape = (2, rows, config.n_head, width, config.n_embd // config.n_head)
-        column = self.column if static else None
+        column = self.column if static or self.kernels else None
         self.caches = [
-            SlotCache(torch.zeros(shape, dtype=self.dtype, device=device), column)
+            SlotCache(torch.zeros(shape, dtype=self.dtype, device=device), column, self.kernels)
             for _ in transformer.h
         ]
         self.by_slot = [self.row, self.live, self.token, self.position, self.uniform, self.attend]
@@ -195,6 +208,7 @@ class Decoder:
             self.position[:n, None],
             self.attend[:n, ..., :width],
             self.caches,
+            self.add_norm,
         )
         self.column += 1
         self.position += 1

@@ -1,6 +1,11 @@
 """How one token is drawn: from a uniform random number, by inverting the cumulative sum."""
 
+import functools
+import os
+import shutil
 from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +15,17 @@ from adaptiverl.rl.projection import exponentials_
 from adaptiverl.rl.sampling.stop import StopStrings
 
 BLOCK = 256  # tokens of the vocabulary
+
+
+@functools.cache
+def kernels_for(device: torch.device) -> Any:
+    """kernels.py where it runs: on CUDA, with Triton and the C compiler that Triton calls."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if device.type != "cuda" or find_spec("triton") is None or compiler is None:
+        return None
+    from adaptiverl.rl.sampling import kernels  # Triton is on CUDA alone
+
+    return kernels
 
 
 @dataclass(frozen=True)
@@ -60,6 +76,8 @@ def inverse_cdf_sample_(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor
     First finds the block of the vocabulary, then the token in it: sums over 50,000 tokens need
     float64, because float32 is off by more than a rare token's probability. Overwrites `logits`.
     """
+    if kernels := kernels_for(logits.device):
+        return kernels.inverse_cdf_sample(logits.t().contiguous(), uniform)
     vocabulary, n = logits.shape
     weights, _ = exponentials_(logits)
     even = vocabulary // BLOCK * BLOCK
