@@ -88,14 +88,14 @@ def _attention(
         seen = hidden == 0
         place = base + at[:, None] * size + dim[None]
         read = seen[:, None] & inside[None]
-        key = tl.load(keys + place, read, other=0.0).to(tl.float32)
-        value = tl.load(values + place, read, other=0.0).to(tl.float32)
-        score = tl.where(seen, tl.sum(query[None] * key, 1), float("-inf"))
+        held_key = tl.load(keys + place, read, other=0.0).to(tl.float32)
+        held_value = tl.load(values + place, read, other=0.0).to(tl.float32)
+        score = tl.where(seen, tl.sum(query[None] * held_key, 1), float("-inf"))
         new_largest = tl.maximum(largest, tl.max(score, 0))
         weight = tl.exp(score - new_largest)
         kept = tl.exp(largest - new_largest)
         total = total * kept + tl.sum(weight, 0)
-        result = result * kept + tl.sum(weight[:, None] * value, 0)
+        result = result * kept + tl.sum(weight[:, None] * held_value, 0)
         largest = new_largest
         begin += COLUMNS
     result = (result / total).to(out.dtype.element_ty)
