@@ -55,15 +55,14 @@ def _fp32_logits(head: torch.nn.Linear, hidden: Tensor) -> Tensor:
 class Projection:
     """Logits of a few hidden states at a time, fp32, in one buffer.
 
-    `weight` is [V, D] in the type that is multiplied, `bias` [V, 1] or None. With `by_token` the
-    logits of a token lie side by side, as kernels.py reads them.
+    `weight` is [V, D] in the type that is multiplied, `bias` [V, 1] or None.
     """
 
-    def __init__(self, head: torch.nn.Linear, temperature: float = 1.0, by_token: bool = False):
+    def __init__(self, head: torch.nn.Linear, temperature: float = 1.0):
         device = head.weight.device
         self.weight = head.weight.detach().to(operand_dtype(head.weight))
         self.bias = None if head.bias is None else head.bias.detach().float()[:, None]
-        self.temperature, self.by_token = temperature, by_token
+        self.temperature = temperature
         self.buffer = torch.empty(0, device=device)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -71,12 +70,8 @@ class Projection:
         size = len(self.weight) * len(hidden)
         if self.buffer.numel() < size:
             self.buffer = self.buffer.new_empty(size)
-        if self.by_token:
-            logits = self.buffer[:size].view(len(hidden), -1)
-            logits = fp32_product(self.states(hidden), self.weight.t(), out=logits).t()
-        else:
-            logits = self.buffer[:size].view(-1, len(hidden))
-            fp32_product(self.weight, self.states(hidden).t(), out=logits)
+        logits = self.buffer[:size].view(-1, len(hidden))
+        fp32_product(self.weight, self.states(hidden).t(), out=logits)
         if self.bias is not None:
             logits += self.bias / self.temperature
         return logits

@@ -84,14 +84,12 @@ class Decoder:
         self.rows, self.length, self.width = rows, length, width
         self.round_to = round_to
         self.kernels, self.add_norm = kernels_for(device), add_norm
-        self.projection = Projection(head, token_sampler.temperature, by_token=bool(self.kernels))
+        self.projection = Projection(head, token_sampler.temperature)
         self.dtype = computed_in(head.weight)
         self.transformer = transformer
-        if self.kernels:
-            quantised = not all(p.is_floating_point() for p in transformer.parameters())
-            # What quantised layers multiply is theirs to round
-            normed = transformer.ln_f.weight.dtype if quantised else self.dtype
-            self.add_norm = functools.partial(self.kernels.add_norm, normed)
+        # Quantised layers round what they are given in their own way
+        if self.kernels and all(p.is_floating_point() for p in transformer.parameters()):
+            self.add_norm = functools.partial(self.kernels.add_norm, self.dtype)
         self.copies: list[tuple[Tensor, Tensor]] = []  # (copy, original) of what autocast casts
         if self.projection.weight.dtype != head.weight.dtype:
             self.copies.append((self.projection.weight, head.weight))

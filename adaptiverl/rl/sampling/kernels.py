@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 COLUMNS = 64  # of the cache that a program reads at a time
-BLOCK = 2048  # tokens of the vocabulary
+BLOCK, ROWS = 256, 32  # logits that a program sums: tokens of the vocabulary, and completions
 
 
 def add_norm(
@@ -103,30 +103,36 @@ def _attention(
 
 
 def inverse_cdf_sample(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """As tokens.py's, of logits [n, V] that it leaves as they are."""
-    rows, vocabulary = logits.shape
+    """As tokens.py's, but that it leaves the logits [V, n] as they are."""
+    vocabulary, rows = logits.shape
     blocks = triton.cdiv(vocabulary, BLOCK)
-    largest, sums = logits.new_empty(2, rows, blocks)
+    largest, sums = logits.new_empty(2, blocks, rows)
     token = torch.empty(rows, dtype=torch.long, device=logits.device)
     logprob = logits.new_empty(rows)
-    _sums[(rows, blocks)](logits, largest, sums, vocabulary, blocks, BLOCK=BLOCK, num_warps=8)
+    _sums[(blocks, triton.cdiv(rows, ROWS))](
+        logits, largest, sums, vocabulary, rows, BLOCK=BLOCK, ROWS=ROWS, num_warps=4
+    )
     _draw[(rows,)](
-        logits, uniform, uniform.stride(0), largest, sums, token, logprob, vocabulary, blocks,
-        BLOCK=BLOCK, BLOCKS=triton.next_power_of_2(blocks), num_warps=8,
+        logits, uniform, uniform.stride(0), largest, sums, token, logprob, vocabulary, rows, blocks,
+        BLOCK=BLOCK, BLOCKS=triton.next_power_of_2(blocks), num_warps=4,
     )  # fmt: skip
     return token, logprob
 
 
 @triton.jit
-def _sums(logits, largest, sums, vocabulary, blocks, BLOCK: tl.constexpr):
+def _sums(
+    logits, largest, sums, vocabulary, rows, BLOCK: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
     """Of each block of a row: its largest logit m, and Σ exp(logit − m)."""
-    row, block = tl.program_id(0), tl.program_id(1)
+    block, row = tl.program_id(0), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     at = block * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(logits + row.to(tl.int64) * vocabulary + at, at < vocabulary, other=float("-inf"))
+    inside = (at < vocabulary)[:, None] & (row < rows)[None]
+    place = at[:, None].to(tl.int64) * rows + row[None]
+    x = tl.load(logits + place, inside, other=float("-inf"))
     top = tl.max(x, 0)
-    tl.store(largest + row * blocks + block, top)
+    tl.store(largest + block * rows + row, top, row < rows)
     top = tl.where(top == float("-inf"), 0.0, top)
-    tl.store(sums + row * blocks + block, tl.sum(tl.exp(x - top), 0))
+    tl.store(sums + block * rows + row, tl.sum(tl.exp(x - top[None]), 0), row < rows)
 
 
 @triton.jit
@@ -142,13 +148,13 @@ def _first_above(cumulative, threshold, weight, index, SIZE: tl.constexpr):
 
 @triton.jit
 def _draw(
-    logits, uniform, uniform_stride, largest, sums, token, logprob, vocabulary, blocks,
+    logits, uniform, uniform_stride, largest, sums, token, logprob, vocabulary, rows, blocks,
     BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     index = tl.arange(0, BLOCKS)
-    tops = tl.load(largest + row * blocks + index, index < blocks, other=float("-inf"))
-    size = tl.load(sums + row * blocks + index, index < blocks, other=0.0).to(tl.float64)
+    tops = tl.load(largest + index * rows + row, index < blocks, other=float("-inf"))
+    size = tl.load(sums + index * rows + row, index < blocks, other=0.0).to(tl.float64)
     top = tl.max(tops, 0)
     weight = size * tl.exp(tops - top).to(tl.float64)
     cumulative = tl.cumsum(weight, 0)
@@ -160,13 +166,13 @@ def _draw(
 
     index = tl.arange(0, BLOCK)
     at = block * BLOCK + index
-    own = logits + row.to(tl.int64) * vocabulary
-    x = tl.load(own + at, at < vocabulary, other=float("-inf"))
+    own = logits + row
+    x = tl.load(own + at.to(tl.int64) * rows, at < vocabulary, other=float("-inf"))
     weight = tl.exp(x - top).to(tl.float64)
     cumulative = tl.cumsum(weight, 0)
     threshold = fraction * tl.max(cumulative, 0)
     offset = _first_above(cumulative, threshold, weight, index, BLOCK)
     chosen = tl.minimum(block * BLOCK + offset, vocabulary - 1)
     tl.store(token + row, chosen)
-    result = tl.load(own + chosen) - top - tl.log(total).to(tl.float32)
+    result = tl.load(own + chosen.to(tl.int64) * rows) - top - tl.log(total).to(tl.float32)
     tl.store(logprob + row, result)

@@ -77,7 +77,7 @@ def inverse_cdf_sample_(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor
     float64, because float32 is off by more than a rare token's probability. Overwrites `logits`.
     """
     if kernels := kernels_for(logits.device):
-        return kernels.inverse_cdf_sample(logits.t().contiguous(), uniform)
+        return kernels.inverse_cdf_sample(logits.contiguous(), uniform)
     vocabulary, n = logits.shape
     weights, _ = exponentials_(logits)
     even = vocabulary // BLOCK * BLOCK
