@@ -11,6 +11,7 @@ ITEMS = {
     "fp32, bf16, fp16",
     "same samples": "the same samples with graphs and without; batches of 1 to 33, early ends, "
     "EOS at once",
+    "kernels": "the kernels of sampling beside torch: norm, attention over the cache, the draw",
     "new weights": "graphs see new weights: after every optimizer, `load_state_dict`, adapters "
     "merged and not, 4 and 8 bits",
     "precisions": "FP16 with its scaler, BF16, LoRA, 4 and 8 bits, 8-bit AdamW train and resume",

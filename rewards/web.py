@@ -74,9 +74,9 @@ class Page:
         name = socket.gethostname() if self.hosts is None else f"[{host}]" if ":" in host else host
         self.address = f"http://{name}:{port}"
         self.cookie = f"labels-{port}"  # cookies do not know ports
-        self.server = uvicorn.Server(
-            uvicorn.Config(self.app(), log_level="warning", lifespan="off", access_log=False)
-        )
+        # Without log_config=None it would close the log files of the whole process
+        options: dict[str, Any] = {"log_config": None, "log_level": "warning", "access_log": False}
+        self.server = uvicorn.Server(uvicorn.Config(self.app(), lifespan="off", **options))
         self.thread: threading.Thread | None = None
 
     def start(self) -> None:

@@ -689,10 +689,10 @@ def test_a_file_that_cannot_be_written_is_told_before_the_work(full, command, tm
         f"error: {to} cannot be written (File name too long): name another file by --json\n"
     )
     assert not seen_by_reward.ROWS and not list(tmp_path.iterdir())
-    status, _, err = command("export", full, tmp_path / ("x" * 250) / "model")
+    status, _, err = command("export", full, tmp_path / ("x" * 254) / "model")
     assert (status, err) == (
         2,
-        f"error: {tmp_path}/{'x' * 250} cannot be written (File name too long): name another "
+        f"error: {tmp_path}/{'x' * 254} cannot be written (File name too long): name another "
         "folder\n",
     )
 

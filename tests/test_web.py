@@ -6,6 +6,7 @@ The browser tests need Debian's chromium, or another, and Playwright; without th
 import asyncio
 import http.client
 import json
+import logging
 import math
 import os
 import re
@@ -223,6 +224,19 @@ def test_the_address_stands_on_a_line_of_its_own(tmp_path, capsys):
     made.close()
     (line,) = [line for line in re.split(r"[\r\n]", err) if "label at" in line]
     assert line == f"label at {made.front_end.address}/?token={made.front_end.token}"
+
+
+def test_the_logs_of_the_process_stay_open(tmp_path):
+    handler = logging.FileHandler(tmp_path / "own.log", mode="w", encoding="utf-8")
+    own = logging.getLogger("of the user")
+    own.addHandler(handler)
+    try:
+        HumanReward(where="web", port=0, labels=str(tmp_path / "labels.sqlite")).close()
+        own.error("still here")
+        assert (tmp_path / "own.log").read_text("utf-8") == "still here\n"
+    finally:
+        own.removeHandler(handler)
+        handler.close()
 
 
 def test_an_idle_page_keeps_nothing_and_is_nobody(reward):

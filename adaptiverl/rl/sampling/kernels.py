@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-COLUMNS = 64  # of the cache that a program reads at a time
+TILE = 2**14  # bytes of keys, and of values, that a program reads at a time
 BLOCK, ROWS = 256, 32  # logits that a program sums: tokens of the vocabulary, and completions
 
 
@@ -53,9 +53,11 @@ def attention(qkv: Tensor, held: Tensor, attend: Tensor, column: Tensor) -> Tens
     rows = len(qkv)
     _, _, heads, columns, size = held.shape
     out = qkv.new_empty(rows, 1, heads * size)
+    padded = triton.next_power_of_2(size)
+    at_once = max(1, TILE // held.element_size() // padded)
     _attention[(rows, heads)](
         qkv, held[0], held[1], attend, column, out, heads, size, columns, attend.stride(0),
-        size**-0.5, COLUMNS=COLUMNS, SIZE=triton.next_power_of_2(size), num_warps=4,
+        size**-0.5, COLUMNS=at_once, SIZE=padded, num_warps=2,
     )  # fmt: skip
     return out
 
@@ -84,18 +86,17 @@ def _attention(
     begin = tl.full((), 0, tl.int64)
     while begin < last:
         at = begin + tl.arange(0, COLUMNS)
-        hidden = tl.load(attend + row * attend_stride + at, at < last, other=float("-inf"))
-        seen = hidden == 0
-        place = base + at[:, None] * size + dim[None]
-        read = seen[:, None] & inside[None]
-        held_key = tl.load(keys + place, read, other=0.0).to(tl.float32)
-        held_value = tl.load(values + place, read, other=0.0).to(tl.float32)
-        score = tl.where(seen, tl.sum(query[None] * held_key, 1), float("-inf"))
+        there = at < last
+        hidden = tl.load(attend + row * attend_stride + at, there, other=float("-inf"))
+        place, read = base + at[:, None] * size + dim[None], there[:, None] & inside[None]
+        held_key = tl.load(keys + place, read, other=0.0, eviction_policy="evict_first")
+        held_value = tl.load(values + place, read, other=0.0, eviction_policy="evict_first")
+        score = tl.sum(query[None] * held_key.to(tl.float32), 1) + hidden.to(tl.float32)
         new_largest = tl.maximum(largest, tl.max(score, 0))
         weight = tl.exp(score - new_largest)
         kept = tl.exp(largest - new_largest)
         total = total * kept + tl.sum(weight, 0)
-        result = result * kept + tl.sum(weight[:, None] * held_value, 0)
+        result = result * kept + tl.sum(weight[:, None] * held_value.to(tl.float32), 0)
         largest = new_largest
         begin += COLUMNS
     result = (result / total).to(out.dtype.element_ty)
