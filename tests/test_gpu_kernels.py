@@ -85,6 +85,9 @@ def test_attention_is_torchs_and_the_cache_is_written(kernels, device, dtype, si
     near = BF16_ULP if dtype == torch.bfloat16 else 1e-6
     torch.testing.assert_close(own.double(), exact.transpose(1, 2).flatten(2), rtol=near, atol=1e-6)
     assert torch.equal(own[0, 0], qkv[0, 0, 2].flatten())
+    # Layers of 8 bits give fp32: then, as under autocast, the result is of the cache's type
+    wide = kernels.attention(qkv.float(), held, attend, torch.tensor([now], device=device))
+    torch.testing.assert_close(wide, own, rtol=near, atol=1e-6)
 
 
 @everywhere("kernels")

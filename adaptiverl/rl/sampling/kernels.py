@@ -52,7 +52,7 @@ def attention(qkv: Tensor, held: Tensor, attend: Tensor, column: Tensor) -> Tens
     """
     rows = len(qkv)
     _, _, heads, columns, size = held.shape
-    out = qkv.new_empty(rows, 1, heads * size)
+    out = held.new_empty(rows, 1, heads * size)  # of its type, as autocast makes it
     padded = triton.next_power_of_2(size)
     at_once = max(1, TILE // held.element_size() // padded)
     _attention[(rows, heads)](
