@@ -20,7 +20,7 @@ from adaptiverl.rl.head import token_logprobs
 from adaptiverl.rl.policy import Policy
 from adaptiverl.rl.rollout import Rollout, uniforms
 from adaptiverl.rl.sampling.decode import Decoder
-from adaptiverl.rl.sampling.static_cache import StaticCacheBackend
+from adaptiverl.rl.sampling.static_cache import StaticCacheBackend, kernels_for
 from adaptiverl.rl.sampling.tokens import TokenSampler
 from adaptiverl.training import state
 
@@ -36,6 +36,25 @@ def sample(ways: StaticCacheBackend) -> Rollout:
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in PROMPTS])
     with torch.no_grad():
         return ways(ids, mask, torch.tensor(OF), uniforms(0, 1, len(OF), 20))
+
+
+@pytest.mark.parametrize(
+    ("device", "there", "compilers", "kernels"),
+    [
+        ("cuda", ["triton"], ["clang"], True),
+        ("cuda", ["triton"], [], False),
+        ("cuda", [], ["gcc"], False),
+        ("cpu", ["triton"], ["gcc"], False),
+    ],
+)
+def test_kernels_need_cuda_triton_and_its_compiler(monkeypatch, device, there, compilers, kernels):
+    stand_in = SimpleNamespace(__spec__=SimpleNamespace())
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setitem(sys.modules, "triton", stand_in if "triton" in there else None)
+    monkeypatch.setattr("shutil.which", lambda name: name in compilers or None)
+    monkeypatch.setitem(sys.modules, "adaptiverl.rl.sampling.kernels", stand_in)
+    found = kernels_for.__wrapped__(torch.device(device))
+    assert found is (stand_in if kernels else None)
 
 
 def with_lora() -> Policy:

@@ -7,13 +7,13 @@ import os
 
 import pytest
 import torch
-from gpu_parts import everywhere, kept_backend, sample
+from gpu_parts import everywhere, sample, tokens
 from test_decode import small_gpt2
 from torch.nn.functional import scaled_dot_product_attention
 
 from adaptiverl.rl.policy import Policy
-from adaptiverl.rl.sampling import decode, tokens
-from adaptiverl.rl.sampling.tokens import inverse_cdf_sample_, kernels_for
+from adaptiverl.rl.sampling.static_cache import StaticCacheBackend, kernels_for
+from adaptiverl.rl.sampling.tokens import inverse_cdf_sample_
 
 BF16_ULP = 2**-7  # relative; what interprets kernels truncates
 ALMOST_1 = 1 - 2**-53
@@ -29,13 +29,6 @@ def kernels(device):
     from adaptiverl.rl.sampling import kernels
 
     return kernels
-
-
-@pytest.fixture
-def plain(monkeypatch):
-    """torch's own sampling, on a card too."""
-    for module in (tokens, decode):
-        monkeypatch.setattr(module, "kernels_for", lambda device: None)
 
 
 @everywhere("kernels")
@@ -92,7 +85,7 @@ def test_attention_is_torchs_and_the_cache_is_written(kernels, device, dtype, si
 
 @everywhere("kernels")
 @pytest.mark.parametrize(("vocabulary", "rows"), [(7, 1), (256, 33), (5000, 64)])
-def test_tokens_are_those_of_torchs_draw(kernels, plain, device, vocabulary, rows):
+def test_tokens_are_those_of_torchs_draw(kernels, device, vocabulary, rows):
     torch.manual_seed(0)
     logits = torch.randn(vocabulary, rows, device=device) * 3 - 100
     logits[: vocabulary // 2, 0] = -torch.inf  # whole blocks that are never drawn from
@@ -117,14 +110,12 @@ def test_logits_that_are_no_numbers_give_a_token_of_the_vocabulary_and_nan(kerne
 
 @everywhere("kernels")
 @pytest.mark.parametrize("static", [True, False])
-def test_a_decoder_samples_the_same_with_them(kernels, device, static, monkeypatch):
+def test_a_decoder_samples_the_same_with_them(kernels, device, static):
     """EOS is one word of seven: completions end at all times, and slots move."""
     policy, found = Policy(small_gpt2(7, initializer_range=0.2).to(device)), []
     for chosen in (None, kernels):
-        for module in (tokens, decode):
-            monkeypatch.setattr(module, "kernels_for", lambda device, chosen=chosen: chosen)
-        ways = kept_backend(policy)
-        ways.static = static
+        ways = StaticCacheBackend(policy, tokens(device), static)
+        ways.kernels = chosen
         found.append([sample(ways, device, rows=5, length=20, seed=seed) for seed in range(2)])
     for own, fast in zip(*found, strict=True):
         assert torch.equal(own.completion_ids, fast.completion_ids)

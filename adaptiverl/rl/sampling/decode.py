@@ -17,11 +17,11 @@ from torch.nn.functional import pad
 from transformers import GPT2Model
 from transformers.pytorch_utils import Conv1D
 
-from adaptiverl.rl.gpt2 import Cache, add_norm, hidden_states, read_prompts
+from adaptiverl.rl.gpt2 import AddNorm, Cache, add_norm, hidden_states, read_prompts
 from adaptiverl.rl.projection import Projection, computed_in
 from adaptiverl.rl.rollout import Rollout
 from adaptiverl.rl.sampling.stop import NO_TOKEN
-from adaptiverl.rl.sampling.tokens import TokenSampler, kernels_for
+from adaptiverl.rl.sampling.tokens import TokenSampler
 
 COMPACT_EVERY = 16  # tokens
 ROUND_TO = 8  # slots; an odd number of columns makes products up to 1.6 times as slow on a CPU
@@ -64,7 +64,8 @@ class Decoder:
 
     `static` is for CUDA: steps have the few sizes that are captured as graphs, and the decoder is
     kept from rollout to rollout. A graph sees new weights because optimizers write in place.
-    Otherwise steps compute a multiple of `round_to` slots, or all of them.
+    Otherwise steps compute a multiple of `round_to` slots, or all of them. `kernels` is kernels.py,
+    or None for torch's.
     """
 
     def __init__(
@@ -78,18 +79,20 @@ class Decoder:
         width: int,
         static: bool = False,
         round_to: int = ROUND_TO,
+        kernels: Any = None,
     ):
         device = head.weight.device
         self.token_sampler, self.static = token_sampler, static
         self.rows, self.length, self.width = rows, length, width
         self.round_to = round_to
-        self.kernels, self.add_norm = kernels_for(device), add_norm
+        self.add_norm: AddNorm = add_norm
+        self.draw = kernels.inverse_cdf_sample if kernels else None
         self.projection = Projection(head, token_sampler.temperature)
         self.dtype = computed_in(head.weight)
         self.transformer = transformer
         # Quantised layers round what they are given in their own way
-        if self.kernels and all(p.is_floating_point() for p in transformer.parameters()):
-            self.add_norm = functools.partial(self.kernels.add_norm, self.dtype)
+        if kernels and all(p.is_floating_point() for p in transformer.parameters()):
+            self.add_norm = functools.partial(kernels.add_norm, self.dtype)
         self.copies: list[tuple[Tensor, Tensor]] = []  # (copy, original) of what autocast casts
         if self.projection.weight.dtype != head.weight.dtype:
             self.copies.append((self.projection.weight, head.weight))
@@ -113,9 +116,9 @@ class Decoder:
 
         config = transformer.config
         shape = (2, rows, config.n_head, width, config.n_embd // config.n_head)
-        column = self.column if static or self.kernels else None
+        column = self.column if static or kernels else None
         self.caches = [
-            SlotCache(torch.zeros(shape, dtype=self.dtype, device=device), column, self.kernels)
+            SlotCache(torch.zeros(shape, dtype=self.dtype, device=device), column, kernels)
             for _ in transformer.h
         ]
         self.by_slot = [self.row, self.live, self.token, self.position, self.uniform, self.attend]
@@ -182,7 +185,7 @@ class Decoder:
         """Draws the next token of the first slots after their hidden `states` [n, D]."""
         n = len(states)
         uniform = self.uniform[:n].index_select(1, self.time)[:, 0]
-        token, logprob = self.token_sampler(self.projection.logits(states), uniform)
+        token, logprob = self.token_sampler(self.projection.logits(states), uniform, self.draw)
         at, live = (self.row[:n], self.time), self.live[:n]
         self.token[:n] = token
         self.tokens[at] = token.where(live, self.token_sampler.pad_id)

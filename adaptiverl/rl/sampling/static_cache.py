@@ -1,7 +1,12 @@
 """The backend that samples from GPT-2 by `Decoder`, which CUDA keeps with its graphs."""
 
+import functools
+import importlib.util
+import os
+import shutil
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from adaptiverl.rl.policy import Policy
@@ -11,11 +16,23 @@ from adaptiverl.rl.sampling.decode import Decoder
 from adaptiverl.rl.sampling.tokens import TokenSampler
 
 
+@functools.cache
+def kernels_for(device: torch.device) -> Any:
+    """kernels.py where it runs: on CUDA, with Triton and the C compiler that Triton calls."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if device.type != "cuda" or compiler is None or importlib.util.find_spec("triton") is None:
+        return None
+    from adaptiverl.rl.sampling import kernels  # Triton is not installed everywhere
+
+    return kernels
+
+
 class StaticCacheBackend:
     """Samples from a GPT-2 with a plain head. `static`: keep the decoder (None: on CUDA)."""
 
     def __init__(self, policy: Policy, token_sampler: TokenSampler, static: bool | None = None):
         self.policy, self.token_sampler = policy, token_sampler
+        self.kernels = kernels_for(policy.device)
         self.static = policy.device.type == "cuda" if static is None else static
         self.kept: Decoder | None = None
         self.bound: Any = None  # what the kept one holds fast
@@ -48,6 +65,7 @@ class StaticCacheBackend:
             length=length,
             width=width,
             static=self.static,
+            kernels=self.kernels,
         )
         if self.static:
             self.kept, self.bound = decoder, bound

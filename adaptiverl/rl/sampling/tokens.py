@@ -1,11 +1,7 @@
 """How one token is drawn: from a uniform random number, by inverting the cumulative sum."""
 
-import functools
-import os
-import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,17 +11,7 @@ from adaptiverl.rl.projection import exponentials_
 from adaptiverl.rl.sampling.stop import StopStrings
 
 BLOCK = 256  # tokens of the vocabulary
-
-
-@functools.cache
-def kernels_for(device: torch.device) -> Any:
-    """kernels.py where it runs: on CUDA, with Triton and the C compiler that Triton calls."""
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    if device.type != "cuda" or find_spec("triton") is None or compiler is None:
-        return None
-    from adaptiverl.rl.sampling import kernels  # Triton is on CUDA alone
-
-    return kernels
+Draw = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -49,21 +35,25 @@ class TokenSampler:
         ends = self.ends(tokens).long()
         return ends.cumsum(-1) == ends
 
-    def __call__(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, logits: Tensor, uniform: Tensor, draw: Draw | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Tokens and log-probabilities [n] from logits [V, n] / temperature; overwrites `logits`.
 
         `uniform` is [n], in [0, 1). Top-k and top-p change which token is drawn, not the
-        log-probability that is returned; they copy the logits.
+        log-probability that is returned; they copy the logits. `draw` stands for
+        `inverse_cdf_sample_`.
         """
+        draw = draw or inverse_cdf_sample_
         filters = LogitsProcessorList()
         if self.top_k:
             filters.append(TopKLogitsWarper(self.top_k))
         if self.top_p < 1.0:
             filters.append(TopPLogitsWarper(self.top_p))
         if not filters:
-            return inverse_cdf_sample_(logits, uniform)
+            return draw(logits, uniform)
         filtered = filters(None, logits.t()).t().contiguous()
-        token, _ = inverse_cdf_sample_(filtered, uniform)
+        token, _ = draw(filtered, uniform)
         own = logits.gather(0, token[None])[0]
         relative, largest = exponentials_(logits)
         return token, own - (largest + relative.sum(0).log())
@@ -76,8 +66,6 @@ def inverse_cdf_sample_(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor
     First finds the block of the vocabulary, then the token in it: sums over 50,000 tokens need
     float64, because float32 is off by more than a rare token's probability. Overwrites `logits`.
     """
-    if kernels := kernels_for(logits.device):
-        return kernels.inverse_cdf_sample(logits.contiguous(), uniform)
     vocabulary, n = logits.shape
     weights, _ = exponentials_(logits)
     even = vocabulary // BLOCK * BLOCK
