@@ -1,8 +1,8 @@
 """README.md and docs/ are true: every block runs, links lead somewhere, tables are generated ones.
 
 Each page is gone through in order, in a folder of its own: files that it shows are written, configs
-are checked, commands and snippets run. Runs are cut to two steps where their length is not said, and
-completions to eight tokens.
+are checked, commands and snippets run. Runs are cut to two steps where their length is not said,
+and completions to eight tokens.
 What cannot run says why, in `<!-- not run: … -->` before the block, and `<!-- needs … -->` names a
 module without which it is left out.
 """
