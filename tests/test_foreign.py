@@ -50,6 +50,7 @@ def patient(completions, trainer_state, **columns):
 """
 
 
+@pytest.mark.skipif(os.name == "nt", reason="pipes that have names are of POSIX")
 def test_a_run_goes_on_when_nobody_reads_its_output(
     start, settings, rewards_file, tmp_path, monkeypatch
 ):
