@@ -1,5 +1,6 @@
 """What tests share: an offline environment, a tiny random GPT-2, and runs of train.py."""
 
+import gc
 import json
 import os
 import subprocess
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from adaptiverl.training.build import Parts
 
 ROOT = Path(__file__).parent.parent
+# What was compiled is kept, whatever the shell says: every process would compile it all anew.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 CACHE = tempfile.TemporaryDirectory()  # of `datasets`, instead of the user's
 # One thread: the same sums in the same order, whatever machine and number of processes.
 ENVIRONMENT = os.environ | {
@@ -48,9 +52,16 @@ def pytest_collectstart() -> None:
     settle()
 
 
+def pytest_collection_finish() -> None:
+    """A tenth of the suite's time went to looking for cycles in what was imported: never again."""
+    gc.freeze()
+    gc.enable()
+
+
 @cache
 def settle() -> None:
     """Where tests are collected: the process that only hands them out needs no torch."""
+    gc.disable()  # until all is imported, of which nothing is garbage
     import hypothesis
     import torch
 

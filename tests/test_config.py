@@ -270,7 +270,9 @@ def read_args(tmp_path_factory) -> Callable[[str], object]:
 @settings(deadline=None)
 @given(data=JSON, indent=st.sampled_from([None, 0, 2]), ascii_only=st.booleans())
 def test_json_without_comments_is_left_equal(read_args, data, indent, ascii_only):
-    assert read_args(json.dumps(data, indent=indent, ensure_ascii=ascii_only)) == data
+    """By the reader of JSON alone, and by that of JSON with comments."""
+    text = json.dumps(data, indent=indent, ensure_ascii=ascii_only)
+    assert read_args(text) == data == read_args(f"{text} /**/")
 
 
 @settings(deadline=None)

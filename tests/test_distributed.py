@@ -78,8 +78,11 @@ sys.exit(train.run(config, parts))
 
 # What torchrun does for two processes, without an import in each of them.
 TWO_PROCESSES = (sys.executable, str(ROOT / "tests/launch.py"))
-# --standalone finds a port that is free, also while another suite runs.
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+# --standalone finds a port that is free, also while another suite runs; the workers are forked.
+TORCHRUN = (
+    sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+    "--run_path", "--start_method", "fork",
+)  # fmt: skip
 
 
 # A sharded policy measures a rollout, and differentiates two losses of it.
@@ -216,7 +219,7 @@ def keys(settings):
 def test_two_processes_give_the_losses_of_one(run, main, keys):
     out = Path(keys["OUTPUT_DIR"])
     assert main(keys | {"OUTPUT_DIR": f"{out}-one"}) == 0
-    result = run(keys | {"OUTPUT_DIR": f"{out}-two"}, launcher=TORCHRUN, fresh=True)
+    result = run(keys | {"OUTPUT_DIR": f"{out}-two"}, launcher=TORCHRUN)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("Step 1/4 |") == 1, "one process writes"
 

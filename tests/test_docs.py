@@ -1,7 +1,8 @@
 """README.md and docs/ are true: every block runs, links lead somewhere, tables are generated ones.
 
 Each page is gone through in order, in a folder of its own: files that it shows are written, configs
-are checked, commands and snippets run. Runs are cut to two steps where their length is not said.
+are checked, commands and snippets run. Runs are cut to two steps where their length is not said,
+and completions to eight tokens.
 What cannot run says why, in `<!-- not run: … -->` before the block, and `<!-- needs … -->` names a
 module without which it is left out.
 """
@@ -105,7 +106,7 @@ class Reader:
         import train
 
         is_long = "--dry-run" not in words and not any(w.startswith("STEPS=") for w in words)
-        more = ["STEPS=2"] if is_long else []
+        more = ["MAX_NEW_TOKENS=8", *(["STEPS=2"] if is_long else [])]
         self.monkeypatch.setattr("sys.argv", ["train.py", *words, *more])
         with in_this_process():
             assert train.main() == 0, words

@@ -41,17 +41,36 @@ def out_of(settings: dict) -> Path:
 # The console
 
 
-def test_a_run_goes_on_when_nobody_reads_its_output(start, settings):
-    process = start(settings | {"STEPS": 40, "LOG_EVERY": 1})
+PATIENT = """
+def patient(completions, trainer_state, **columns):
+    if trainer_state.global_step == 2:
+        with open({fifo!r}) as file:
+            file.readline()
+    return [float(len(text)) for text in completions]
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes that have names are of POSIX")
+def test_a_run_goes_on_when_nobody_reads_its_output(
+    start, settings, rewards_file, tmp_path, monkeypatch
+):
+    """From its second step on, which waits until nobody reads."""
+    os.mkfifo(tmp_path / "closed")
+    rewards = rewards_file(PATIENT.format(fifo=str(tmp_path / "closed")), "patient")
+    monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", str(tmp_path))
+    process = start(settings | {"REWARDS": rewards, "STEPS": 5, "LOG_EVERY": 1})
     line = process.stdout.readline()
-    assert line.startswith("Step 1/40"), process.stderr.read()
+    assert line.startswith("Step 1/5"), process.stderr.read()
     process.stdout.close()  # as `| head -1` does
+    closed = os.open(tmp_path / "closed", os.O_RDWR)
+    os.write(closed, b"\n")
     with process.stderr:
         err = process.stderr.read()
     assert process.wait(timeout=120) == 0
+    os.close(closed)
     said = "stdout cannot be written to: the run goes on, and its folder has everything\n"
     assert err.count(said) == 1 and "Traceback" not in err
-    assert len(read_jsonl(out_of(settings) / "metrics.jsonl")) == 40
+    assert len(read_jsonl(out_of(settings) / "metrics.jsonl")) == 5
     assert (out_of(settings) / "final/model.safetensors").exists()
 
 

@@ -52,7 +52,8 @@ class Server(ThreadingHTTPServer):
         self.seen: list[dict] = []
         self.times: list[float] = []
         self.busy = self.busiest = 0
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        # How often it looks whether it is to end, which each test waits for: by default 0.5 s
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     @property
     def url(self) -> str:
@@ -161,7 +162,8 @@ def server(monkeypatch):
 @pytest.fixture
 def judge(server, tmp_path):
     def make(**arguments) -> JudgeReward:
-        own = {"base_url": server.url, "cache": str(tmp_path / "judge.sqlite"), "timeout": 0.5}
+        own = {"base_url": server.url, "cache": str(tmp_path / "judge.sqlite")}
+        own |= {"timeout": 0.5, "backoff": 0}
         return JudgeReward(model="tiny", rubric="Is it long?", **(own | arguments))
 
     return make
@@ -179,10 +181,11 @@ def texts(count: int) -> list[str]:
 def test_with_a_third_of_all_requests_failing_none_is_lost_zeroed_or_paid_twice(server, judge):
     """Killed in the middle by its budget, then started again on the same cache."""
     server.share, server.slow = 0.3, 4.0  # 0.5 s may pass on a busy machine
+    server.faults = [*FAULTS, *[fault for fault in FAULTS if fault != "slow"] * 2]  # it takes 3 s
     completions = texts(500)
 
     def eager(**budget) -> JudgeReward:
-        return judge(retries=30, backoff=0, timeout=3.0, **budget)
+        return judge(retries=30, timeout=3.0, **budget)
 
     first = ask(eager(max_calls=200), completions)
     assert 100 < sum(score is not None for score in first) < 250
@@ -214,14 +217,14 @@ def test_a_fault_that_lasts_is_a_missing_score_and_is_told(server, judge, fault)
 
 def test_retry_after_is_waited_for(server, judge):
     server.share, server.faults = 1.0, ("429",)
-    ask(judge(retries=1, backoff=0), ["a"])
+    ask(judge(retries=1), ["a"])
     assert server.times[1] - server.times[0] >= 0.05
 
 
 @pytest.mark.parametrize("concurrency", [1, 8])
 def test_no_more_requests_at_a_time_than_allowed(server, judge, concurrency):
     server.delay = 0.05
-    ask(judge(concurrency=concurrency), texts(24))
+    ask(judge(concurrency=concurrency), texts(3 * concurrency))
     assert server.busiest == concurrency
 
 
@@ -293,7 +296,7 @@ def test_an_address_that_is_no_judges_is_refused(judge):
             pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Web) as web:
-        threading.Thread(target=web.serve_forever, daemon=True).start()
+        threading.Thread(target=web.serve_forever, args=(0.01,), daemon=True).start()
         url = f"http://127.0.0.1:{web.server_address[1]}"
         with pytest.raises(FatalJudgeError, match="no chat completion but '<html>hello</html>'"):
             ask(judge(base_url=url, timeout=5.0), ["a"])
@@ -639,7 +642,7 @@ def test_where_every_request_is_rejected_it_is_no_judge(server, judge, monkeypat
 
 def test_a_page_or_half_an_answer_among_answers_is_tried_again(server, judge, monkeypatch):
     """From a proxy that is in trouble; of an endpoint that has answered, it says nothing more."""
-    one = judge(retries=3, backoff=0)
+    one = judge(retries=3)
     ask(one, ["a"])
     page = b"<html>502</html>"
     scripted(
@@ -715,7 +718,7 @@ LATER = (429, {"error": {"message": "daily limit"}}, {"Retry-After": "34532"})
 def test_retry_after_may_be_a_date(server, judge, monkeypatch, caplog, date, asked):
     scripted(monkeypatch, (429, {}, {"Retry-After": date}))
     before = datetime(2099, 10, 21, 7, 28, tzinfo=UTC).timestamp() - time.time()
-    assert ask(judge(retries=1, backoff=0, max_wait=0.01), ["a"]) == [0.0]
+    assert ask(judge(retries=1, max_wait=0.01), ["a"]) == [0.0]
     seconds = [int(text.split(" s ")[0].split()[-1]) for text in caplog.messages]
     assert seconds == ([pytest.approx(before, abs=60)] if asked else [])
 
@@ -748,7 +751,7 @@ def test_a_model_that_never_answers_in_the_form_is_not_asked_again(
 ):
     """Eight questions are tried three times each, but for the last; then each once."""
     server.share, server.faults = 1.0, ("prose",)
-    one = judge(retries=2, backoff=0, concurrency=1, structured=structured)
+    one = judge(retries=2, concurrency=1, structured=structured)
     assert ask(one, texts(20)) == [None] * 20
     assert len(server.seen) == 7 * 3 + 13
     does = "the server may ignore STRUCTURED;" if structured else "set STRUCTURED,"
@@ -976,7 +979,7 @@ def test_a_server_on_this_machine_needs_no_key(server, judge, monkeypatch):
 
 def test_what_it_took_is_told(server, judge, monkeypatch, capsys, tmp_path):
     told: dict = {}
-    one = judge(prices=(1e6, 2e6), retries=3, backoff=0, name="length")
+    one = judge(prices=(1e6, 2e6), retries=3, name="length")
     asyncio.run(one(["p"], ["a"], log_metric=told.__setitem__))
     assert told == {"length/calls": 1, "length/retries": 0, "length/cached": 0, "length/cost": 20.0}
     usage = {"prompt_tokens": 1, "completion_tokens": 0}
@@ -1141,6 +1144,7 @@ def test_the_recipe_runs(server, main, tmp_path):
     recipe = load_config(ROOT / "configs/judge.json", schema=RunConfig)
     spec = recipe.REWARDS[0].model_dump(by_alias=True, exclude_none=True)
     spec |= {"BASE_URL": server.url, "CACHE": str(tmp_path / "recipe.sqlite")}
+    spec |= {"REQUESTS_PER_MINUTE": 60_000}  # at the recipe's pace it would wait for ten seconds
     small = ["BATCH_SIZE=8", "MAX_NEW_TOKENS=8", f"OUTPUT_DIR={tmp_path / 'run'}"]
     small += [f"REWARDS={json.dumps([spec])}"]
     for more in ("--dry-run", "STEPS=10"):

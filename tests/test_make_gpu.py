@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 import sys
 
 import pytest
@@ -52,20 +51,19 @@ RUN = {
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
-def test_without_a_card_it_says_so_in_one_line_and_changes_nothing():
+def test_without_a_card_it_says_so_in_one_line_and_changes_nothing(warm):
     before = PAGE, (ROOT / "benchmarks/gpu.json").exists()
-    done = subprocess.run(
-        [sys.executable, "benchmarks/gpu.py"],
-        cwd=ROOT, env=ENVIRONMENT, text=True, capture_output=True,
-    )  # fmt: skip
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "there is no CUDA card" in done.stdout and done.stdout.count("\n") == 1
+    process = warm.start([sys.executable, "benchmarks/gpu.py"], ENVIRONMENT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+    assert "there is no CUDA card" in out and out.count("\n") == 1
     after = (ROOT / "docs/cuda.md").read_text(encoding="utf-8"), before[1]
     assert after == before
 
 
-def test_no_part_hides_another(tmp_path):
+def test_no_part_hides_another(tmp_path, monkeypatch):
     """One fails and one ends its process: those after them run all the same."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # hypothesis takes a second to import
     (tmp_path / "test_parts.py").write_text(PARTS)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu(item)\n")
     items = collect(["test_parts.py"], tmp_path, tmp_path)

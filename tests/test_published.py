@@ -59,14 +59,14 @@ def test_a_set_up_states_its_source_and_runs(path, texts, main, tmp_path, monkey
     for i, words in enumerate(trains):
         assert words[:3] == ["python", "train.py", str(path.relative_to(ROOT))]
         folder = tmp_path / f"run{i}"
-        small = [f"MODEL={EMBEDDED}", f"TRAIN_FILE={prompts}", f"REWARDS={rewards}", "STEPS=10",
+        small = [f"MODEL={EMBEDDED}", f"TRAIN_FILE={prompts}", f"REWARDS={rewards}", "STEPS=5",
                  "BATCH_SIZE=8", f"MAX_NEW_TOKENS={min(keys.MAX_NEW_TOKENS, 8)}",
                  "REPORT=false", "SAVE_EVERY=0", f"OUTPUT_DIR={folder}"]  # fmt: skip
         if keys.EVAL_SPLIT:
-            small.append("EVAL_EVERY=10")
+            small.append("EVAL_EVERY=5")
         assert main(path, *words[3:], *small) == 0
         rows = read_jsonl(folder / "metrics.jsonl")
-        assert [row["step"] for row in rows] == [*range(1, 11)]
+        assert [row["step"] for row in rows] == [*range(1, 6)]
         assert all(row["kl_per_completion"] == row["kl_per_completion"] for row in rows)
         assert ("kl_coef" in rows[0]) and (rows[0]["kl_coef"] != rows[-1]["kl_coef"]) == bool(
             keys.KL_COEF_TARGET

@@ -1,6 +1,7 @@
 """Rollouts: positions, masks, temperature, micro-batches, and the distribution that is sampled."""
 
 import math
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -101,6 +102,11 @@ def test_pick_inverts_the_cumulative_distribution(logits, uniform):
     assert got.item() == want
 
 
+@cache
+def uniforms_of_rows(count: int) -> torch.Tensor:
+    return uniforms(3, 1, count, 1)[:, 0]
+
+
 @pytest.mark.parametrize("words", [50, BLOCK, 3 * BLOCK + 11])
 def test_pick_follows_exact_probabilities(words):
     """Chi-square over 200,000 draws, some outcomes of probability zero, over one block and more."""
@@ -108,7 +114,11 @@ def test_pick_follows_exact_probabilities(words):
     logits = torch.randn(words)
     logits[::7] = -math.inf
     n = 200_000
-    token, logprob = inverse_cdf_sample_(logits[:, None].repeat(1, n), uniforms(3, 1, n, 1)[:, 0])
+    drawn = [  # in parts that stay in the processor's cache
+        inverse_cdf_sample_(logits[:, None].repeat(1, len(part)), part)
+        for part in uniforms_of_rows(n).split(1000)
+    ]
+    token, logprob = map(torch.cat, zip(*drawn, strict=True))
     torch.testing.assert_close(logprob, logits.log_softmax(-1)[token], rtol=1e-5, atol=1e-5)
     counts = torch.bincount(token, minlength=words).double()
     expected = n * logits.double().softmax(-1)

@@ -168,10 +168,12 @@ def run(words: list[str]) -> None:
 if __name__ == "__main__":
     LIBRARIES = [each for each in sys.path if each != str(ROOT / "tests")]
     sys.path.append(str(ROOT))
+    gc.disable()
     import train  # noqa: F401, and all that it imports
 
     gc.freeze()  # else each process looks through all that was imported, and copies it
     words = next_process(socket.socket(fileno=int(sys.argv[1])))
+    gc.enable()
     status = 0
     try:
         run(words)
