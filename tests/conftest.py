@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,11 @@ ROOT = Path(__file__).parent.parent
 # What was compiled is kept, whatever the shell says: every process would compile it all anew.
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+# A suite in the background, or under nohup, is to ignore these; what it starts would, too.
+for name in ("SIGINT", "SIGQUIT", "SIGHUP"):
+    number = getattr(signal, name, None)  # Windows lacks two
+    if number and signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
 CACHE = tempfile.TemporaryDirectory()  # of `datasets`, instead of the user's
 # One thread: the same sums in the same order, whatever machine and number of processes.
 ENVIRONMENT = os.environ | {
