@@ -109,6 +109,32 @@ def test_what_cannot_be_written_is_dropped_from_then_on(tmp_path, capfd):
     assert capfd.readouterr().err == "nobody reads\n"
 
 
+@pytest.mark.parametrize("missing", ["stdout", "stderr", "stdin"])
+def test_a_stream_that_is_not_there_changes_no_exit_status(
+    main, settings, monkeypatch, capfd, missing, tmp_path
+):
+    """As Python has it where it is started with `>&-`, `2>&-` or `<&-`."""
+    monkeypatch.setattr(sys, missing, None)
+    assert main(settings | {"SAVE_EVERY": 1}) == 0
+    out = out_of(settings)
+    assert (out / "step-000001/manifest.json").exists()
+    assert (out / "final/model.safetensors").exists()
+    said = "stdout cannot be written to: the run goes on, and its folder has everything\n"
+    assert capfd.readouterr().err == (said if missing == "stdout" else "")
+    assert main(settings, "--dry-run") == 0
+    page = str(tmp_path / "page.html")
+    assert adaptiverl(["explain", str(out)]) == 0
+    assert adaptiverl(["report", str(out), "--out", page]) == 0 and Path(page).exists()
+    assert adaptiverl(["export", str(out), str(tmp_path / "model")]) == 0
+    assert adaptiverl(["explain", str(tmp_path)]) == 2
+    if missing == "stdin":
+        capfd.readouterr()
+        assert adaptiverl(["generate", str(out)]) == 2
+        want = "error: there is no prompt, or an empty one: give text to complete\n"
+        assert capfd.readouterr().err == want
+    assert getattr(sys, missing) is None, "as it was"
+
+
 # The disk
 
 
@@ -223,6 +249,43 @@ def test_settings_of_torch_that_a_reward_makes_are_its_own(main, settings, rewar
     assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
     rows = read_jsonl(out_of(settings) / "metrics.jsonl")
     assert all(row["grad_norm"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_streams_that_a_reward_replaces_are_put_back(main, settings, rewards_file, capsys, stream):
+    code = (
+        "import asyncio, io, sys\n"
+        "def mine(completions, **columns):\n"
+        f"    sys.{stream} = io.StringIO()\n"
+        "    return [float(text.count('e')) for text in completions]\n"
+        "async def later(completions, **columns):\n"
+        "    await asyncio.sleep(0)\n"
+        f"    sys.{stream} = None\n"
+        "    return [0.0] * len(completions)\n"
+    )
+    before = getattr(sys, stream)
+    rewards = rewards_file(code, "mine", "later")
+    assert main(settings | {"STEPS": 2, "REWARDS": rewards}) == 0
+    assert getattr(sys, stream) is before
+    said, _ = capsys.readouterr()
+    assert said.count("Step ") == 2 and "finished: 2 steps" in said
+
+
+def test_a_stream_that_a_reward_closes_is_written_to_no_more(
+    main, settings, rewards_file, tmp_path, monkeypatch, capsys
+):
+    code = (
+        "import sys\n"
+        "def mine(completions, **columns):\n"
+        "    sys.stdout.close()\n"
+        "    return [float(text.count('e')) for text in completions]\n"
+    )
+    with (tmp_path / "said").open("w") as own:
+        monkeypatch.setattr(sys, "stdout", own)
+        assert main(settings | {"STEPS": 2, "REWARDS": rewards_file(code, "mine")}) == 0
+    said = "stdout cannot be written to: the run goes on, and its folder has everything\n"
+    assert capsys.readouterr().err.count(said) == 1
+    assert (out_of(settings) / "final/model.safetensors").exists()
 
 
 @pytest.mark.parametrize("where", ["when imported", "when called"])

@@ -32,7 +32,7 @@ def main(given: Namespace, run: RunReader) -> int:
         raise ConfigError("give prompts or --file, not both")
     checkpoint = run.choose(given.checkpoint)
     file = given.file and given.file.resolve()
-    chat = not given.prompts and not file and sys.stdin.isatty()
+    chat = not given.prompts and not file and sys.stdin is not None and sys.stdin.isatty()
     with run.as_started():
         prompts = None if chat else _prompts(run, given.prompts, file)
         model = TrainedModel(run.config, checkpoint, start=given.base)
@@ -66,7 +66,9 @@ def _prompts(run: RunReader, typed: list[str], file: Path | None) -> Dataset:
     if file:
         with as_config_error("--file"):
             return load_prompts(str(file), column)
-    lines = typed or [line for line in _piped(sys.stdin.buffer.read()) if line]
+    # None: a process that was started without it
+    data = b"" if typed or sys.stdin is None else sys.stdin.buffer.read()
+    lines = typed or [line for line in _piped(data) if line]
     if not all(lines) or not lines:
         raise ConfigError("there is no prompt, or an empty one: give text to complete")
     for line in lines:

@@ -5,9 +5,12 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, TextIO
 
 from tqdm import tqdm
+
+FAILURES = (OSError, ValueError)  # of a write; ValueError where somebody closed the stream
 
 
 def counted(number: int, word: str) -> str:
@@ -33,23 +36,28 @@ def forgiving_console(said: str = "") -> Iterator[None]:
 
     A character that their encoding lacks becomes "?". From the first write that fails on (a pipe
     that is closed, a disk that is full) nothing more is written; `said`, if it is stdout's, goes to
-    stderr then.
+    stderr then. The same holds from the start where there is none: `>&-`.
     """
     before = sys.stdout, sys.stderr
-    sys.stderr = _Forgiving(sys.stderr)
-    sys.stdout = _Forgiving(sys.stdout, said)
+    sys.stderr = err = _Forgiving(sys.stderr)
+    sys.stdout = out = _Forgiving(sys.stdout, said)
     try:
         yield
-        sys.stdout.flush()
+        out.flush()
     finally:
         sys.stdout, sys.stderr = before
+        out.end()
+        err.end()
 
 
 class _Forgiving:
-    """`stream`, until a write to it fails."""
+    """`stream`, until a write to it fails; it is None where the process was started without it."""
 
     def __init__(self, stream: Any, said: str = ""):
         self._stream, self._said = stream, said
+        self._nowhere: TextIO | None = None
+        if stream is None:
+            self._give_up()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -58,20 +66,27 @@ class _Forgiving:
         encoding = self._stream.encoding or "utf-8"
         try:
             return self._stream.write(text.encode(encoding, "replace").decode(encoding))
-        except OSError:
+        except FAILURES:
             self._give_up()
             return len(text)
 
     def flush(self) -> None:
         try:
             self._stream.flush()
-        except OSError:
+        except FAILURES:
             self._give_up()
 
     def _give_up(self) -> None:
         """What is in the stream's buffer, and all that comes, goes nowhere."""
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self._stream.fileno())
-        os.close(nowhere)
-        if self._said:
-            print(self._said, file=sys.stderr)
+        nowhere = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 (`end` closes it)
+        if self._stream is not None and not self._stream.closed:
+            os.dup2(nowhere.fileno(), self._stream.fileno())
+        self._stream = self._nowhere = nowhere
+        said, self._said = self._said, ""
+        if said:
+            print(said, file=sys.stderr)
+
+    def end(self) -> None:
+        """Closes what `_give_up` opened."""
+        if self._nowhere:
+            self._nowhere.close()

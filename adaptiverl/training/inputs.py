@@ -29,7 +29,7 @@ from adaptiverl.training.hub import go_offline_without_it
 from adaptiverl.training.keys import RunConfig
 from adaptiverl.training.metrics import is_own
 from adaptiverl.training.runtime import Runtime
-from adaptiverl.training.scoring import RESERVED, own_torch_settings
+from adaptiverl.training.scoring import RESERVED, own_settings
 from rewards import CompositeReward
 
 ASSETS = "adaptiverl/assets/"  # what begins so is in the installed package, if not a folder here
@@ -238,7 +238,7 @@ def make_rewards(
     """All of REWARDS or HELD_OUT, started; `files` are the prompts by the name of their source."""
     started = []
     for i, declared in enumerate(getattr(c, key)):
-        with as_config_error(f"{key}.{i}"), own_torch_settings():
+        with as_config_error(f"{key}.{i}"), own_settings():
             place = {"model": located(declared.model)} if declared.loads_model else {}
             reward = declared.model_copy(update=place)  # a config may be used for several runs
             for source, rows in files.items():

@@ -7,6 +7,7 @@ become one number is rewards/composite.py's.
 import asyncio
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from contextlib import contextmanager
@@ -68,6 +69,7 @@ class Scoring:
     ):
         self.config, self.runtime, self.last_step = c, runtime, last_step
         self.rewards, self.held_out = rewards, held_out
+        self.console = sys.stdout, sys.stderr
 
     def begin(
         self, batch: Batch, rollout: Rollout, completions: list[str], step: int
@@ -85,7 +87,7 @@ class Scoring:
         prompts = batch["prompt"]
         handed = [completion_of(*pair) for pair in zip(prompts, completions, strict=True)]
         try:
-            with own_torch_settings():
+            with own_settings(self.console):
                 trained, held_out = (
                     rewards.begin(prompts, handed, **columns)
                     for rewards in (self.rewards, self.held_out)
@@ -108,7 +110,7 @@ class Scoring:
         own: list[Scores] = []
         failure = None
         try:
-            with own_torch_settings():
+            with own_settings(self.console):
                 own = [scores() for scores in pending]
         except Interrupted as stopped:
             failure = str(stopped)
@@ -151,14 +153,19 @@ class Scoring:
 
 
 @contextmanager
-def own_torch_settings() -> Iterator[None]:
-    """Undoes what a reward, or its module, sets for itself: gradients off, another dtype."""
+def own_settings(console: tuple[Any, Any] | None = None) -> Iterator[None]:
+    """Undoes what a reward, or its module, sets: gradients off, another dtype, other streams.
+
+    `console` is what stdout and stderr are afterwards; None for what they are now.
+    """
+    console = console or (sys.stdout, sys.stderr)
     grad, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
     try:
         yield
     finally:
         torch.set_grad_enabled(grad)
         torch.set_default_dtype(dtype)
+        sys.stdout, sys.stderr = console
 
 
 def _own_frames(error: Exception) -> TracebackType | None:
