@@ -20,9 +20,10 @@ from contextlib import closing
 import torch
 
 from adaptiverl.config.schema import ConfigError
-from adaptiverl.files.checkpoint import BEST, is_full
+from adaptiverl.files.checkpoint import BEST
 from adaptiverl.files.console import Console, forgiving_console, printable
 from adaptiverl.files.process import Paused, StopSignal, Stopwatch
+from adaptiverl.files.room import cause
 from adaptiverl.rl.reinforce import (
     adapt_kl_coef,
     advantages,
@@ -32,6 +33,7 @@ from adaptiverl.rl.reinforce import (
     updated_ema,
 )
 from adaptiverl.training import metrics as log
+from adaptiverl.training.advice import room_advice
 from adaptiverl.training.build import Parts, build
 from adaptiverl.training.collapse import Collapsed
 from adaptiverl.training.dry_run import dry_run
@@ -179,9 +181,9 @@ def main(command: Command | None = None) -> int:
         print("stopped before the first step", file=sys.stderr)
         return 130
     except Exception as error:
-        if not is_full(error):
+        if cause(error) is None:
             raise
-        print(f"error: {error}. Make room; RESUME=auto goes on from a checkpoint", file=sys.stderr)
+        print(f"error: {error}. {room_advice(config, error)}", file=sys.stderr)
         return 3
 
 

@@ -327,6 +327,10 @@ def test_a_killed_run_without_a_checkpoint_gets_advice_that_can_be_followed(
     (run / "final/manifest.json").unlink()
     (found,) = findings(read_run(run))
     assert found.kind == "killed" and found.advice.split(";")[0] == advice
+    assert found.says == (
+        "the run ended without saying so: it was killed, its machine went off, its disk was full, "
+        "or an error in the program ended it, which its console shows"
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What is not ours may fail or misbehave: the console, the disk, a reward's code and its texts."""
 
+import errno
 import io
 import json
 import logging
@@ -15,6 +16,7 @@ import torch
 from conftest import ENVIRONMENT, ROOT, read_jsonl
 
 from adaptiverl.__main__ import main as adaptiverl
+from adaptiverl.files import room
 from adaptiverl.files.console import forgiving_console
 from rewards import CompositeReward
 
@@ -151,8 +153,56 @@ def test_a_full_disk_is_told_in_a_line(run, settings, tmp_path):
     result = run(settings | {"REPORT": False}, program=str(small))
     assert result.returncode == 3 and "Traceback" not in result.stderr
     last = result.stderr.splitlines()[-1]
-    assert last.startswith("error: ") and "File too large" in last
-    assert last.endswith("Make room; RESUME=auto goes on from a checkpoint")
+    assert last == (
+        f"error: {out_of(settings).resolve() / 'final'} could not be written: File too large. "
+        "Raise the limit on the size of a file: that of `ulimit -f`, or of the file system; there "
+        "is no checkpoint, so the run starts anew"
+    )
+
+
+@pytest.mark.skipif(os.name == "nt", reason="limits of POSIX")
+def test_a_full_disk_with_a_checkpoint_names_it(main, settings, capsys):
+    import resource
+
+    keys = settings | {"REPORT": False, "RESUME": "auto"}
+    assert main(keys | {"STEPS": 1}) == 0
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))
+    try:
+        assert main(keys | {"STEPS": 2}) == 3
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.endswith(f"; RESUME=auto goes on from {out_of(settings) / 'final'}")
+    assert main(keys | {"STEPS": 2}) == 0
+
+
+@pytest.mark.parametrize(
+    ("raised", "why", "remedy"),
+    [
+        (OSError(errno.ENOSPC, "x"), "No space left on device", "Make room"),
+        (OSError(errno.EDQUOT, "x"), "Disk quota exceeded", "Make room"),
+        (
+            RuntimeError("I/O error: File too large (os error 27)"),
+            "File too large",
+            "Raise the limit on the size of a file: that of `ulimit -f`, or of the file system",
+        ),
+        (
+            RuntimeError("PytorchStreamWriter failed writing file data/0"),
+            "PytorchStreamWriter failed writing file data/0",
+            "Make room, or raise the limit on the size of a file: that of `ulimit -f`, or of the "
+            "file system",
+        ),
+    ],
+)
+def test_an_error_of_a_full_disk_says_which_file_why_and_what_to_do(raised, why, remedy):
+    with pytest.raises(OSError) as caught, room.naming(Path("a/b")):
+        raise raised
+    assert str(caught.value) == f"a/b could not be written: {why}"
+    assert room.remedy(caught.value) == remedy
+    with pytest.raises(OSError, match=r"^.Errno 2. x$") as caught, room.naming(Path("a/b")):
+        raise OSError(errno.ENOENT, "x")
+    assert room.cause(caught.value) is None
 
 
 def test_a_name_that_is_too_long(main, settings, tmp_path, capsys):

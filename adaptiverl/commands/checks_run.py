@@ -62,7 +62,8 @@ def _ended(run: Run) -> Iterator[Finding]:
         advice = goes_on if saved is not None else _start_again(run.config.get("SAVE_EVERY"))
         yield Finding(
             "killed",
-            "the run ended without saying so: it was killed, or its machine went off",
+            "the run ended without saying so: it was killed, its machine went off, its disk was "
+            "full, or an error in the program ended it, which its console shows",
             f"metrics.jsonl ends at step {run.step} of {steps}, and {kept}",
             advice + "; if memory was short, a smaller BATCH_SIZE or a larger GRAD_ACCUM helps",
         )

@@ -20,10 +20,11 @@ import filelock
 import numpy as np
 import torch
 
+from adaptiverl.files.room import naming
+
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 LOCK = ".lock"  # in a run's folder; the operating system frees it when the process ends
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # a disk, a quota, a limit of files
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # errors of file systems without locks
 BEST, EVENTS = "best", "events.jsonl"
 FILES = (
@@ -37,6 +38,11 @@ WRITTEN = (  # all that a run leaves in its folder
 
 def save(folder: Path, step: int, write: Callable[[Path], None]) -> None:
     """Makes `folder` the checkpoint of `step`, filled by `write(temporary_folder)`."""
+    with naming(folder):
+        _save(folder, step, write)
+
+
+def _save(folder: Path, step: int, write: Callable[[Path], None]) -> None:
     temporary = folder.with_name(f".new-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -261,15 +267,6 @@ def set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
-
-
-def is_full(error: BaseException | None) -> bool:
-    """Whether it came because there is no room for a file."""
-    if error is None:
-        return False
-    own = isinstance(error, OSError) and error.errno in FULL
-    told = [*(f"(os error {number})" for number in FULL), "PytorchStreamWriter failed writing"]
-    return own or any(text in str(error) for text in told) or is_full(error.__context__)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from adaptiverl.files.checkpoint import FILES
+from adaptiverl.files.room import naming
 
 Row = dict[str, Any]
 # Half of a character, as a file's name or a server's JSON may have, becomes its escape in JSON
@@ -47,8 +48,9 @@ class RunLog:
 
     def write(self, name: str, rows: Iterable[Row]) -> None:
         """Appends to the file `name` and flushes it, so that a kill loses nothing."""
-        self.files[name].writelines(map(_line, rows))
-        self.files[name].flush()
+        with naming(self.output_dir / name):
+            self.files[name].writelines(map(_line, rows))
+            self.files[name].flush()
 
     def replace(self, name: str, rows: list[Row]) -> None:
         """Makes `rows` all of the small file `name`, at once; without rows there is none."""
@@ -61,7 +63,7 @@ class RunLog:
             path.unlink(missing_ok=True)
             new.unlink(missing_ok=True)
             return
-        with new.open("w", encoding="utf-8", errors=ESCAPED) as file:
+        with naming(path), new.open("w", encoding="utf-8", errors=ESCAPED) as file:
             file.writelines(map(_line, rows))
             file.flush()
             os.fsync(file.fileno())
@@ -94,8 +96,9 @@ class RunLog:
 
     def close(self) -> None:
         self.bar.close()
-        for file in self.files.values():
-            file.close()
+        for name, file in self.files.items():
+            with naming(self.output_dir / name):  # it writes what it could not write before
+                file.close()
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -1,12 +1,15 @@
-"""What a run could do to be faster on this machine; --dry-run and its first lines say it.
+"""What a run could do to be faster on this machine, and what to do where there was no room.
 
 Leaves out what cannot be known before a step: compare the seconds of two dry runs.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
+from adaptiverl.files.checkpoint import to_resume
+from adaptiverl.files.room import remedy
 from adaptiverl.training.build import Parts
 from adaptiverl.training.keys import RunConfig
 
@@ -37,3 +40,11 @@ def bf16_advice(
         f"this CPU has instructions for bf16, and the model has {weights / 1e6:,.0f} million "
         "weights: BF16=true is probably faster (--dry-run shows the seconds of a step)"
     )
+
+
+def room_advice(c: RunConfig, error: Exception) -> str:
+    """What to do about a file for which there was no room, and whether the run can go on then."""
+    found = to_resume(c.output_dir)
+    if isinstance(found, Path):
+        return f"{remedy(error)}; RESUME=auto goes on from {Path(c.OUTPUT_DIR) / found.name}"
+    return f"{remedy(error)}; {found or 'there is no checkpoint, so the run starts anew'}"
