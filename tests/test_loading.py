@@ -16,11 +16,15 @@ from transformers import (
     BertLMHeadModel,
     Llama4ForCausalLM,
     Llama4TextConfig,
+    MambaConfig,
+    MixtralConfig,
     PreTrainedTokenizerFast,
     RwkvConfig,
     RwkvForCausalLM,
     T5Config,
 )
+
+from adaptiverl.rl.loading import LoraTargetsError, load_policy
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:fan_in_fan_out is set to False"  # peft corrects it itself
@@ -316,3 +320,30 @@ def test_layers_for_adapters_that_have_to_be_named(main, settings, llama4, capsy
     assert error.endswith(
         "Name some of down_proj, gate_proj, k_proj, o_proj, q_proj, router, up_proj, v_proj"
     )
+
+
+MAMBA = MambaConfig(vocab_size=99, hidden_size=16, state_size=4, num_hidden_layers=1)
+MIXTRAL = MixtralConfig(
+    vocab_size=99, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+    num_attention_heads=2, num_key_value_heads=2, num_local_experts=2,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "targets", "reason", "names"),
+    [
+        (MAMBA, None, "peft has no layers in mind for a model of type mamba.", {"in_proj"}),
+        (MAMBA, ["in_proj", "out_proj"], "[PEFT:PeftType.LORA] Module 'out_proj'", {"in_proj"}),
+        (MIXTRAL, None, "peft has no layers in mind for a model of type mixtral.", {"q_proj"}),
+    ],
+)
+def test_layers_that_are_suggested_for_adapters_are_taken(tmp_path, config, targets, reason, names):
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    given = {"r": 1, "lora_alpha": 1, "target_modules": targets}
+    with pytest.raises(LoraTargetsError) as caught:
+        load_policy(str(tmp_path), full_tune=False, lora=given)
+    said, _, named = str(caught.value).partition(" Name some of ")
+    assert said.startswith(reason) and names <= set(named.split(", "))
+    suggested = given | {"target_modules": named.split(", ")}
+    policy = load_policy(str(tmp_path), full_tune=False, lora=suggested)
+    assert any(parameter.requires_grad for parameter in policy.parameters())

@@ -64,7 +64,9 @@ class Config(BaseModel, Generic[RewardT]):
     LORA_R: int = Field(8, ge=1, description="Rank of the adapter")
     LORA_ALPHA: int = Field(16, ge=1, description="The adapter is scaled by LORA_ALPHA / LORA_R")
     LORA_TARGETS: list[str] | None = Field(
-        None, description="Names of the modules that get an adapter; null: peft's default"
+        None,
+        description="Names of the modules that get an adapter; null: peft's default, which some "
+        "architectures lack",
     )
     LOAD_4BIT: bool = Field(False, description="Freeze the model in NF4; needs FULLTUNE false")
     LOAD_8BIT: bool = Field(False, description="Freeze the model in int8; needs FULLTUNE false")

@@ -27,6 +27,8 @@ from transformers.utils import cached_file, find_adapter_config_file
 from adaptiverl.rl.merging import merge
 from adaptiverl.rl.policy import REFERENCE, Policy
 
+MAMBA = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}  # as peft lists them
+
 
 def adapter_config(model: str) -> dict[str, Any] | None:
     """The adapter_config.json of `model`, a hub id or a folder; None if it is no adapter."""
@@ -168,9 +170,11 @@ def load_policy(
     try:
         return Policy(get_peft_model(lm, config), **of_policy)
     except ValueError as error:
-        reason = str(error).splitlines()[0]
-        if config.target_modules is None:
-            reason = f"peft has no layers in mind for a model of type {lm.config.model_type}."
+        reason, kind = str(error).splitlines()[0], lm.config.model_type
+        if not (lora or {}).get("target_modules"):  # config's own is an empty set for some
+            reason = f"peft has no layers in mind for a model of type {kind}."
+        if kind in MAMBA:
+            names -= {"out_proj"}  # peft refuses it: Mamba's kernels read its weight themselves
         raise LoraTargetsError(f"{reason} Name some of {', '.join(sorted(names))}") from error
 
 
