@@ -169,7 +169,8 @@ def _figures(runs: list[Run]) -> Table:
     """What FIGURES_NOTE says."""
     table = []
     for run in runs:
-        line = [str(reached(run))]
+        steps, known = reached(run), len(run.metrics)
+        line = [str(steps) if known == steps else f"{known} of {steps}"]
         for name in _shared(runs):
             last = run.values(name)[-LAST:]
             text = number(statistics.mean(last)) if last else "—"
