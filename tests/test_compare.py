@@ -118,6 +118,20 @@ def test_a_verdict_on_runs_of_other_lengths_names_them(tmp_path, capsys):
     assert said in capsys.readouterr().out
 
 
+def test_steps_that_cannot_be_read_are_not_counted(tmp_path, capsys):
+    runs = [a_run(tmp_path / "a", 0.2, 1), a_run(tmp_path / "b", 0.2, 2)]
+    file = runs[1] / "metrics.jsonl"
+    file.write_text(file.read_text()[:-30])
+    lines = (runs[0] / "metrics.jsonl").read_text().splitlines()
+    lines[-1] = json.dumps(json.loads(lines[-1]) | {"entropy": math.nan, "reward": "high"})
+    (runs[0] / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert adaptiverl(["compare", *map(str, runs), "--out", str(tmp_path / "page.html")]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"^a +48  ", text, re.M) and re.search(r"^b +47 of 48  ", text, re.M)
+    assert re.search(r"^b +reward +32 ", text, re.M) is None, "b and a have 46 in common: 40"
+    assert re.search(r"^b +reward +40 ", text, re.M)
+
+
 def test_a_file_that_is_no_page_is_not_replaced(tmp_path, capsys, monkeypatch):
     runs = [str(a_run(tmp_path / "a", 0.2, 1)), str(a_run(tmp_path / "b", 0.2, 2))]
     monkeypatch.chdir(tmp_path)

@@ -4,6 +4,7 @@ All 26 faults and 20 sound runs are in benchmarks/doctor.py.
 """
 
 import json
+import math
 import random
 import signal
 from dataclasses import replace
@@ -227,6 +228,26 @@ def test_what_nobody_was_asked_about_is_not_missing(tmp_path, asked, missing, ev
     assert all("TIMEOUT of 'anna'" in each.advice for each in found)
 
 
+@pytest.mark.parametrize(
+    ("weight", "mean", "advice"),
+    [
+        (1.0, 0.5, "see which other program wrote to metrics.jsonl or samples.jsonl, and put them "
+         "back from a copy if there is one"),
+        (1e17, 0.5, "give the entries of REWARDS a smaller WEIGHT"),
+        ([[0, 1.0], [9, -1e17]], 0.5, "give the entries of REWARDS a smaller WEIGHT"),
+        (2.0, 9e15, "give the entries of REWARDS a smaller WEIGHT"),
+    ],
+)  # fmt: skip
+def test_a_smaller_weight_is_advised_where_the_weighted_sum_is_large(
+    tmp_path, weight, mean, advice
+):
+    keys = {"REWARDS": [REWARDS[0] | {"WEIGHT": weight}]}
+    run = a_run(tmp_path, keys, **{"reward": None, "rewards/a/mean": mean})
+    found = [each for each in findings(read_run(run)) if each.kind == "reward missing"]
+    assert [each.advice for each in found] == [advice]
+    assert ("1e16" in found[0].says) == (weight != 1.0)
+
+
 def test_an_end_of_text_that_ends_nothing_is_a_wrong_eos(tmp_path):
     run = a_run(tmp_path, {}, texts(32), **{"completions/clipped_ratio": 1.0})
     (run / "final/config.json").write_text('{"eos_token_id": 7}')
@@ -262,6 +283,64 @@ def test_a_torn_line_is_said_and_its_step_is_left_out(tmp_path, capsys):
     zeros[20] = "\0" * 40
     (run / "metrics.jsonl").write_text("\n".join(zeros) + "\n")
     assert read_run(run).step == STEPS and kinds(run) == ["torn line"]
+
+
+@pytest.mark.parametrize(
+    "value", [math.inf, math.nan, "high", [1.0], pytest.param(10**400, id="huge")]
+)
+def test_a_value_that_is_no_finite_number_is_said_and_counts_as_missing(tmp_path, capsys, value):
+    run = a_run(tmp_path)
+    rows = read_jsonl(run / "metrics.jsonl")
+    sound = read_run(run).values("kl")
+    for name in ("reward", "entropy", "kl", "lr", "kl_per_completion"):
+        rows[6][name] = value
+    rows[8]["kl"] = value
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = findings(read_run(run))[0]
+    assert found.says == "a file has values that are no finite numbers: they count as missing"
+    assert found.evidence == (
+        "line 7 of metrics.jsonl: reward, entropy, kl, kl_per_completion, lr; "
+        "line 9 of metrics.jsonl: kl"
+    )
+    assert read_run(run).values("kl") == [x for k, x in enumerate(sound) if k not in (6, 8)]
+    assert adaptiverl(["doctor", str(run)]) == 1
+    assert adaptiverl(["explain", str(run)]) == 0
+    assert found.evidence in capsys.readouterr().out
+    assert f"<p>L{found.evidence[1:]}.</p>" in write_report(run).read_text()
+
+
+def test_a_step_or_a_change_that_is_no_number_is_left_out(tmp_path):
+    run = a_run(tmp_path)
+    rows = read_jsonl(run / "metrics.jsonl")
+    rows[4]["step"] = "five"
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    change = {
+        "step": 2, "hyperparameter": "lr", "rule": "plateau", "old": 1.0, "new": math.nan,
+        "signal": "reward", "value": 0.5,
+    }  # fmt: skip
+    (run / "controller.jsonl").write_text(json.dumps(change) + "\n")
+    read = read_run(run)
+    assert len(read.metrics) == STEPS - 1 and read.changes == []
+    assert findings(read)[0].evidence == (
+        "line 5 of metrics.jsonl: step; line 1 of controller.jsonl: new"
+    )
+    assert adaptiverl(["explain", str(run)]) == 0 and write_report(run).exists()
+
+
+@pytest.mark.parametrize("text", ["{\n", "", "[]", "{}", "\xff"])
+def test_a_config_that_cannot_be_read_is_said(tmp_path, capsys, text):
+    run = a_run(tmp_path)
+    (run / "config.json").write_text(text, "latin-1")
+    (found,) = findings(read_run(run))
+    assert found.says == (
+        "config.json cannot be read, so what depends on keys and rewards is not checked"
+    )
+    assert found.advice == "put it back: it has the keys that the run was started with"
+    (run / "final/run_config.json").write_text("{}")
+    assert adaptiverl(["doctor", str(run)]) == 1
+    said = capsys.readouterr().out
+    assert f"put {run / 'final/run_config.json'} in its place: it has the same keys" in said
+    assert "config.json is missing" not in said
 
 
 def test_a_line_that_is_broken_in_the_middle_is_not_one_that_ends_the_file(tmp_path, capsys):

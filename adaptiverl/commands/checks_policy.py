@@ -113,14 +113,15 @@ def _movement(run: Run) -> Iterator[Finding]:
 def _first_step(run: Run, entropy: float) -> int:
     """From which on the entropy is lost or the KL too large."""
     for row in run.metrics:
-        if row["entropy"] < max(SHARE_LEFT * entropy, REPEATS) or (row.get("kl") or 0.0) > FAR:
+        now = entropy if row.get("entropy") is None else row["entropy"]
+        if now < max(SHARE_LEFT * entropy, REPEATS) or (row.get("kl") or 0.0) > FAR:
             return row["step"]
     return run.step
 
 
 def _stillness(run: Run) -> Iterator[Finding]:
     rose = run.change(run.reward)
-    if (rose and rose.z > 3) or all(row["lr"] == 0 for row in run.metrics):
+    if (rose and rose.z > 3) or not any(run.values("lr")):
         return
     spread, coef = run.values("reward_std"), run.values("kl_coef")
     most = max(abs(value) for value in run.values("kl_per_completion"))

@@ -11,6 +11,7 @@ from adaptiverl.files.console import counted
 FLAT = 0.95  # share of the steps, or of the prompts, without a difference
 MISSING = 0.2  # share of the scores
 DOMINATES, CONFLICTS = 0.98, -0.5  # a share of the variance, a correlation
+LARGE = 1e12  # a sum of means beyond it: single sums may be beyond 1e16
 CANCELS = 1.5  # a share beyond it: the others nearly cancel it, which is a conflict
 PARTED = 3.0  # standard errors,
 FELL = 0.2  # and the share of its first value that a held-out reward lost: less is no harm yet
@@ -62,10 +63,16 @@ def _too_large(run: Run, facts: SampleFacts) -> Iterator[Finding]:
     sampled = facts.too_large / facts.count if facts.count else 0.0
     if max(share, sampled) < MISSING:
         return
+    too_large = _largest_sum(run) > LARGE
     weights = ", ".join(f"{reward['NAME']} {reward.get('WEIGHT', 1.0)}" for reward in run.rewards)
     yield Finding(
         "reward missing",
-        "completions have scores and no reward: the sum by WEIGHT is beyond 1e16, and left out",
+        "completions have scores and no reward: "
+        + (
+            "the sum by WEIGHT is beyond 1e16, and left out"
+            if too_large
+            else "a run writes one wherever there is a score"
+        ),
         (
             f"no completion has a reward in {len(steps)} of {len(run.metrics)} steps, the first is "
             f"{steps[0]}"
@@ -73,8 +80,22 @@ def _too_large(run: Run, facts: SampleFacts) -> Iterator[Finding]:
             else f"{sampled:.0%} of {facts.count} completions"
         )
         + f"; WEIGHT: {weights}",
-        "give the entries of REWARDS a smaller WEIGHT",
+        "give the entries of REWARDS a smaller WEIGHT"
+        if too_large
+        else "see which other program wrote to metrics.jsonl or samples.jsonl, and put them back "
+        "from a copy if there is one",
     )
+
+
+def _largest_sum(run: Run) -> float:
+    """About the largest weighted sum of a completion, by the means of the steps."""
+    total = 0.0
+    for reward in run.rewards:
+        weight = reward.get("WEIGHT", 1.0)
+        weights = [point[1] for point in weight] if isinstance(weight, list) else [weight]
+        means = map(abs, run.values(f"rewards/{reward['NAME']}/mean"))
+        total += max(map(abs, weights)) * max(means, default=0.0)
+    return total
 
 
 def _left_out(run: Run, reward: Row) -> float:

@@ -10,6 +10,7 @@ from adaptiverl.commands.sample_facts import SampleFacts
 from adaptiverl.files.console import counted
 
 FEW = 4  # completions per step, at most, that one prompt each cannot be learned from
+SHOWN = 4  # damaged lines, at most, that are named
 MANY_PROMPTS = 4  # times that a prompt is drawn, at least, before its being the only one shows
 JUDGES = ("judge", "local_judge")
 
@@ -18,6 +19,8 @@ def run_findings(run: Run, facts: SampleFacts) -> Iterator[Finding]:
     yield from _ended(run)
     yield from _taken_back(run)
     yield from _torn(run)
+    yield from _odd(run)
+    yield from _config(run)
     yield from _prompts(run, facts)
     yield from _batch(run)
 
@@ -118,6 +121,34 @@ def _torn(run: Run) -> Iterator[Finding]:
             "nothing brings back what stood there, and the checkpoints do not need it; delete the "
             "line, and this is not said again",
         )
+
+
+def _odd(run: Run) -> Iterator[Finding]:
+    if run.odd:
+        more = f", and {len(run.odd) - SHOWN} lines more" if len(run.odd) > SHOWN else ""
+        yield Finding(
+            "no number",
+            "a file has values that are no finite numbers: they count as missing",
+            "; ".join(run.odd[:SHOWN]) + more,
+            "a run writes no such values: see which other program wrote there, and put the file "
+            "back from a copy if there is one",
+        )
+
+
+def _config(run: Run) -> Iterator[Finding]:
+    file = run.path / "config.json"
+    if run.config or not file.exists():
+        return
+    copies = [run.path / name / "run_config.json" for name in run.checkpoints]
+    copy = next((each for each in copies if each.exists()), None)
+    yield Finding(
+        "config",
+        "config.json cannot be read, so what depends on keys and rewards is not checked",
+        f"{file}: no JSON object with keys",
+        f"put {copy} in its place: it has the same keys"
+        if copy
+        else "put it back: it has the keys that the run was started with",
+    )
 
 
 def _prompts(run: Run, facts: SampleFacts) -> Iterator[Finding]:

@@ -6,8 +6,9 @@ What the numbers mean is said by the checks (checks_*.py), the verdict and the p
 import json
 import math
 import statistics
+import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,7 +49,10 @@ class Torn(NamedTuple):
 
 @dataclass
 class Run:
-    """The files of a run; `torn` are their lines that are not whole."""
+    """The files of a run; `torn` are their lines that are not whole.
+
+    `odd` says which values of which lines are no finite numbers where such belong: left out.
+    """
 
     path: Path
     config: Row
@@ -57,6 +61,7 @@ class Run:
     events: list[Row]
     progress: list[Row]
     torn: list[Torn]
+    odd: list[str] = field(default_factory=list)
 
     @property
     def step(self) -> int:
@@ -143,12 +148,15 @@ def read_run(path: Path) -> Run:
         says = "holds no run" if path.is_dir() else "is not a folder"
         raise ConfigError(f"{path} {says}: name the OUTPUT_DIR of a run")
     config = path / "config.json"
-    keys = json_object(config.read_text(encoding="utf-8")) if config.exists() else {}
+    keys = json_object(config.read_text("utf-8", "replace")) if config.exists() else {}
     names = ("metrics", "controller", "events", "progress")
-    read = {name: whole_rows(path / f"{name}.jsonl") for name in names}
+    read = {name: _numbered_rows(path / f"{name}.jsonl") for name in names}
     torn = [line for _, broken in read.values() for line in broken]
-    metric_rows, changes, events, progress = (rows for rows, _ in read.values())
-    return Run(path, keys or {}, metric_rows, changes, events, progress, torn)
+    rows, changes, events, progress = (rows for rows, _ in read.values())
+    odd = _drop_odd(metrics.name, rows)
+    odd += _drop_odd("controller.jsonl", changes, ("step", "old", "new", "value"))
+    files = [list(each.values()) for each in (rows, changes, events, progress)]
+    return Run(path, keys or {}, files[0], files[1], files[2], files[3], torn, odd)
 
 
 def change(first: Sequence[float], last: Sequence[float]) -> Change:
@@ -169,11 +177,48 @@ def smoothed(values: Sequence[float], width: int | None = None) -> list[float]:
 
 def whole_rows(path: Path) -> tuple[list[Row], list[Torn]]:
     """The lines that are JSON, and which are torn: no JSON, or without an end."""
+    rows, torn = _numbered_rows(path)
+    return list(rows.values()), torn
+
+
+def metric_rows(path: Path) -> list[Row]:
+    """The whole lines of a metrics.jsonl, without what is no finite number."""
+    rows, _ = _numbered_rows(path)
+    _drop_odd(path.name, rows)
+    return list(rows.values())
+
+
+def _drop_odd(file: str, rows: dict[int, Row], names: Sequence[str] | None = None) -> list[str]:
+    """Drops values that are no finite numbers, and says where; a row without its step goes whole.
+
+    `names` are those that a row must have, all or none; None for any, and null is a missing one.
+    """
+    said = []
+    for line, row in list(rows.items()):
+        named = names or [name for name, value in row.items() if value is not None]
+        odd = [name for name in named if not _is_number(row.get(name))]
+        if names is None and not isinstance(row.get("step"), int):
+            odd = ["step", *(name for name in odd if name != "step")]
+        for name in odd:
+            row.pop(name, None)
+        if odd and (names or "step" in odd):
+            del rows[line]
+        if odd:
+            said.append(f"line {line} of {file}: {', '.join(odd)}")
+    return said
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
+
+
+def _numbered_rows(path: Path) -> tuple[dict[int, Row], list[Torn]]:
+    """What `whole_rows` gives, with the numbers of the lines."""
     if not path.exists():
-        return [], []
+        return {}, []
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     numbered = {number: json_object(line) for number, line in enumerate(lines, 1) if line}
-    rows = [row for row in numbered.values() if row is not None]
+    rows = {number: row for number, row in numbered.items() if row is not None}
     torn = [n for n, row in numbered.items() if row is None or n == len(lines)]
     return rows, [Torn(path.name, number, number == max(numbered)) for number in torn]
 

@@ -16,9 +16,10 @@ from adaptiverl.files.console import counted
 
 # What is likely to have caused what follows it here; a kind that is not here comes first
 ORDER = (
-    "torn line", "killed", "judge", "reward raises", "rate zero", "gradient not finite",
-    "gradient zero", "rate too large", "reward missing", "hacked", "conflict", "one reward drowns",
-    "dead reward", "prompts cut", "one prompt", "temperature", "wrong EOS", "empty completions",
+    "torn line", "no number", "config", "killed", "judge", "reward raises", "rate zero",
+    "gradient not finite", "gradient zero", "rate too large", "reward missing", "hacked",
+    "conflict", "one reward drowns", "dead reward", "prompts cut", "one prompt", "temperature",
+    "wrong EOS", "empty completions",
     "KL_COEF too large", "rate too small", "KL explodes", "entropy collapse", "truncated",
     "batch too small",
     "collapsed", "kl beyond reason", "nan", "rolled back",  # what a run did about it
@@ -82,7 +83,7 @@ def doctor(folder: Path) -> tuple[str, int]:
     lines = [f"{folder}: {steps}, {outcome(run)}"]
     if (gone := lost(run)) and not run.torn:  # else a finding says it
         lines.append(f"metrics.jsonl lacks {in_words(gone)}")
-    if not run.config:
+    if not (folder / "config.json").exists():
         lines.append("config.json is missing, so what depends on keys and rewards is not checked")
     for number, each in enumerate(found, 1):
         lines += [

@@ -77,7 +77,9 @@ def _span(steps: list[int]) -> str:
 
 
 def _rates(run: Run) -> list[str]:
-    rates = [(row["lr"], row["step"]) for row in run.metrics]
+    rates = [(rate, step) for step, rate in run.series("lr")]
+    if not rates:
+        return ["rate         missing in all steps"]
     low, at_low = min(rates)
     high, at_high = max(rates, key=lambda rate: (rate[0], -rate[1]))  # the first of equal ones
     lines = [

@@ -12,7 +12,7 @@ from contextlib import chdir, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from adaptiverl.commands.curves import read_run, whole_rows
+from adaptiverl.commands.curves import metric_rows, read_run, whole_rows
 from adaptiverl.config.loading import load_config
 from adaptiverl.config.schema import ConfigError
 from adaptiverl.training.keys import RunConfig
@@ -57,7 +57,7 @@ class RunReader:
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl, in the order of the steps; none if there is no such file."""
-        return whole_rows(self.path / "metrics.jsonl")[0]
+        return metric_rows(self.path / "metrics.jsonl")
 
     def checkpoints(self) -> dict[str, int]:
         """The steps of all checkpoints by name, undamaged or not, in the order of the steps."""
