@@ -884,3 +884,19 @@ def test_texts_that_are_empty_are_told(empty, tmp_path):
     callback = TrustRegionCallback(optimizer, tokenizer, lambda: empty)
     with pytest.raises(ValueError, match="gave only empty texts or completions"):
         callback.on_pre_optimizer_step(SimpleNamespace(device="cpu"), None, None, model=model)
+
+
+@pytest.mark.parametrize("name", ["use_reward", "use_cosine"])
+def test_a_word_is_neither_true_nor_false(name):
+    with pytest.raises(TypeError, match=f"{name} is 'no'; it must be True or False"):
+        AdaptiveScheduler(SGD([torch.zeros(1)]), **{name: "no"})
+
+
+def test_a_callback_whose_rewards_nothing_reads_says_so(caplog):
+    RewardObserveCallback(AdaptiveOptimizer(SGD([torch.zeros(1)]), reward_rule="trend"), float)
+    RewardObserveCallback(RewardAdaptiveScheduler(SGD([torch.zeros(1)])), float)
+    assert not caplog.records
+    RewardObserveCallback(AdaptiveOptimizer(SGD([torch.zeros(1)]), "loss_decay"), float)
+    RewardObserveCallback(AdaptiveScheduler(SGD([torch.zeros(1)])), float)
+    told = 'RewardObserveCallback: no rule reads rewards. Choose a reward_rule, such as "trend"'
+    assert [record.getMessage() for record in caplog.records] == [told] * 2

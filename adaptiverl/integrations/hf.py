@@ -1,6 +1,7 @@
 """HF Trainer, and TRL's trainers: their loop reports to an optimizer or scheduler of ours."""
 
 import inspect
+import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,11 +11,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import TrainerCallback
 
-from adaptiverl.optim.adaptive import AdaptiveOptimizer
+from adaptiverl.optim.adaptive import CHOOSE, AdaptiveOptimizer
 from adaptiverl.optim.hyperparams import mean_over_processes
 from adaptiverl.optim.online import Online
 from adaptiverl.optim.schedulers import AdaptiveScheduler
 
+log = logging.getLogger(__name__)
 Part = str | Sequence[int]  # a text, or its token ids
 KEPT_AS = "adaptiverl.RewardObserveCallback"  # in trainer_state.json
 
@@ -63,6 +65,13 @@ class RewardObserveCallback(_LogsRates):
         reward_fn: Callable[[int], float | None],
     ):
         self.scheduler, self.reward_fn = scheduler, reward_fn
+        own: Any = scheduler.controller if isinstance(scheduler, AdaptiveScheduler) else scheduler
+        if isinstance(own, AdaptiveOptimizer):
+            reads = own.reads_reward
+        else:
+            reads = isinstance(own, Online) or own.reads("reward")
+        if not reads:
+            log.warning("RewardObserveCallback: no rule reads rewards. %s", CHOOSE)
         self.applied: Any = None
         if isinstance(scheduler, AdaptiveScheduler):
             scheduler.controller.owns_lr = False

@@ -74,19 +74,19 @@ def trust_region(
     Where a chain has decoupled weight decay, the last update includes it; torch's does not.
     """
     check_steps(steps)
-    if not callable(learning_rate):
-        if not numbers(learning_rate=learning_rate).get("learning_rate"):
-            raise ValueError(
-                f"learning_rate is {learning_rate}; it must be a number above 0, or a schedule"
-            )
+    given = {} if callable(learning_rate) else numbers(learning_rate=learning_rate)
+    if not callable(learning_rate) and not given.get("learning_rate"):
+        raise ValueError(
+            f"learning_rate is {learning_rate}; it must be a number above 0, or a schedule"
+        )
     largest = default_kl(steps) if kl is None else kl
     if not 0 < largest < math.inf:
         raise ValueError(f"kl is {kl}; it must be in (0, inf): nats per token of an update")
     low, high = lr_bounds(min_lr, max_lr)
     if not 0 <= low <= high:
         raise ValueError(f"min_lr {low:g} is above max_lr {high:g}")
-    if not callable(learning_rate):
-        check_rate(numbers(learning_rate=learning_rate)["learning_rate"], (low, high))
+    for rate in given.values():
+        check_rate(rate, (low, high))
 
     def init(params: Any) -> TrustRegionState:
         first = TrustRegionState(last=jax.tree.map(jnp.zeros_like, params))
