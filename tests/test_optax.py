@@ -364,3 +364,22 @@ def test_what_the_rules_refuse():
     schedule = optax.inject_hyperparams(optax.sgd)(learning_rate=optax.linear_schedule(0, 1, 5))
     with pytest.raises(ValueError, match="the rate is a schedule"):
         adaptive(schedule, "trend").init(jnp.ones(4))
+
+
+def test_the_rules_warn_in_the_words_of_optax(caplog):
+    """Of a number that `inner` lacks, once; never of one that it has; and of missing signals."""
+
+    def warned(**numbers) -> list[str]:
+        caplog.clear()
+        inner = optax.inject_hyperparams(optax.sgd)(learning_rate=0.1, **numbers)
+        optimizer = adaptive(inner, momentum_rule="relative")
+        state = optimizer.init(jnp.ones(2))
+        for _ in range(20):
+            _, state = optimizer.update(jnp.ones(2), state, jnp.ones(2))
+        jax.block_until_ready(state.memory)
+        return [record.getMessage() for record in caplog.records]
+
+    silent = "no loss was observed in 20 steps, so momentum_rule relative moves nothing: "
+    silent += "give it a loss in each step"
+    assert warned(momentum=0.9) == [silent]
+    assert warned() == ["momentum_rule moves nothing: the optimizer has no momentum", silent]
