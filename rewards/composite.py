@@ -33,6 +33,9 @@ class CompositeReward:
     misses is missing itself. Scores that are not finite or beyond 1e16 either way become missing,
     are logged and counted in `quarantined`. `reserved` says of a name whether the program uses it,
     so that rewards may not report under it by log_metric or log_extra.
+
+    A weight that is a schedule goes by `trainer_state.global_step`, which TRL's trainers give.
+    Elsewhere pass a `trainer_state` that has one, or the weight stays at its first value.
     """
 
     def __init__(
@@ -42,6 +45,13 @@ class CompositeReward:
         scales: Mapping[str, Scale] | None = None,
         reserved: Callable[[str], bool] = lambda name: False,
     ):
+        if not isinstance(rewards, Mapping):
+            for reward in rewards:
+                if not isinstance(reward, Reward):
+                    raise TypeError(
+                        f"{reward!r:.80} is no Reward of this package: give functions by name, "
+                        'such as {"mine": my_function}, or as a PythonReward'
+                    )
         by_name = rewards if isinstance(rewards, Mapping) else {r.name: r for r in rewards}
         self.rewards: dict[str, Callable] = dict(by_name)
         if len(self.rewards) < len(rewards):
@@ -81,6 +91,8 @@ class CompositeReward:
 
         Scheduled weights follow the global_step of `trainer_state`, which TRL passes.
         """
+        if not self.rewards:
+            raise ValueError("there are no rewards to sum: give CompositeReward at least one")
         state = columns.get("trainer_state")
         groups = [len(list(same)) for _, same in groupby(prompts)]
         scores = self.score(prompts, completions, **columns)

@@ -18,6 +18,9 @@ def text_of(item: Text) -> str:
 
 
 def texts_of(items: Sequence[Text]) -> list[str]:
+    """Raises TypeError for a single text, whose letters would be scored."""
+    if isinstance(items, str):
+        raise TypeError(f"{items!r:.60} is one text; give a list of texts, such as ['a text']")
     return [text_of(item) for item in items]
 
 

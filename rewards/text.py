@@ -120,7 +120,9 @@ class LengthReward(Reward):
         elif completion_ids is not None:
             lengths = [len(ids) for ids in completion_ids]
         else:
-            raise ValueError("length in tokens needs completion_ids")
+            raise ValueError(
+                'length in tokens needs completion_ids; unit="words" counts words without them'
+            )
         return [self._score(length) for length in lengths]
 
     def _score(self, length: int) -> float:

@@ -799,3 +799,70 @@ def test_the_target_of_a_rule_with_constants():
     for optimizer in (falling, constant):
         optimizer.tick()
     assert (falling.trust_region.target, constant.trust_region.target) == (0.375, 0.5)
+
+
+@pytest.mark.parametrize("name", ["measure_kl", "record"])
+def test_what_is_no_function_is_refused_where_it_is_given(name):
+    with pytest.raises(TypeError, match=f"{name} is 3; it must be a function, or None"):
+        AdaptiveOptimizer(BASES["SGD"](model().parameters()), "trust_region", **{name: 3})
+
+
+def test_a_text_is_no_number():
+    optimizer = AdaptiveOptimizer(BASES["SGD"](model().parameters()), reward_rule="trend")
+    with pytest.raises(TypeError, match="reward is '1'; it must be one number"):
+        optimizer.step_reward("1")
+
+
+@pytest.mark.parametrize(
+    ("rules", "warned"),
+    [
+        ({"lr_rule": "trend"}, 1),
+        ({"lr_rule": "none"}, 0),
+        ({"lr_rule": "learned"}, 0),
+        ({"reward_rule": "trend"}, 0),
+    ],
+)
+def test_a_reward_that_nothing_reads_is_warned_of_once(rules, warned, caplog):
+    optimizer = AdaptiveOptimizer(BASES["SGD"](model().parameters()), **rules)
+    for _ in range(3):
+        optimizer.step_reward(1.0)
+    told = "step_reward: no rule reads rewards, so this one moves nothing. Choose a reward_rule, "
+    assert [record.getMessage().startswith(told) for record in caplog.records] == [True] * warned
+
+
+@pytest.mark.parametrize(
+    ("rules", "others", "message"),
+    [
+        ("trust_region", "trend", "the state is of lr_rule trust_region, which is not chosen here"),
+        (
+            "cosine",
+            "trust_region",
+            "the state is also of the rule cosine, which is not chosen here",
+        ),
+        ("cosine", "none", "the state is also of the rule cosine, which is not chosen here"),
+    ],
+)
+def test_what_a_state_loses_in_other_rules_is_said(rules, others, message, caplog):
+    one, other = (
+        AdaptiveOptimizer(BASES["SGD"](model().parameters()), rule) for rule in (rules, others)
+    )
+    one.tick()
+    state = one.state_dict()
+    one.load_state_dict(state)
+    assert not caplog.records, "its own"
+    other.load_state_dict(state)
+    assert [record.getMessage()[: len(message)] for record in caplog.records] == [message]
+
+
+@pytest.mark.parametrize(
+    ("rule", "told"),
+    [
+        ("foo", "lr_rule: there is no rule 'foo'; all are trust_region, "),
+        ("tend", "lr_rule: there is no rule 'tend'; the nearest is 'trend', and all are "),
+        ("scaling", "cosine_restart. 'scaling' is a rule of reward_rule"),
+    ],
+)
+def test_an_unknown_rule_is_told_what_there_is(rule, told):
+    with pytest.raises(ValueError, match="there is no rule") as error:
+        AdaptiveOptimizer(BASES["SGD"](model().parameters()), rule)
+    assert told in str(error.value)

@@ -123,6 +123,18 @@ def test_an_update_that_was_taken_back_does_not_raise_the_rate(run_parts, settin
     assert [row["lr"] for row in run_of(settings)[0]] == pytest.approx([1e-4, 1e-5, 1e-6])
 
 
+def test_an_update_whose_kl_was_never_finite_is_logged_as_left_out(run_parts, settings):
+    class Lost(TrustRegion):
+        def line_search(self, measure_kl, rescale, target, max_scale=math.inf):
+            return super().line_search(lambda: math.nan, rescale, target, max_scale)
+
+    assert run_parts(settings, lambda parts: with_trust_region(parts, Lost)) == 0
+    rows = run_of(settings)[0]
+    assert [row["lr"] for row in rows] == pytest.approx([1e-3, 5e-4, 2.5e-4])
+    assert {(row["update_kl"], row["update_scale"]) for row in rows} == {(None, 0.0)}
+    assert [row["updates_scaled"] for row in rows] == [1, 2, 3]
+
+
 def test_each_steps_rate_follows_from_the_reasons_given(main, settings):
     keys = {"STEPS": 8, "LRATE": 1e-3, "LR_RULE": "trust_region+cyclical", "REWARD_RULE": "scaling"}
     assert main(settings | keys) == 0

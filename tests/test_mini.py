@@ -118,3 +118,12 @@ def test_it_goes_on_from_a_file_bit_for_bit():
 def test_arguments_out_of_range_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         AdamMini([torch.nn.Parameter(torch.ones(1))], **arguments)
+
+
+def test_the_state_of_adamw_is_refused():
+    p = torch.nn.Parameter(torch.ones(4, 2))
+    adamw = torch.optim.AdamW([p])
+    p.grad = torch.ones_like(p)
+    adamw.step()
+    with pytest.raises(ValueError, match=r"no state of AdamMini: an exp_avg_sq has the shape \[4"):
+        AdamMini([p]).load_state_dict(adamw.state_dict())

@@ -160,6 +160,7 @@ def test_the_line_search_ends_where_torchs_does(name):
     ("arguments", "message"),
     [
         ({"steps": 0}, "steps is 0; it must be at least 1"),
+        ({"steps": 2.5}, "steps is 2.5; it must be at least 1 and whole, or None"),
         ({"kl": 0.0}, "kl is 0.0; it must be in"),
         ({"min_lr": 2.0, "max_lr": 1.0}, "min_lr 2 is above max_lr 1"),
         ({"max_lr": 0.5}, "the rate 1 is outside its bounds"),
@@ -168,6 +169,14 @@ def test_the_line_search_ends_where_torchs_does(name):
 def test_what_the_trust_region_refuses(arguments, message):
     with pytest.raises(ValueError, match=message):
         trust_region(1.0, **arguments)
+
+
+@pytest.mark.parametrize("rate", [0.0, "x", None])
+def test_a_rate_that_is_none_is_refused(rate):
+    with pytest.raises(
+        (TypeError, ValueError), match=r"learning_rate is .*; it must be (a|one) number"
+    ):
+        trust_region(rate)
 
 
 def test_a_schedule_of_the_rate_that_begins_at_0():
@@ -190,6 +199,64 @@ def test_parameters_are_needed_for_the_kl():
     state = optimizer.init(jnp.zeros(3))
     with pytest.raises(ValueError, match="give update params"):
         optimizer.update(jnp.ones(3), state, measure_kl=lambda new: 0.0)
+
+
+BROKEN = {  # sizes of the gradient and of the KL; 0: as it is
+    "a gradient": (math.nan, 0.0),
+    "a KL": (1.0, math.nan),
+    "an infinite KL": (1.0, -math.inf),
+    "a KL below 0": (1.0, -0.003),
+}
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+@pytest.mark.parametrize("broken", BROKEN)
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_step_that_is_no_step_is_none_as_in_torch(at, broken, kind):
+    """The optimizers go on as if it had not been; apply_if_finite keeps Adam's moments."""
+    w = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    region, params = TrustRegion(TORCH[kind]([w], 1.0)), jnp.ones(3)
+    own = optax.chain(OPTAX[kind](), trust_region(1.0))
+    guarded = kind == "adamw" and broken == "a gradient"
+    own = optax.apply_if_finite(own, 3) if guarded else own
+    state = own.init(params)
+
+    @jax.jit
+    def step(params, state, gradient, given):
+        def measure_kl(new):
+            return jnp.where(given == 0, ((new - params) ** 2).sum(), given)
+
+        updates, state = own.update(gradient, state, params, measure_kl=measure_kl, grad=gradient)
+        return optax.apply_updates(params, updates), state
+
+    for k in range(5):
+        size, kl = BROKEN[broken] if k == at else (1.0, 0.0)
+        w.grad = torch.full_like(w, size)
+
+        before = w.detach().clone()
+
+        def measure(kl=kl, before=before) -> float:
+            return kl or (w.detach() - before).square().sum().item()
+
+        info = region.step(measure)
+        params, state = step(params, state, jnp.full(3, size), kl)
+        last = state.inner_state[-1] if guarded else state[-1]
+        np.testing.assert_allclose(params, w.detach(), rtol=1e-5, atol=1e-12)
+        assert float(last.ratio) == pytest.approx(region.ratio, rel=1e-5)
+        if not (guarded and k == at):  # of which the transformation has heard nothing
+            want = [info.lr, math.nan if info.kl is None else info.kl, info.scale]
+            np.testing.assert_allclose([last.lr, last.kl, last.scale], want, rtol=1e-5)
+
+
+def test_without_apply_if_finite_the_parameters_stay_what_they_were():
+    own = optax.chain(optax.scale_by_adam(), trust_region(1.0))
+    params = jnp.ones(3)
+    state = own.init(params)
+    for size in (math.nan, 1.0):
+        updates, state = own.update(
+            size * jnp.ones(3), state, params, measure_kl=lambda new: ((new - 1) ** 2).sum()
+        )
+        assert (updates == 0).all() and state[-1].scale == 0 and state[-1].ratio == 1
 
 
 # The rules
@@ -297,3 +364,22 @@ def test_what_the_rules_refuse():
     schedule = optax.inject_hyperparams(optax.sgd)(learning_rate=optax.linear_schedule(0, 1, 5))
     with pytest.raises(ValueError, match="the rate is a schedule"):
         adaptive(schedule, "trend").init(jnp.ones(4))
+
+
+def test_the_rules_warn_in_the_words_of_optax(caplog):
+    """Of a number that `inner` lacks, once; never of one that it has; and of missing signals."""
+
+    def warned(**numbers) -> list[str]:
+        caplog.clear()
+        inner = optax.inject_hyperparams(optax.sgd)(learning_rate=0.1, **numbers)
+        optimizer = adaptive(inner, momentum_rule="relative")
+        state = optimizer.init(jnp.ones(2))
+        for _ in range(20):
+            _, state = optimizer.update(jnp.ones(2), state, jnp.ones(2))
+        jax.block_until_ready(state.memory)
+        return [record.getMessage() for record in caplog.records]
+
+    silent = "no loss was observed in 20 steps, so momentum_rule relative moves nothing: "
+    silent += "give it a loss in each step"
+    assert warned(momentum=0.9) == [silent]
+    assert warned() == ["momentum_rule moves nothing: the optimizer has no momentum", silent]

@@ -1030,3 +1030,15 @@ def test_a_module_of_the_working_directory_hides_another_of_its_name(tmp_path, m
     reward = PythonReward(function="of_two_places:score")
     assert reward(["a"], ["b"]) == [2.0] and sys.path == before
     sys.modules.pop("of_two_places")
+
+
+def test_what_rewards_refuse_when_they_are_used_alone():
+    with pytest.raises(ValueError, match="there are no rewards to sum: give"):
+        CompositeReward([])(prompts=["a"], completions=["b"])
+    with pytest.raises(TypeError, match="is no Reward of this package: give functions by name"):
+        CompositeReward([lambda completions, **_: [1.0]])
+    length = LengthReward(target=5, unit="words")
+    with pytest.raises(TypeError, match="'hello you' is one text; give a list of texts"):
+        length(prompts="a", completions="hello you")
+    with pytest.raises(ValueError, match='unit="words" counts words without them'):
+        LengthReward(target=5)(prompts=["a"], completions=["b"])

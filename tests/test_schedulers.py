@@ -760,3 +760,143 @@ def test_the_callback_measures_the_ends_of_texts_at_the_trainers_temperature(nam
     now = logprobs()
     want = (before.exp() * (before - now)).sum(-1).mean().item()
     assert want > 0.001 and callback.measure_kl() == pytest.approx(want, rel=1e-4)
+
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}> {{ m.content }} and all that the template adds\n"
+    "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
+PROMPTS = {
+    "a text": "This film is one that I saw with my brother",
+    "a conversation": [
+        {"role": "system", "content": "You are a critic"},
+        {"role": "user", "content": "This film"},
+    ],
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("kind", ["RLOO", "GRPO"])
+def test_the_kl_inside_trls_trainers_is_that_of_what_was_sampled(kind, prompt, tmp_path):
+    """In the context that it was sampled in, of all completions, where each token is predicted."""
+    import trl
+    from datasets import Dataset
+    from transformers import TrainerCallback
+
+    model, tokenizer, _ = texts(tmp_path)
+    tokenizer.chat_template = TEMPLATE
+    sampled: list[list[int]] = []
+
+    def reward(prompts, completion_ids, **_):
+        sampled[:] = completion_ids
+        return [float(k) for k in range(len(completion_ids))]
+
+    def before_completions() -> list[int]:
+        own = PROMPTS[prompt]
+        if isinstance(own, str):
+            return tokenizer(own).input_ids
+        text = tokenizer.apply_chat_template(own, add_generation_prompt=True, tokenize=False)
+        return tokenizer(text).input_ids
+
+    def logprobs() -> torch.Tensor:
+        found = []
+        for ids in sampled:
+            model.eval()
+            whole = torch.tensor([before_completions() + ids])
+            with torch.no_grad():
+                found.append(model(whole).logits[0, -len(ids) - 1 : -1].log_softmax(-1))
+            model.train()
+        return torch.cat(found)
+
+    tap = RewardTap(reward)
+    optimizer = AdaptiveOptimizer(AdamMini(model.parameters(), lr=1.0), "trust_region")
+    want = []
+
+    class Exact(TrainerCallback):
+        def on_pre_optimizer_step(self, *_, **__):
+            self.before = logprobs()
+
+        def on_optimizer_step(self, *_, **__):
+            kl = self.before.exp() * (self.before - logprobs())
+            want.append((optimizer.info.kl, kl.sum(-1).mean().item()))
+
+    arguments = getattr(trl, f"{kind}Config")(
+        output_dir=str(tmp_path), per_device_train_batch_size=4, num_generations=4, max_steps=2,
+        max_completion_length=4, report_to=[], use_cpu=True, save_strategy="no", bf16=False,
+        lr_scheduler_type="constant", disable_tqdm=True, gradient_checkpointing=False,
+        beta=0.0,
+    )  # fmt: skip
+    trainer = getattr(trl, f"{kind}Trainer")(
+        model=model,
+        reward_funcs=tap,
+        args=arguments,
+        train_dataset=Dataset.from_dict({"prompt": [PROMPTS[prompt]] * 8}),
+        processing_class=tokenizer,
+        optimizers=(optimizer, None),
+        callbacks=[Exact()],
+    )
+    trainer.add_callback(TrustRegionCallback(optimizer, tokenizer, tap.texts, tap.informative))
+    trainer.train()
+    assert len(want) == 2 and all(kl > 1e-4 for kl, _ in want)
+    assert [kl for kl, _ in want] == pytest.approx([exact for _, exact in want], rel=1e-4)
+    assert copy.deepcopy(tap).texts() == tap.texts() == [(tap.texts()[0][0], x) for x in sampled]
+
+
+def test_the_whole_of_a_long_text_is_its_context(tmp_path):
+    """As many tokens as the model has positions; 64 here."""
+    model, tokenizer, _ = texts(tmp_path)
+    long = tokenizer("and so I went to see it " * 12 + "again").input_ids
+    optimizer = AdaptiveOptimizer(SGD(model.parameters(), lr=0.1), "trust_region")
+    callback = TrustRegionCallback(optimizer, tokenizer, lambda: [(long[:-2], long[-2:])])
+    callback.on_pre_optimizer_step(SimpleNamespace(device="cpu"), None, None, model=model)
+    whole = torch.tensor([long[-64:]])
+    assert len(long) > 64 and torch.equal(callback.inputs["input_ids"], whole)
+    want = model.eval()(whole).logits[0, -3:-1].log_softmax(-1)
+    torch.testing.assert_close(callback.old, want.detach())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"optimizer": SGD([torch.zeros(1)])}, "optimizer is a SGD; it must be an Adaptive"),
+        ({"rule": "trend"}, "no rule of the optimizer uses the KL of an update: make an Adap"),
+        ({"rule": "none"}, "no rule of the optimizer uses the KL of an update: make an Adap"),
+        ({"texts": ["a"]}, r"texts is \['a'\]; it must be a function, such as tap.texts"),
+        ({"count": -1}, "count is -1; it must be a whole number, at least 1"),
+        ({"count": 2.5}, "count is 2.5; it must be a whole number, at least 1"),
+        ({"length": 0}, "length is 0; it must be a whole number, at least 1"),
+        ({"temperature": 0}, r"temperature is 0; it must be in \(0, inf\)"),
+        ({"temperature": -1.0}, r"temperature is -1.0; it must be in \(0, inf\)"),
+    ],
+)
+def test_what_the_callback_refuses(wrong, message):
+    own = AdaptiveOptimizer(SGD([torch.zeros(1)]), wrong.pop("rule", "trust_region"))
+    given = {"optimizer": own, "tokenizer": None, "texts": list} | wrong
+    with pytest.raises((TypeError, ValueError), match=message):
+        TrustRegionCallback(**given)
+
+
+@pytest.mark.parametrize("empty", [["", ""], [("", "")], [("This film", [])]])
+def test_texts_that_are_empty_are_told(empty, tmp_path):
+    model, tokenizer, _ = texts(tmp_path)
+    optimizer = AdaptiveOptimizer(SGD(model.parameters(), lr=0.1), "trust_region")
+    callback = TrustRegionCallback(optimizer, tokenizer, lambda: empty)
+    with pytest.raises(ValueError, match="gave only empty texts or completions"):
+        callback.on_pre_optimizer_step(SimpleNamespace(device="cpu"), None, None, model=model)
+
+
+@pytest.mark.parametrize("name", ["use_reward", "use_cosine"])
+def test_a_word_is_neither_true_nor_false(name):
+    with pytest.raises(TypeError, match=f"{name} is 'no'; it must be True or False"):
+        AdaptiveScheduler(SGD([torch.zeros(1)]), **{name: "no"})
+
+
+def test_a_callback_whose_rewards_nothing_reads_says_so(caplog):
+    RewardObserveCallback(AdaptiveOptimizer(SGD([torch.zeros(1)]), reward_rule="trend"), float)
+    RewardObserveCallback(RewardAdaptiveScheduler(SGD([torch.zeros(1)])), float)
+    assert not caplog.records
+    RewardObserveCallback(AdaptiveOptimizer(SGD([torch.zeros(1)]), "loss_decay"), float)
+    RewardObserveCallback(AdaptiveScheduler(SGD([torch.zeros(1)])), float)
+    told = 'RewardObserveCallback: no rule reads rewards. Choose a reward_rule, such as "trend"'
+    assert [record.getMessage() for record in caplog.records] == [told] * 2

@@ -191,7 +191,7 @@ def test_weights_survive_an_update_that_dwarfs_them(kind):
     for p in weights:
         p.grad = torch.full_like(p, 1e9)
     old = [p.detach().clone() for p in weights]
-    assert region.step(lambda: math.nan).kl == 0.0, "taken back"
+    assert region.step(lambda: math.nan).scale == 0.0, "taken back"
     for p, before in zip(weights, old, strict=True):
         torch.testing.assert_close(p.detach(), before)
 
@@ -509,7 +509,8 @@ def test_a_kl_that_is_never_finite_halves_the_rate_and_takes_the_update_back(
     for ratio in (0.5, 0.25):
         info = world.step(measure=lambda: broken)
         assert world.weight.item() == pytest.approx(0, abs=1e-12)
-        assert (info.kl, info.scale, info.lr, world.region.ratio) == (0.0, 0.5, ratio, ratio)
+        assert (info.kl, info.scale) == (None, 0.0), "as if the step had been left out"
+        assert (info.lr, world.region.ratio) == (2 * ratio, ratio)
         assert world.region.initialized is initialized
     assert [r.getMessage()[:52] for r in caplog.records] == [
         "trust_region, step 0: the KL of an update was NaN or"
@@ -645,6 +646,7 @@ def test_a_state_of_something_else_is_refused(wrong):
         ({"kl": 0.0}, "kl is 0.0; it must be in"),
         ({"kl": math.nan}, "kl is nan"),
         ({"steps": 0}, "steps is 0; it must be at least 1"),
+        ({"steps": 2.5}, "steps is 2.5; it must be at least 1 and whole, or None"),
         ({"min_lr": 2.0, "max_lr": 1.0}, "min_lr 2 is above max_lr 1"),
         ({"max_lr": 1e-4}, "the rate 0.001 is outside its bounds, 1e-09 … 0.0001"),
     ],

@@ -1,5 +1,8 @@
 """HF Trainer, and TRL's trainers: their loop reports to an optimizer or scheduler of ours."""
 
+import inspect
+import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,11 +11,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import TrainerCallback
 
-from adaptiverl.optim.adaptive import AdaptiveOptimizer
+from adaptiverl.optim.adaptive import CHOOSE, AdaptiveOptimizer
 from adaptiverl.optim.hyperparams import mean_over_processes
 from adaptiverl.optim.online import Online
 from adaptiverl.optim.schedulers import AdaptiveScheduler
 
+log = logging.getLogger(__name__)
+Part = str | Sequence[int]  # a text, or its token ids
 KEPT_AS = "adaptiverl.RewardObserveCallback"  # in trainer_state.json
 
 
@@ -60,6 +65,13 @@ class RewardObserveCallback(_LogsRates):
         reward_fn: Callable[[int], float | None],
     ):
         self.scheduler, self.reward_fn = scheduler, reward_fn
+        own: Any = scheduler.controller if isinstance(scheduler, AdaptiveScheduler) else scheduler
+        if isinstance(own, AdaptiveOptimizer):
+            reads = own.reads_reward
+        else:
+            reads = isinstance(own, Online) or own.reads("reward")
+        if not reads:
+            log.warning("RewardObserveCallback: no rule reads rewards. %s", CHOOSE)
         self.applied: Any = None
         if isinstance(scheduler, AdaptiveScheduler):
             scheduler.controller.owns_lr = False
@@ -106,36 +118,55 @@ class TrustRegionCallback(_LogsRates):
     optimizer   the AdaptiveOptimizer that the Trainer steps
     tokenizer   of the model
     texts       gives what to measure on, the first `count` of them at each step: texts, or pairs
-                of a prompt and its completion, of which only the completion counts.
-                `RewardTap.texts` are such pairs, of the last batch
+                of a prompt and its completion, of which only the completion counts. Each part of a
+                pair is a text or a list of token ids. `RewardTap.texts` are such pairs, of the
+                last batch
     informative     says whether any rewards of the step differ (TrustRegion.step); default: always.
                     It is true if it is true in any process
-    count, length       texts per process and last tokens of each; default 4 and 64
+    count       texts per process; default 4
+    length      how many of the last tokens of each the model is given; default: all that it has
+                positions for. With fewer the KL is that of a shorter context
     temperature     of the policy; default: that of the trainer's arguments, 1 where they have none
 
     Log-probabilities of all words are computed at each token before the step, and once or a few
     times within it; KL(before ‖ now) is exact, in nats per token, the mean over all processes. The
     model is in eval mode while it is measured: dropout would count as a difference. The
     `learning_rate` of the Trainer's log is the rate that the step took.
+
+    Raises TypeError for what is no AdaptiveOptimizer and for `texts` that cannot be called, and
+    ValueError for an optimizer whose rules use no KL and for numbers out of range.
     """
 
     def __init__(
         self,
         optimizer: AdaptiveOptimizer,
         tokenizer: Any,
-        texts: Callable[[], Sequence[str | tuple[str, str]]],
+        texts: Callable[[], Sequence[str | tuple[Part, Part]]],
         informative: Callable[[], bool] | None = None,
         count: int = 4,
-        length: int = 64,
+        length: int | None = None,
         temperature: float | None = None,
     ):
+        wanted = 'AdaptiveOptimizer(base, lr_rule="trust_region")'
+        if not isinstance(optimizer, AdaptiveOptimizer):
+            raise TypeError(f"optimizer is a {type(optimizer).__name__}; it must be an {wanted}")
+        if not (optimizer.trust_region or optimizer.learned or optimizer.online):
+            raise ValueError(f"no rule of the optimizer uses the KL of an update: make an {wanted}")
+        if not callable(texts):
+            raise TypeError(f"texts is {texts!r:.60}; it must be a function, such as tap.texts")
+        for name, value in (("count", count), ("length", length)):
+            if value is not None and (value < 1 or value % 1):
+                raise ValueError(f"{name} is {value}; it must be a whole number, at least 1")
+        if temperature is not None and not 0 < temperature < math.inf:
+            raise ValueError(f"temperature is {temperature}; it must be in (0, inf)")
         super().__init__(optimizer)
         self.tokenizer, self.texts, self.count, self.length = tokenizer, texts, count, length
         self.temperature = temperature
         self.optimizer, self.informative = optimizer, informative
         self.model: Any = None
         self.inputs: Any = None
-        self.counted = torch.empty(0)  # [texts, tokens], at which of them the policy is measured
+        self.kept = 0  # tokens that may be measured: the last ones
+        self.counted = torch.empty(0)  # [texts, kept], at which of them the policy is measured
         self.old = torch.empty(0)  # [tokens, words], of the policy before the step
         optimizer.measure_kl = self.measure_kl
 
@@ -149,22 +180,44 @@ class TrustRegionCallback(_LogsRates):
             self.optimizer.informative = mean_over_processes(own, args.device)["share"] > 0
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        pairs = [("", each) if isinstance(each, str) else each for each in texts]
-        whole = self.tokenizer([prompt + completion for prompt, completion in pairs]).input_ids
-        ids = [each[-self.length :] for each in whole]
+        config = getattr(self.model, "config", None)
+        positions = getattr(config, "max_position_embeddings", None)
+        most = min((each for each in (self.length, positions) if each), default=None)
+        ids, rows = [], []
+        for whole, first, end in map(self._tokens, texts):
+            left = max(len(whole) - most, 0) if most else 0
+            ids.append(whole[left:])
+            rows.append([first <= place < end for place in range(left, len(whole))])
+        width = max(map(len, rows))
+        counted = torch.tensor([row + [False] * (width - len(row)) for row in rows])
+        if not counted.any():
+            raise ValueError("TrustRegionCallback: texts() gave only empty texts or completions")
         self.inputs = self.tokenizer.pad(
             {"input_ids": ids}, padding_side="right", return_tensors="pt"
         ).to(args.device)
-        # A token is measured where it is predicted: from the last one of the prompt on
-        prompts = [len(self.tokenizer(prompt).input_ids) if prompt else 1 for prompt, _ in pairs]
-        left = [
-            max(of_prompt - 1 - (len(each) - len(kept)), 0)
-            for of_prompt, each, kept in zip(prompts, whole, ids, strict=True)
-        ]
-        mask = self.inputs["attention_mask"].bool()
-        places = torch.arange(mask.shape[1], device=mask.device)
-        self.counted = mask & (places >= torch.tensor(left, device=mask.device)[:, None])
+        self.kept = width - int(counted.any(0).nonzero()[0])
+        self.counted = counted[:, -self.kept :].to(args.device)
         self.old = self._logprobs()
+
+    def _tokens(self, text: str | tuple[Part, Part]) -> tuple[list[int], int, int]:
+        """The token ids of a text, and the first and the end of those that are measured.
+
+        A token is measured where it is predicted: from the last one of the prompt on.
+        """
+        if isinstance(text, str):
+            ids = self.tokenizer(text).input_ids
+            return ids, 0, len(ids)
+        prompt, completion = text
+        before = self.tokenizer(prompt).input_ids if isinstance(prompt, str) else [*prompt]
+        first = max(len(before) - 1, 0)
+        if not isinstance(completion, str):  # as they were sampled: nothing follows the last one
+            ids = [*before, *completion]
+            return ids, first, len(ids) - 1
+        if isinstance(prompt, str):  # a word may begin in the prompt and end in the completion
+            ids = self.tokenizer(prompt + completion).input_ids
+        else:
+            ids = before + self.tokenizer(completion, add_special_tokens=False).input_ids
+        return ids, first, len(ids)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.log_rates(kwargs["lr_scheduler"])
@@ -173,7 +226,10 @@ class TrustRegionCallback(_LogsRates):
     def _logprobs(self) -> Tensor:
         was_training = self.model.training
         self.model.eval()
-        logits = self.model(**self.inputs).logits
+        base = getattr(self.model, "get_base_model", lambda: self.model)()  # of a PeftModel
+        named = "logits_to_keep" in inspect.signature(base.forward).parameters
+        own = {"logits_to_keep": self.kept} if named else {}  # else it has those of all prompts
+        logits = self.model(**self.inputs, **own).logits[:, -self.kept :]
         self.model.train(was_training)
         return (logits[self.counted].float() / self.divisor).log_softmax(-1)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from adaptiverl.integrations.hf import RewardObserveCallback, TrustRegionCallback
+from adaptiverl.integrations.hf import Part, RewardObserveCallback, TrustRegionCallback
 
 __all__ = ["RewardObserveCallback", "RewardTap", "TrustRegionCallback"]
 
@@ -41,7 +41,8 @@ class RewardTap:
     def __init__(self, reward: Callable[..., Any]):
         self.reward = reward
         self.mean: float | None = None
-        self.batch: list[tuple[Any, Any]] = []  # prompts with their completions
+        self.batch: list[tuple[Any, Any]] = []  # prompts with their completions, or these' ids
+        self.render: Callable[..., Any] = _text  # of a prompt
         self.differs = True
         self.__name__ = getattr(reward, "__name__", type(reward).__name__)  # TRL logs by this name
 
@@ -62,7 +63,9 @@ class RewardTap:
         # Tensors are numbers, too: each would be a number of its own in a set
         numbers = [None if value is None else float(value) for value in values]
         prompts, completions = (batch.get(name) or [] for name in ("prompts", "completions"))
-        self.batch = [*zip(prompts, completions, strict=False)]
+        ids = batch.get("completion_ids")
+        sampled = [*map(_text, completions)] if ids is None else ids
+        self.batch, self.render = [*zip(prompts, sampled, strict=False)], _renderer(batch)
         of_prompt: dict[str, set[float]] = {}
         for prompt, value in zip(prompts, numbers, strict=False):
             if value is not None and math.isfinite(value):
@@ -80,25 +83,60 @@ class RewardTap:
         """Whether rewards of this process's last batch differ within a prompt."""
         return self.differs
 
-    def texts(self) -> list[tuple[str, str]]:
-        """Prompts and completions of this process's last batch, for TrustRegionCallback."""
-        return [(_text(prompt), _text(completion)) for prompt, completion in self.batch]
+    def texts(self) -> list[tuple[Part, Part]]:
+        """Prompts and completions of this process's last batch, for TrustRegionCallback.
+
+        Of a batch of a trainer, completions are the token ids that were sampled, and so are the
+        prompts that are conversations, in the chat template.
+        """
+        return [(self.render(prompt), completion) for prompt, completion in self.batch]
 
 
-def _is_evaluation(batch: dict[str, Any]) -> bool:
-    """Whether a trainer of TRL asks for the rewards of an evaluation.
+def _trainer(batch: dict[str, Any]) -> Any:
+    """The trainer of TRL that asks for rewards; None where none does.
 
-    Nothing that TRL gives a reward says so. `log_metric` is a method of the trainer, and whether
-    its model is in training mode is what TRL itself goes by. Without a trainer there is no
-    evaluation.
+    Nothing that TRL gives a reward names it, but `log_metric` is a method of it.
     """
     log_metric = batch.get("log_metric")
     if not inspect.ismethod(log_metric):
-        return False
+        return None
     from transformers import Trainer  # whoever has one has imported it already
 
-    trainer = log_metric.__self__
-    return isinstance(trainer, Trainer) and not trainer.model.training
+    return log_metric.__self__ if isinstance(log_metric.__self__, Trainer) else None
+
+
+def _is_evaluation(batch: dict[str, Any]) -> bool:
+    """Whether it is one of an evaluation: TRL goes by whether the model is in training mode."""
+    trainer = _trainer(batch)
+    return trainer is not None and not trainer.model.training
+
+
+def _renderer(batch: dict[str, Any]) -> Callable[..., Any]:
+    """What makes of a prompt what the policy was given: of a conversation as TRL does it."""
+    trainer = _trainer(batch)
+    if trainer is None:
+        return _text
+    return partial(
+        _rendered,
+        trainer.processing_class.apply_chat_template,
+        tools=getattr(trainer, "tools", None) or None,  # RLOOTrainer has none of these two
+        chat_template=getattr(trainer, "chat_template", None),
+        **getattr(trainer, "chat_template_kwargs", {}),
+    )
+
+
+def _rendered(template: Callable[..., Any], prompt: Any, **arguments: Any) -> Part:
+    if isinstance(prompt, str):
+        return prompt
+    told = [message | {"content": _without_images(message.get("content"))} for message in prompt]
+    return template(told, add_generation_prompt=True, tokenize=True, return_dict=True, **arguments)[
+        "input_ids"
+    ]
+
+
+def _without_images(content: Any) -> Any:
+    """The KL is measured on texts alone."""
+    return [part for part in content if "text" in part] if isinstance(content, list) else content
 
 
 def _text(part: Any) -> str:

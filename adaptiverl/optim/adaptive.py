@@ -4,6 +4,7 @@ It is a real torch optimizer, so LRScheduler, GradScaler, accelerate and HF Trai
 Whoever schedules the rate goes on doing so: what the rules make of it is applied around each step.
 """
 
+import logging
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -37,6 +38,9 @@ from adaptiverl.optim.trust_region import (
     measured,
 )
 from adaptiverl.optim.update import alignment, copyable, has_gradient
+
+log = logging.getLogger(__name__)
+CHOOSE = 'Choose a reward_rule, such as "trend"'
 
 
 class _Wrapper(Optimizer):
@@ -104,6 +108,9 @@ class AdaptiveOptimizer(_Wrapper):
                 f'trust_region_schedule is {trust_region_schedule!r}; it is "linear" or "constant"'
             )
         _check_min_kl(min_kl)
+        for name, value in (("measure_kl", measure_kl), ("record", record)):
+            if value is not None and not callable(value):
+                raise TypeError(f"{name} is {value!r:.60}; it must be a function, or None")
         super().__init__(base)
         self.measure_kl, self.min_kl, self.record = measure_kl, min_kl, record
         self.informative = True  # whether any rewards of the step differ; see TrustRegion.step
@@ -135,18 +142,33 @@ class AdaptiveOptimizer(_Wrapper):
             self.parts["learned"] = self.learned = LearnedRate(**betas)
         self.info: UpdateInfo | None = None  # of the last step, where its KL was measured
         self._has_grad_norm = False  # of the step to come
+        self._warned = False  # of rewards that nothing reads
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle. As with torch's optimizers, hooks stay behind; so do callbacks."""
         return copyable(self) | {"measure_kl": None, "record": None}
 
     def step_loss(self, loss: Scalar) -> None:
-        """Adapts to the loss; call it before `step`. A tensor is fetched from its device."""
+        """Adapts to the loss; call it once before each `step`. A tensor is fetched from its device.
+
+        With gradient accumulation give the mean over all pieces: each call counts as a step.
+        """
         self.observe(loss=loss)
 
     def step_reward(self, reward: Scalar) -> None:
-        """Adapts to a reward, higher is better; call it before `step`."""
+        """Adapts to a reward, higher is better; call it once before each `step`.
+
+        With gradient accumulation give the mean over all pieces: each call counts as a step.
+        """
+        if not self.reads_reward and not self.controller.inert and not self._warned:
+            self._warned = True
+            log.warning("step_reward: no rule reads rewards, so this one moves nothing. %s", CHOOSE)
         self.observe(reward=reward)
+
+    @property
+    def reads_reward(self) -> bool:
+        """Whether a reward moves anything."""
+        return self.controller.reads("reward") or bool(self.learned or self.online)
 
     def observe(
         self, *, loss: Scalar = None, reward: Scalar = None, grad_norm: Scalar = None
@@ -269,9 +291,14 @@ class AdaptiveOptimizer(_Wrapper):
         saved = {name: state.pop(name, None) for name in ("controller", "trust_region", "learned")}
         self.base.load_state_dict(state)
         self._share()
-        for name, part in self.parts.items():
-            if saved[name] is not None:
-                part.load_state_dict(saved[name])
+        for name, own in saved.items():
+            if own is not None and name in self.parts:
+                self.parts[name].load_state_dict(own)
+            elif own is not None:
+                log.warning(
+                    "the state is of lr_rule %s, which is not chosen here: what it had found is "
+                    "left out", name,
+                )  # fmt: skip
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 

@@ -200,9 +200,13 @@ class Controller:
         for signal, call in CALLS.items():
             waiting = [active for active in self.rules if active.rule.reads == signal]
             if waiting and waiting[0].reader not in self.seen and not self.ignored[signal]:
+                if not isinstance(self.optimizer, Optimizer):  # of another library
+                    call = f"give it a {signal}"
+                else:
+                    call = f"call {call}"
                 names = dict.fromkeys(f"{a.rule.argument} {a.rule.name}" for a in waiting)
                 log.warning(
-                    "no %s was observed in %d steps, so %s %s nothing: call %s in each step",
+                    "no %s was observed in %d steps, so %s %s nothing: %s in each step",
                     signal, PATIENCE, ", ".join(names), "move" if len(names) > 1 else "moves", call,
                 )  # fmt: skip
         rates = [float(group["lr"]) for group in self.optimizer.param_groups]
@@ -295,6 +299,12 @@ class Controller:
         self.values.take(state, [active.rule for active in self.rules])
         # What other rules had made of the rate would stay for ever: nothing moves it any more
         labels = {active.rule.label for active in self.rules if active.rule.moves == "lr"}
+        for label, ratio in self.ratios.items():
+            if label not in labels:
+                log.warning(
+                    "the state is also of the rule %s, which is not chosen here: the factor %.3g "
+                    "that it had made of the rate is left out", label, ratio,
+                )  # fmt: skip
         self.ratios = {label: ratio for label, ratio in self.ratios.items() if label in labels}
         readers = {active.reader for active in self.rules}
         self.seen = {reader: seen for reader, seen in self.seen.items() if reader in readers}

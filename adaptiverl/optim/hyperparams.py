@@ -124,6 +124,8 @@ def numbers(**signals: Scalar) -> dict[str, float]:
         if x is None:
             continue
         try:
+            if isinstance(x, str | bytes):  # of which float makes numbers
+                raise TypeError
             result[name] = float(x.detach() if isinstance(x, Tensor) else x)
         except (TypeError, ValueError, RuntimeError) as error:  # the last are torch's
             raise TypeError(f"{name} is {x!r:.60}; it must be one number") from error

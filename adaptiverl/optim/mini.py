@@ -46,6 +46,17 @@ class AdamMini(Optimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises ValueError for the state of AdamW, whose second moments are one per weight."""
+        for state in state_dict["state"].values():
+            if torch.is_tensor(square := state.get("exp_avg_sq")) and square.ndim:
+                raise ValueError(
+                    f"this is no state of AdamMini: an exp_avg_sq has the shape {[*square.shape]}, "
+                    "as of AdamW, and AdamMini keeps one number per tensor. Load it into AdamW, or "
+                    "begin AdamMini without a state"
+                )
+        super().load_state_dict(state_dict)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step, without synchronising with the device; returns what `closure` returns."""

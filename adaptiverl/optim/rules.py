@@ -246,10 +246,13 @@ def parse_rules(argument: str, value: Value) -> list[tuple[Rule, dict[str, float
             own = [rule for rule in RULES if (rule.argument, rule.name) == (argument, name)]
             if not own:
                 known = names(argument)
-                near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+                near = difflib.get_close_matches(name, known, 1, 0.6 if len(known) > 1 else 0)
+                nearest = "".join(f"the nearest is {one!r}, and " for one in near)
+                others = [rule.argument for rule in RULES if rule.name == name]
+                other = f". {name!r} is a rule of {others[0]}" if others else ""
                 raise ValueError(
-                    f"{argument}: there is no rule {name!r}; the nearest is {near!r}, and all are "
-                    + ", ".join(known)
+                    f"{argument}: there is no rule {name!r}; {nearest}all are {', '.join(known)}"
+                    + other
                 )
             if any(rule.name == name for rule, _ in chosen):
                 raise ValueError(f"{argument}: {name!r} is named twice")

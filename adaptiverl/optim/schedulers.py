@@ -74,6 +74,9 @@ class AdaptiveScheduler(LRScheduler):
         **arguments: Any,
     ):
         check_optimizer(optimizer, "optimizer")
+        for name, value in (("use_reward", use_reward), ("use_cosine", use_cosine)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} is {value!r:.60}; it must be True or False")
         if last_epoch != -1:
             raise ValueError("last_epoch: continue with load_state_dict, which has all of the past")
         rules = parse_rules("lr_rule", "trend+variance+patience" if lr_rule is None else lr_rule)

@@ -42,7 +42,7 @@ class UpdateInfo:
     """What one update did."""
 
     lr: float  # the rate that the step took, after the line search, which heeds no lower bound
-    kl: float | None  # nats per token; None where it was not measured
+    kl: float | None  # nats per token; None where it was not measured, or never finite
     target: float  # nats per token
     scale: float = 1.0  # the factor of the line search; 1 if there was none, 0: left out
     signal_to_noise: float = 0.0  # of the alignments
@@ -85,8 +85,7 @@ class TrustRegion:
                 "a closure, which moves the weights several times. Use another optimizer or rule"
             )
         self.bounds = lr_bounds(min_lr, max_lr)
-        if steps is not None and steps < 1:
-            raise ValueError(f"steps is {steps}; it must be at least 1, or None: a constant target")
+        check_steps(steps)
         kl = default_kl(steps) if kl is None else kl
         if not 0 < kl < math.inf:
             raise ValueError(f"kl is {kl}; it must be in (0, inf): nats per token of an update")
@@ -137,7 +136,8 @@ class TrustRegion:
         that, the KL is not measured. An update that no scale brings within bounds is taken back;
         where its KL was never finite the rate is halved. A KL below 0 is no information: update and
         rate stay as they are. A gradient that is not finite, or whose square is not, is no step:
-        weights, optimizer state and rate stay, and the info has a scale of 0 and no KL.
+        weights, optimizer state and rate stay. After that, and where the KL was never finite, the
+        info has a scale of 0 and no KL.
         Under a GradScaler, which may skip a step, wrap the optimizer in AdaptiveOptimizer instead.
         """
         base = self._base_rate()
@@ -178,7 +178,10 @@ class TrustRegion:
         except BaseException:  # also an interrupt: nobody has searched this update
             update.rescale(0.0)
             raise
-        info = UpdateInfo(rate * scale, kl, target, scale, self.alignments.value)
+        if math.isnan(kl):  # the step is as if it had been left out
+            info, kl = UpdateInfo(rate, None, target, 0.0, self.alignments.value), 0.0
+        else:
+            info = UpdateInfo(rate * scale, kl, target, scale, self.alignments.value)
         if 0 < info.lr < self.bounds[0]:
             self._warn(
                 f"an update had to be scaled down below min_lr {self.bounds[0]:g}, from which the "
@@ -201,7 +204,8 @@ class TrustRegion:
     ) -> tuple[float, float]:
         """The factor that the update was scaled by, and its KL at that scale: see `search`.
 
-        Only the first update is also scaled up. Warns of a KL that is no KL.
+        The KL is NaN where it was never finite. Only the first update is also scaled up. Warns of a
+        KL that is no KL.
         """
         upwards = not self.initialized
         scale, kl, known = search(measure_kl, rescale, target, max_scale, upwards)
@@ -210,6 +214,7 @@ class TrustRegion:
                 "the KL of an update was NaN or infinite at every scale, so it is taken back and "
                 "the rate halved: look at what measure_kl computes"
             )
+            kl = math.nan
         if _is_none(kl, target):
             self._warn(
                 "measure_kl gave a KL below 0, which says nothing, so the rate stays: is it "
@@ -277,6 +282,14 @@ def measured(measure_kl: Callable[[], Any]) -> float:
 def _is_none(kl: float, target: float) -> bool:
     """Whether it is below 0 by more than rounding."""
     return kl < -max(ROUNDING[0] * target, ROUNDING[1])
+
+
+def check_steps(steps: int | None) -> None:
+    """Raises ValueError for what is no length of a run."""
+    if steps is not None and (steps < 1 or steps % 1):
+        raise ValueError(
+            f"steps is {steps}; it must be at least 1 and whole, or None: a constant target"
+        )
 
 
 def default_kl(steps: int | None) -> float:

@@ -60,7 +60,9 @@ class Values:
                 if self.places[rule.moves] in self.optimizer.param_groups[0]:
                     why = f"the {rule.moves.replace('_', ' ')} is 0"
                 else:
-                    why = f"{type(self.optimizer).__name__} has no {rule.moves}"
+                    own = isinstance(self.optimizer, Optimizer)  # else of another library
+                    name = type(self.optimizer).__name__ if own else "the optimizer"
+                    why = f"{name} has no {rule.moves}"
                 log.warning("%s moves nothing: %s", rule.argument, why)
             if not known or not rule.moves.startswith("beta"):
                 continue

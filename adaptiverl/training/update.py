@@ -44,7 +44,7 @@ def update(
 
 def _of_update(parts: Parts) -> Metrics:
     info, progress = parts.optimizer.info, parts.progress
-    if info is None or info.kl is None:
+    if info is None or (info.kl is None and info.scale):  # it was not measured
         return {}
     if not parts.optimizer.trust_region:
         return {"update_kl": info.kl}

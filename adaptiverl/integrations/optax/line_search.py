@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adaptiverl.optim.line_search import KL_TOLERANCE, MAX_MEASUREMENTS, MAX_RESCALE
+from adaptiverl.optim.line_search import KL_TOLERANCE, LOST, MAX_MEASUREMENTS, MAX_RESCALE
+from adaptiverl.optim.trust_region import ROUNDING
 
 
 def line_search(
@@ -22,11 +23,15 @@ def line_search(
     max_scale       largest factor
 
     The factor on the update is 0 where no scale brings it within bounds, and else that on the rate.
+    Where the KL is never finite it is NaN, and the factor on the rate is LOST.
     """
 
+    def is_far(kl: Any) -> Any:
+        return ~((kl > -jnp.inf) & (kl <= KL_TOLERANCE * target))  # also NaN
+
     def body(search: tuple[Any, ...]) -> tuple[Any, ...]:
-        count, scale, kl, within, kl_within, beyond, _ = search
-        far = ~(kl <= KL_TOLERANCE * target)  # NaN is far
+        count, scale, kl, within, kl_within, beyond, known, _ = search
+        far = is_far(kl)
         short = jnp.logical_not(initialized) & (kl < target / KL_TOLERANCE) & (scale < max_scale)
         beyond = jnp.where(far, scale, beyond)
         within, kl_within = jnp.where(far, within, scale), jnp.where(far, kl_within, kl)
@@ -38,16 +43,29 @@ def line_search(
         more = far | short
         scale = jnp.where(more, scale * change, scale)
         kl = jax.lax.cond(more, lambda: _like(measure_kl(scale), kl), lambda: kl)
-        return count + 1, scale, kl, within, kl_within, beyond, more
+        return count + 1, scale, kl, within, kl_within, beyond, known | jnp.isfinite(kl), more
 
     one = jnp.ones_like(jnp.asarray(target, float))
     first = _like(measure_kl(one), one)
-    search = (0, one, first, 0 * one, 0 * one, jnp.inf * one, jnp.asarray(True))
+    search = (
+        0,
+        one,
+        first,
+        0 * one,
+        0 * one,
+        jnp.inf * one,
+        jnp.isfinite(first),
+        jnp.asarray(True),
+    )
     search = jax.lax.while_loop(lambda s: (s[0] < MAX_MEASUREMENTS) & s[-1], body, search)
-    _, scale, kl, within, kl_within, *_ = search
-    failed = ~(kl <= KL_TOLERANCE * target)
+    _, scale, kl, within, kl_within, _, known, _ = search
+    failed = is_far(kl)
     applied, kl = jnp.where(failed, within, scale), jnp.where(failed, kl_within, kl)
-    return jnp.where(failed & (within > 0), within, scale), applied, kl
+    on_rate = jnp.where(failed & (within > 0), within, jnp.where(known, scale, LOST))
+    # A KL below 0 says nothing: the update was scaled up in vain
+    vain = (kl < -jnp.maximum(ROUNDING[0] * target, ROUNDING[1])) & (on_rate > 1)
+    on_rate, applied = jnp.where(vain, 1.0, on_rate), jnp.where(vain, 1.0, applied)
+    return on_rate, applied, jnp.where(known, kl, jnp.nan)
 
 
 def _like(value: Any, other: Any) -> Any:

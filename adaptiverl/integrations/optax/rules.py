@@ -99,7 +99,11 @@ class _Rules:
     def __init__(self, arguments: dict[str, Any]):
         self.arguments, self.lock = arguments, Lock()
         unbounded = {k: v for k, v in arguments.items() if k not in ("min_lr", "max_lr")}
-        known = make_controller(Hyperparameters(lr=1e-3), **unbounded)  # refuses what is wrong
+        # Refuses what is wrong. What the numbers of `inner` lack is told once they are known
+        all_numbers = Hyperparameters(
+            lr=1e-3, momentum=0.9, betas=(1e-3, 1e-3), alpha=0.9, weight_decay=0.1
+        )
+        known = make_controller(all_numbers, **unbounded)
         self.reads_norm = known.reads("grad_norm")
         self.capacity = 1000 + NUMBER * sum(_remembered(vars(a.constants)) for a in known.rules)
         self.scratch: Controller | None = None

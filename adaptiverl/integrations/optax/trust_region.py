@@ -10,8 +10,16 @@ import optax
 
 from adaptiverl.integrations.optax.line_search import line_search
 from adaptiverl.optim.constants import lr_bounds
+from adaptiverl.optim.hyperparams import check_rate, numbers
 from adaptiverl.optim.signals import MEMORY
-from adaptiverl.optim.trust_region import EVIDENCE_SCALE, MIN_CONFIDENCE, TRUSTED, default_kl
+from adaptiverl.optim.trust_region import (
+    EVIDENCE_SCALE,
+    MIN_CONFIDENCE,
+    ROUNDING,
+    TRUSTED,
+    check_steps,
+    default_kl,
+)
 
 
 class TrustRegionState(NamedTuple):
@@ -29,7 +37,7 @@ class TrustRegionState(NamedTuple):
     lr: Any = 0.0  # the rate that the last step took, after the line search
     kl: Any = math.nan  # of the last update, nats per token; NaN where it was not measured
     target: Any = 0.0  # nats per token
-    scale: Any = 1.0  # the factor of the line search
+    scale: Any = 1.0  # the factor of the line search; 0: nothing is left of the step
 
 
 def trust_region(
@@ -59,18 +67,26 @@ def trust_region(
     informative     whether rewards differ, within some prompt; default True
     min_kl          lowest target; default 0
 
+    A gradient or an update that is not finite, or whose square is not, is no step: parameters,
+    rate and this state stay, and `scale` is 0. It cannot undo what the gradient has made of the
+    transformations before it in the chain: optax.apply_if_finite(chain, …) keeps their state.
+
     Where a chain has decoupled weight decay, the last update includes it; torch's does not.
     """
-    if steps is not None and steps < 1:
-        raise ValueError(f"steps is {steps}; it must be at least 1, or None: a constant target")
+    check_steps(steps)
+    given = {} if callable(learning_rate) else numbers(learning_rate=learning_rate)
+    if not callable(learning_rate) and not given.get("learning_rate"):
+        raise ValueError(
+            f"learning_rate is {learning_rate}; it must be a number above 0, or a schedule"
+        )
     largest = default_kl(steps) if kl is None else kl
     if not 0 < largest < math.inf:
         raise ValueError(f"kl is {kl}; it must be in (0, inf): nats per token of an update")
     low, high = lr_bounds(min_lr, max_lr)
     if not 0 <= low <= high:
         raise ValueError(f"min_lr {low:g} is above max_lr {high:g}")
-    if not callable(learning_rate) and learning_rate and not low <= learning_rate <= high:
-        raise ValueError(f"the rate {learning_rate:g} is outside its bounds, {low:g} … {high:g}")
+    for rate in given.values():
+        check_rate(rate, (low, high))
 
     def init(params: Any) -> TrustRegionState:
         first = TrustRegionState(last=jax.tree.map(jnp.zeros_like, params))
@@ -93,7 +109,8 @@ def trust_region(
         base = jnp.asarray(given, state.ratio.dtype)
         rate = jnp.where(base > 0, jnp.clip(base * state.ratio, low, high), 0.0)
         moves = _any(updates if grad is None else grad)
-        active = (base > 0) & (state.initialized | moves)
+        finite = _finite(updates) & (True if grad is None else _finite(grad))
+        active = (base > 0) & (state.initialized | moves) & finite
         seen = state
         if grad is not None:
             seen = _observe(state, optax.tree.vdot(state.last, grad), grad, active & informative)
@@ -113,20 +130,25 @@ def trust_region(
         bounds = low / base, high / base
         ratio = jnp.clip(state.ratio * scale, *bounds)
         factor = jnp.where(found > 0, jnp.clip((target / found) ** 0.25, 0.5, 2.0), 2.0)
-        kept = active & (applied > 0)  # that nothing is left says nothing about the rate
+        none = found < -jnp.maximum(ROUNDING[0] * target, ROUNDING[1])  # no KL, no information
+        kept = active & (applied > 0) & ~none  # that nothing is left says nothing about the rate
+        lost = jnp.where(active, jnp.isnan(found), ~finite)  # the step is left out
         ratio = jnp.where(kept, jnp.clip(ratio * factor, *bounds), ratio)
         new = seen._replace(
             ratio=jnp.where(active, ratio, state.ratio),
             time=state.time + 1,
             initialized=state.initialized | kept,
-            last=updates,
-            lr=rate * scale,
+            last=jax.tree.map(lambda u, old: jnp.where(finite, u, old), updates, state.last),
+            lr=jnp.where(lost, rate, rate * scale),
             kl=found,
             target=target,
-            scale=scale,
+            scale=jnp.where(lost, 0.0, scale),
         )
         new = jax.tree.map(lambda a, b: jnp.asarray(a, b.dtype), new, state)
-        return jax.tree.map(lambda u: -rate * applied * u, updates), new
+        # Times 0 a number that is not finite is none
+        return jax.tree.map(
+            lambda u: jnp.where(lost, jnp.zeros_like(u), -rate * applied * u), updates
+        ), new
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -155,6 +177,11 @@ def _observe(state: TrustRegionState, both: Any, grad: Any, informative: Any) ->
         spread=MEMORY * state.spread + off * (cosine - mean),
     )
     return jax.tree.map(lambda a, b: jnp.where(known, a, b), new, state)
+
+
+def _finite(tree: Any) -> Any:
+    """Whether the sum of all squares is finite, as torch's trust region asks."""
+    return jnp.isfinite(optax.tree.norm(tree, squared=True))
 
 
 def _any(tree: Any) -> Any:
