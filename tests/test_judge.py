@@ -1032,7 +1032,8 @@ def parrot(tmp_path_factory) -> Path:
     model = GPT2LMHeadModel(config)
     answer = [*tokenizer('{"score": 7}').input_ids, tokenizer.eos_token_id]
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for text in texts(240):
+    sure = 0  # texts in a row; how many it takes depends on the number of threads
+    for text in texts(2000):
         case = {"prompt": "Say:", "text": f"a {text} film"}
         messages = JudgePrompt("Is it good?").request("", case)["messages"]
         head = tokenizer(tokenizer.apply_chat_template(messages, tokenize=False)).input_ids
@@ -1042,7 +1043,10 @@ def parrot(tmp_path_factory) -> Path:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert loss < 0.05
+        sure = sure + 1 if loss < 0.05 else 0
+        if sure == 30:
+            break
+    assert sure == 30
     folder = tmp_path_factory.mktemp("parrot")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
