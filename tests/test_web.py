@@ -231,7 +231,9 @@ def test_the_logs_of_the_process_stay_open(tmp_path):
     own = logging.getLogger("of the user")
     own.addHandler(handler)
     try:
-        HumanReward(where="web", port=0, labels=str(tmp_path / "labels.sqlite")).close()
+        made = HumanReward(where="web", port=0, labels=str(tmp_path / "labels.sqlite"))
+        made.front_end.start()
+        made.close()
         own.error("still here")
         assert (tmp_path / "own.log").read_text("utf-8") == "still here\n"
     finally:
