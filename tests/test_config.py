@@ -645,6 +645,27 @@ def test_what_is_next_to_a_contradiction_loads(load, keys):
     assert {key: getattr(config, key) for key in keys} == keys
 
 
+@pytest.mark.parametrize(
+    ("key", "reward"),
+    [
+        *[(key, {}) for key in ("MODEL", "TRAIN_FILE", "EVAL_FILE", "CHAT_TEMPLATE", "OUTPUT_DIR")],
+        ("MODEL", {"TYPE": "classifier"}),
+        ("MODEL", {"TYPE": "cosine"}),
+        ("MODEL", {"TYPE": "local_judge", "RUBRIC": "r"}),
+        ("CACHE", JUDGE),
+        ("LABELS", {"TYPE": "human"}),
+    ],
+)
+def test_the_home_folder_may_begin_a_path(load, monkeypatch, key, reward):
+    """A folder named ~ would be removed by `rm -rf ~`, and the home folder with it."""
+    monkeypatch.setenv("HOME", "/home/me")
+    place = {key: "~/x.json"}
+    config = load({"REWARDS": [reward | place]} if reward else place)
+    assert getattr(config.REWARDS[0] if reward else config, key.lower() if reward else key) == (
+        "/home/me/x.json"
+    )
+
+
 def test_two_rewards_of_a_type_are_told_apart_by_name(load):
     config = load({"REWARDS": [REGEX, REGEX | {"NAME": "other"}]})
     assert [reward.name for reward in config.REWARDS] == ["regex", "other"]

@@ -6,6 +6,7 @@ FP16 on a CPU) is checked by training/build.py.
 """
 
 import importlib.util
+import os
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
@@ -253,10 +254,10 @@ class Config(BaseModel, Generic[RewardT]):
 
     @field_validator("MODEL", "TRAIN_FILE", "EVAL_FILE", "CHAT_TEMPLATE", "OUTPUT_DIR")
     @classmethod
-    def _not_empty(cls, value: str | None) -> str | None:
+    def _path(cls, value: str | None) -> str | None:
         if value is not None and not value.strip():
             raise PydanticCustomError("empty", "it is empty")
-        return value
+        return value and os.path.expanduser(value)
 
     @model_validator(mode="after")
     def _contradictions(self) -> "Config":

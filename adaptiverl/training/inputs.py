@@ -100,7 +100,12 @@ def output_folder(c: RunConfig) -> Path:
     """OUTPUT_DIR, which may not exist yet but must be possible."""
     path = Path(c.OUTPUT_DIR)
     with as_config_error("OUTPUT_DIR"):  # a name that is too long
-        nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
+        nearest = next(p for p in (path, *path.absolute().parents) if p.exists() or p.is_symlink())
+    if not nearest.exists():
+        raise ConfigError(
+            f"OUTPUT_DIR: {nearest} is a link to {nearest.readlink()}, which does not exist: make "
+            "that folder, or name another one"
+        )
     if not nearest.is_dir():
         raise ConfigError(f"OUTPUT_DIR: {nearest} is not a folder")
     try:  # what rights alone do not tell: a file system may be read-only, or full
