@@ -380,6 +380,7 @@ def test_the_card_says_what_the_run_was_and_its_code_runs(trained, command, tmp_
         assert f"| {row['step']} | {row['reward']:.3f} | {row['kl_per_completion']:.3f} |" in card
     assert "| regex | 1.0 |" in card and '`PATTERNS` ["th"]' in card
     assert "`LRATE` | 0.02" in card and "| seen | Any function" in card
+    assert ("| `LORA_R` | 8 |" in card) == (trained / "final/adapter_config.json").exists()
     assert str(trained.parent) not in card.replace(str(tmp_path), ""), "a path of this machine"
     code = re.search(r"```python\n(.*?)```", card, flags=re.DOTALL)
     namespace: dict[str, Any] = {}

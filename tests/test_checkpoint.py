@@ -407,9 +407,18 @@ def test_resuming_as_another_kind_of_run_is_refused_before_it_loads(main, settin
 
 def test_resuming_with_another_setting_is_refused(main, settings, capsys):
     assert main(settings) == 0
-    assert main(settings | {"RESUME": "auto", "STEPS": 4, "LRATE": 5e-3}) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert "LRATE was 0.001" in error and "0.005 now" in error and "OUTPUT_DIR" in error
+    final, (first, second) = Path(settings["OUTPUT_DIR"], "final"), settings["REWARDS"]
+    for rewards, said in (
+        ([first | {"WEIGHT": 3.0}, second], "REWARDS.0.WEIGHT was 1.0 and is 3.0 now"),
+        ([first], "REWARDS was "),
+    ):
+        keys = {"REWARDS": rewards, "STEPS": 4, "LRATE": 5e-3, "SEED": 7}
+        assert main(settings | keys | {"RESUME": "auto"}) == 2
+        assert f"error: RESUME: {said}" in (error := capsys.readouterr().err.splitlines()[-1])
+        assert error.endswith(
+            "; LRATE was 0.001 and is 0.005 now; SEED was 0 and is 7 now. A resumed run continues "
+            f"as it was. For another run, start a new one with MODEL={final} and another OUTPUT_DIR"
+        )
     assert main(settings | {"RESUME": "auto", "STEPS": 4, "LOG_EVERY": 1, "$schema": "any"}) == 0
 
 

@@ -531,6 +531,10 @@ def test_an_unknown_key_of_a_reward_names_the_nearest_of_that_reward(mistake):
         ({"LOAD_8BIT": True}, "a quantised model cannot be fully tuned: FULLTUNE false is LoRA"),
         ({"LORA_R": 4}, "LORA_R needs FULLTUNE false"),
         (
+            {"LORA_TARGETS": ["all-linear"], "FULLTUNE": False},
+            'LORA_TARGETS "all-linear" stands alone, without brackets',
+        ),
+        (
             {"REWARDS": [{"TYPE": "regex", "PATTERNS": "a", "WEIGHT": 0}]},
             "every WEIGHT is 0: nothing is rewarded",
         ),
@@ -710,7 +714,7 @@ def test_a_tracker_must_be_installed(load, mistake, monkeypatch, tracker):
         ("BASELINE", "mean", "'none', 'ema', "),
         ("KL_ESTIMATOR", "k2", "'k1' or 'k3'"),
         ("REWARDS", {"TYPE": "regex"}, "a list, for example"),
-        ("LORA_TARGETS", "c_attn", "valid list"),
+        ("LORA_TARGETS", "c_attn", 'valid list, such as ["c_attn"]'),
     ],
 )
 def test_a_wrong_value_is_told_with_its_key(mistake, key, value, reason):

@@ -10,6 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import adaptiverl
 from adaptiverl.commands.run_folder import Checkpoint, RunReader
+from adaptiverl.training.inputs import LORA
 from adaptiverl.training.keys import RunConfig
 from rewards import Reward
 
@@ -100,7 +101,7 @@ def _reward(reward: Reward) -> dict[str, Any]:
 def _keys(c: RunConfig) -> dict[str, Any]:
     """How it was trained: the common keys, and all others that are not at their default."""
     own = c.model_dump(mode="json", by_alias=True)
-    shown = {*ALWAYS, *c.changed()} - ELSEWHERE
+    shown = {*ALWAYS, *c.changed(), *(() if c.FULLTUNE else LORA)} - ELSEWHERE
     return {key: value for key, value in own.items() if key in shown}
 
 

@@ -64,10 +64,11 @@ class Config(BaseModel, Generic[RewardT]):
     FULLTUNE: bool = Field(True, description="Train all weights; false trains a LoRA adapter")
     LORA_R: int = Field(8, ge=1, description="Rank of the adapter")
     LORA_ALPHA: int = Field(16, ge=1, description="The adapter is scaled by LORA_ALPHA / LORA_R")
-    LORA_TARGETS: list[str] | None = Field(
+    LORA_TARGETS: Literal["all-linear"] | list[str] | None = Field(
         None,
-        description="Names of the modules that get an adapter; null: peft's default, which some "
-        "architectures lack",
+        description='Names of the modules that get an adapter; "all-linear": all linear layers but '
+        "the output; null: peft's default, which some architectures lack. An adapter in MODEL "
+        "keeps its own LORA_ keys",
     )
     LOAD_4BIT: bool = Field(False, description="Freeze the model in NF4; needs FULLTUNE false")
     LOAD_8BIT: bool = Field(False, description="Freeze the model in int8; needs FULLTUNE false")
@@ -257,7 +258,7 @@ class Config(BaseModel, Generic[RewardT]):
     def _path(cls, value: str | None) -> str | None:
         if value is not None and not value.strip():
             raise PydanticCustomError("empty", "it is empty")
-        return value and os.path.expanduser(value)
+        return value and os.path.expanduser(value)  # noqa: PTH111 (Path would drop a leading ./)
 
     @model_validator(mode="after")
     def _contradictions(self) -> "Config":
@@ -282,6 +283,10 @@ class Config(BaseModel, Generic[RewardT]):
             (
                 self.FULLTUNE and (self.LOAD_4BIT or self.LOAD_8BIT),
                 "a quantised model cannot be fully tuned: FULLTUNE false is LoRA",
+            ),
+            (
+                "all-linear" in (self.LORA_TARGETS or ()) and self.LORA_TARGETS != "all-linear",
+                'LORA_TARGETS "all-linear" stands alone, without brackets: it is no module',
             ),
             (
                 bool(self.VLLM_SERVER) and not self.FULLTUNE,

@@ -33,10 +33,10 @@ class LastUpdate:
     """The update that `optimizer`'s next step makes, so that it can be scaled afterwards.
 
     Create it before the step, which must use the gradients that are there; they may be cleared
-    afterwards. Nothing is copied for torch's AdamW and AdamMini, because their state determines the
-    update. The trained weights are copied for any other optimizer, and where they have fewer than 32
-    bits: the difference of two rounded weights is not the update. A gradient of SGD may be so large
-    that the weights before the step are lost to rounding.
+    afterwards. Nothing is copied for torch's AdamW and AdamMini, because their state determines
+    the update. The trained weights are copied for any other optimizer, and where they have fewer
+    than 32 bits: the difference of two rounded weights is not the update. A gradient of SGD may be
+    so large that the weights before the step are lost to rounding.
     """
 
     def __init__(self, optimizer: Optimizer):

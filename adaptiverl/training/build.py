@@ -117,7 +117,7 @@ def build(
     resumed = resume(c, runtime)
     if resumed:
         try:
-            state.refuse_changes(resumed, c, marks)
+            state.refuse_changes(resumed, c, marks, inputs.adapters_own(c))
         except ConfigError:
             if not state.is_untouched(resumed):
                 raise

@@ -27,7 +27,7 @@ from adaptiverl.training.advice import bf16_advice
 from adaptiverl.training.build import Parts
 from adaptiverl.training.collapse import Collapsed, sound_before
 from adaptiverl.training.environment import add_environment
-from adaptiverl.training.inputs import as_config_error
+from adaptiverl.training.inputs import adapters_own, as_config_error
 from adaptiverl.training.keys import RunConfig
 from adaptiverl.training.metrics import Metrics, dynamics_lines, interval_means, step_line
 from adaptiverl.training.progress import progress_rows
@@ -38,7 +38,8 @@ class RunFolder:
     """OUTPUT_DIR; one process writes it, and all call the same methods together."""
 
     def __init__(self, c: RunConfig, parts: Parts):
-        self.config, self.path = c, c.output_dir
+        self.config = c.model_copy(update=adapters_own(c))  # what is written down
+        self.path = c.output_dir
         self.shown = Path(c.OUTPUT_DIR)  # on the console, as the user wrote it
         self._parts: Parts | None = parts
         self.lock: filelock.BaseFileLock | None = None

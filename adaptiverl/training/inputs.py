@@ -32,6 +32,7 @@ from adaptiverl.training.runtime import Runtime
 from adaptiverl.training.scoring import RESERVED, own_settings
 from rewards import CompositeReward
 
+LORA = {"LORA_R": "r", "LORA_ALPHA": "lora_alpha", "LORA_TARGETS": "target_modules"}  # peft's names
 ASSETS = "adaptiverl/assets/"  # what begins so is in the installed package, if not a folder here
 
 
@@ -223,9 +224,8 @@ def max_prompt_tokens(c: RunConfig) -> int | None:
 
 def _base(c: RunConfig, adapter: dict[str, Any]) -> str:
     """The model that the adapter in MODEL was trained on; the adapter's shape must not change."""
-    names = {"LORA_R": "r", "LORA_ALPHA": "lora_alpha", "LORA_TARGETS": "target_modules"}
-    for key in [key for key in names if key in c.changed()]:
-        given, has = getattr(c, key), adapter[names[key]]
+    for key in [key for key in LORA if key in c.changed()]:
+        given, has = getattr(c, key), adapter[LORA[key]]
         if given != has and not (key == "LORA_TARGETS" and set(given) == set(has)):
             raise ConfigError(
                 f"{key} is {given}, but the adapter in MODEL {c.MODEL} has {has} and keeps it: "
@@ -235,6 +235,17 @@ def _base(c: RunConfig, adapter: dict[str, Any]) -> str:
         return located(adapter["base_model_name_or_path"])
     except ValueError as error:
         raise ValueError(f"{error}, on which its adapter was trained") from error
+
+
+def adapters_own(c: RunConfig) -> dict[str, Any]:
+    """The keys of LoRA that the adapter in MODEL keeps; none where no adapter goes on."""
+    adapter = None if c.FULLTUNE else adapter_config(located(c.MODEL))
+    if not adapter:
+        return {}
+    own = {key: adapter[name] for key, name in LORA.items()}
+    if isinstance(own["LORA_TARGETS"], str):  # a pattern, which the key cannot hold
+        return own | {"LORA_TARGETS": None}
+    return own | {"LORA_TARGETS": sorted(own["LORA_TARGETS"])}
 
 
 def make_rewards(
