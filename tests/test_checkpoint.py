@@ -340,6 +340,21 @@ def test_a_resumed_run_says_where_it_goes_on_and_shows_its_last_step(main, setti
     assert said[1].startswith("Step 5/5 |") and said[2].startswith("finished: 5 steps")
 
 
+def test_a_run_that_is_made_longer_says_that_its_target_is_another(main, settings, capsys):
+    """It falls over all steps, so that it jumps; and a run of that length goes otherwise."""
+    keys = settings | {"TRUST_REGION_KL": 0.01, "RESUME": "auto", "STEPS": 2}
+    said = []
+    for changes in ({}, {"EPOCHS": 9}, {"STEPS": 4}, {"STEPS": 3}):
+        assert main(keys | changes) == 0
+        said += [line for line in capsys.readouterr().out.splitlines() if "target" in line]
+    assert said == [
+        "the run had 2 steps and has 4 now: from here on the trust region's target falls over 4"
+    ]
+    rows = read_jsonl(Path(settings["OUTPUT_DIR"], "metrics.jsonl"))
+    targets = [row["update_kl_target"] for row in rows]
+    assert targets == pytest.approx([0.01, 0.005, 0.005, 0.0025])
+
+
 def test_two_runs_do_not_write_to_one_folder(main, settings, capsys):
     held = checkpoint.lock(Path(settings["OUTPUT_DIR"]))
     assert main(settings) == 2

@@ -10,6 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import adaptiverl
 from adaptiverl.commands.run_folder import Checkpoint, RunReader
+from adaptiverl.files.console import counted
 from adaptiverl.training.inputs import LORA
 from adaptiverl.training.keys import RunConfig
 from rewards import Reward
@@ -51,6 +52,7 @@ def model_card(
         keep_trailing_newline=True,
     )
     templates.filters["cell"] = _cell
+    templates.filters["counted"] = counted
     templates.filters["literal"] = repr  # Python's, where JSON has half characters
     rows = [row for row in run.metrics() if row["step"] <= checkpoint.step]
     return templates.get_template("model_card.md.jinja").render(
@@ -117,7 +119,7 @@ def _curve(rows: Sequence[dict[str, Any]]) -> list[tuple[str, list[str]]]:
         cells = []
         for key in keys:
             known = [row[key] for row in part if row.get(key) is not None]
-            cells.append(f"{sum(known) / len(known):.3f}" if known else "missing")
+            cells.append(f"{sum(known) / len(known):z.3f}" if known else "missing")
         result.append((steps, cells))
     return result
 

@@ -62,13 +62,12 @@ class Config(BaseModel, Generic[RewardT]):
         "adaptiverl/assets/policy", description="Causal LM or LoRA adapter: hub id or folder"
     )
     FULLTUNE: bool = Field(True, description="Train all weights; false trains a LoRA adapter")
-    LORA_R: int = Field(8, ge=1, description="Rank of the adapter")
+    LORA_R: int = Field(8, ge=1, description="Rank of the adapter; one in MODEL keeps its own")
     LORA_ALPHA: int = Field(16, ge=1, description="The adapter is scaled by LORA_ALPHA / LORA_R")
     LORA_TARGETS: Literal["all-linear"] | list[str] | None = Field(
         None,
         description='Names of the modules that get an adapter; "all-linear": all linear layers but '
-        "the output; null: peft's default, which some architectures lack. An adapter in MODEL "
-        "keeps its own LORA_ keys",
+        "the output; null: peft's default, which some architectures lack",
     )
     LOAD_4BIT: bool = Field(False, description="Freeze the model in NF4; needs FULLTUNE false")
     LOAD_8BIT: bool = Field(False, description="Freeze the model in int8; needs FULLTUNE false")
