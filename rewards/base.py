@@ -5,12 +5,21 @@ The class of a reward is its config schema, its constructor and its section of d
 
 import importlib.util
 import inspect
+import os
 from collections.abc import Sequence, Set
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
 
 Weight = float | list[tuple[int, float]]
+Place = Annotated[str, AfterValidator(os.path.expanduser)]  # a file, or a folder or hub id
 
 
 def _type_is_required(schema: dict[str, Any]) -> None:

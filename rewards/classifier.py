@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from rewards.base import Reward
+from rewards.base import Place, Reward
 from rewards.messages import Text, joined, texts_of
 
 SENTIMENT = "adaptiverl/assets/sentiment"
@@ -22,7 +22,7 @@ class ClassifierReward(Reward):
 
     loads_model: ClassVar[bool] = True
     type: Literal["classifier"] = "classifier"
-    model: str = Field(SENTIMENT, description="A sequence classifier: hub id or folder")
+    model: Place = Field(SENTIMENT, description="A sequence classifier: hub id or folder")
     label: str = Field("positive", description="Name of the label that is rewarded")
     output: Literal["probability", "logit"] = Field("probability", description="What is returned")
     with_prompt: bool = Field(False, description="Classify prompt + completion")

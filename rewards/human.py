@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
 
-from rewards.base import Reward, require
+from rewards.base import Place, Reward, require
 from rewards.label_queue import FrontEnd, LabelQueue, Question
 from rewards.labels import Labels
 from rewards.messages import Text, encodable, texts_of, transcripts_of
@@ -48,7 +48,7 @@ class HumanReward(Reward):
     host: str = Field("127.0.0.1", description="Address that the web page is at")
     port: int = Field(8765, ge=0, lt=65536, description="Its port; 0: any that is free")
     token_env: str | None = Field(None, description="Variable with its token; null: random")
-    labels: str = Field("labels.sqlite", description="Where labels are kept")
+    labels: Place = Field("labels.sqlite", description="Where labels are kept")
     timeout: float | None = Field(
         None, gt=0, description="Seconds to wait for a batch's labels; null: until all are there"
     )

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
-from rewards.base import KEYS, Interrupted, Reward, require
+from rewards.base import KEYS, Interrupted, Place, Reward, require
 from rewards.endpoint import KEY_ENV, secret
 from rewards.judge_account import account_of
 from rewards.judge_asking import Asker, Batch
@@ -88,7 +88,7 @@ class JudgeReward(Reward):
     max_wait: float = Field(
         60.0, ge=0, description="Most seconds between two tries, whatever the server asks for"
     )
-    cache: str = Field(
+    cache: Place = Field(
         "judge.sqlite",
         description="Where judgements and costs are kept: a file that several runs may share",
     )

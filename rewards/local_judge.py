@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from rewards.base import Reward
+from rewards.base import Place, Reward
 from rewards.messages import Text, joined, texts_of, transcript
 
 TEMPLATE = "{rubric}\n\nText:\n{text}\n\nAnswer (yes or no):"
@@ -20,7 +20,7 @@ class LocalJudgeReward(Reward):
 
     loads_model: ClassVar[bool] = True
     type: Literal["local_judge"] = "local_judge"
-    model: str = Field(description="A causal LM: hub id or folder")
+    model: Place = Field(description="A causal LM: hub id or folder")
     rubric: str = Field(min_length=1, description="The question, in words")
     template: str = Field(TEMPLATE, description="What is asked, with {rubric} and {text} in it")
     yes: str = Field(" yes", description="The answer that is rewarded, as the model would go on")

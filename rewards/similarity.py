@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from rewards.base import Reward
+from rewards.base import Place, Reward
 from rewards.messages import Text, texts_of
 
 
@@ -17,7 +17,7 @@ class CosineReward(Reward):
 
     loads_model: ClassVar[bool] = True
     type: Literal["cosine"] = "cosine"
-    model: str = Field("all-MiniLM-L6-v2", description="A sentence-transformers id or folder")
+    model: Place = Field("all-MiniLM-L6-v2", description="A sentence-transformers id or folder")
     column: str = Field("reference", description="Column that holds the reference text")
     _encoder: Any
 

@@ -377,9 +377,10 @@ def test_the_card_says_what_the_run_was_and_its_code_runs(trained, command, tmp_
     row = figures(trained)["reward"]["trained"]
     assert re.search(rf"^\| reward +\| {row['mean']:.3f} ± {row['se']:.3f} +\|", card, re.M)
     for row in read_jsonl(trained / "metrics.jsonl"):
-        assert f"| {row['step']} | {row['reward']:.3f} | {row['kl_per_completion']:.3f} |" in card
+        assert f"| {row['step']} | {row['reward']:.3f} | {row['kl_per_completion']:z.3f} |" in card
     assert "| regex | 1.0 |" in card and '`PATTERNS` ["th"]' in card
     assert "`LRATE` | 0.02" in card and "| seen | Any function" in card
+    assert ("| `LORA_R` | 8 |" in card) == (trained / "final/adapter_config.json").exists()
     assert str(trained.parent) not in card.replace(str(tmp_path), ""), "a path of this machine"
     code = re.search(r"```python\n(.*?)```", card, flags=re.DOTALL)
     namespace: dict[str, Any] = {}
@@ -498,6 +499,9 @@ def test_of_a_run_that_has_not_finished_the_newest_checkpoint_is_used(copy, comm
     shutil.rmtree(copy / "final")
     assert f"model  {copy}/step-000002, after 2 steps" in used(command, copy)[1]
     assert "has not finished: using its newest checkpoint, step-000002" in caplog.text
+    (copy / "step-000001").rename(copy / "best")
+    assert f"model  {copy}/best, after 1 step\n" in used(command, copy)[1]
+    assert caplog.messages[1:] == [f"{copy} has not finished: using its best checkpoint, best"]
 
 
 def test_a_damaged_checkpoint_is_not_used(copy, command, caplog):
@@ -526,10 +530,10 @@ def test_a_folder_without_a_run_is_refused(copy, command, tmp_path, name):
     assert error(ROOT) == f"{ROOT} holds no run: name the OUTPUT_DIR of a run"
     assert error(copy / "step-000001") == (
         f"{copy}/step-000001 is a checkpoint: name the folder of its run, {copy}, and choose the "
-        "checkpoint by --checkpoint 000001"
+        "checkpoint by --checkpoint 1"
     )
     assert error(copy, "--checkpoint", "7") == (
-        f"--checkpoint 7: {copy} has no such checkpoint; there is: 000001, 000002, final"
+        f"--checkpoint 7: {copy} has no such checkpoint; there is: 1, 2, final"
     )
     for checkpoint in ("step-000001", "step-000002", "final"):
         shutil.rmtree(copy / checkpoint)
@@ -703,6 +707,17 @@ def test_a_line_that_is_lost_does_not_keep_a_model_from_its_export(copy, command
     assert command("export", copy, tmp_path / "out")[0] == 0
     card = (tmp_path / "out/README.md").read_text()
     assert re.search(r"^\| 2 \| \d", card, re.M) and not re.search(r"^\| 1 \| \d", card, re.M)
+
+
+def test_a_card_of_one_completion_and_of_no_kl(copy, command, tmp_path):
+    file = copy / "metrics.jsonl"
+    rows = [row | {"kl_per_completion": -1e-9} for row in read_jsonl(file)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert command("evaluate", copy, "-n", 1)[0] == 0
+    assert command("export", copy, tmp_path / "out")[0] == 0
+    card = (tmp_path / "out/README.md").read_text()
+    assert "\n1 completion of 1 prompt of `prompts.json`" in card
+    assert "| 0.000 |" in card and "-0.000" not in card
 
 
 def test_a_card_says_what_a_reward_scores_where_that_is_its_default():

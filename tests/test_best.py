@@ -147,6 +147,25 @@ def test_evaluations_that_never_come_are_warned_of(main, settings, caplog):
     assert caplog.messages == [said]
 
 
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        ("trust_region+cosine", ("cosine", 200)),
+        ([{"name": "cyclical", "cycle_length": 4}], ("cyclical", 4)),
+        ({"name": "cosine_restart", "cycle_length": 3}, None),
+    ],
+)
+def test_a_cycle_that_the_run_does_not_come_through_is_warned_of(
+    main, settings, caplog, rule, said
+):
+    assert main(settings | {"LR_RULE": rule}) == 0
+    assert caplog.messages == [
+        f"LR_RULE {name}: its cycle has {length} steps and the run 3, so the rate goes only a part "
+        f'of the way. {{"name": "{name}", "cycle_length": 3}} is as long as the run'
+        for name, length in ([said] if said else [])
+    ]
+
+
 def test_a_held_out_share_is_evaluated_and_never_sampled_in_training(main, settings):
     keys = settings | {"EVAL_SPLIT": 0.4, "EVAL_EVERY": 3, "STEPS": 6}
     assert main(keys) == 0

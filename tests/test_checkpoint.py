@@ -340,6 +340,21 @@ def test_a_resumed_run_says_where_it_goes_on_and_shows_its_last_step(main, setti
     assert said[1].startswith("Step 5/5 |") and said[2].startswith("finished: 5 steps")
 
 
+def test_a_run_that_is_made_longer_says_that_its_target_is_another(main, settings, capsys):
+    """It falls over all steps, so that it jumps; and a run of that length goes otherwise."""
+    keys = settings | {"TRUST_REGION_KL": 0.01, "RESUME": "auto", "STEPS": 2}
+    said = []
+    for changes in ({}, {"EPOCHS": 9}, {"STEPS": 4}, {"STEPS": 3}):
+        assert main(keys | changes) == 0
+        said += [line for line in capsys.readouterr().out.splitlines() if "target" in line]
+    assert said == [
+        "the run had 2 steps and has 4 now: from here on the trust region's target falls over 4"
+    ]
+    rows = read_jsonl(Path(settings["OUTPUT_DIR"], "metrics.jsonl"))
+    targets = [row["update_kl_target"] for row in rows]
+    assert targets == pytest.approx([0.01, 0.005, 0.005, 0.0025])
+
+
 def test_two_runs_do_not_write_to_one_folder(main, settings, capsys):
     held = checkpoint.lock(Path(settings["OUTPUT_DIR"]))
     assert main(settings) == 2
@@ -407,9 +422,18 @@ def test_resuming_as_another_kind_of_run_is_refused_before_it_loads(main, settin
 
 def test_resuming_with_another_setting_is_refused(main, settings, capsys):
     assert main(settings) == 0
-    assert main(settings | {"RESUME": "auto", "STEPS": 4, "LRATE": 5e-3}) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert "LRATE was 0.001" in error and "0.005 now" in error and "OUTPUT_DIR" in error
+    final, (first, second) = Path(settings["OUTPUT_DIR"], "final"), settings["REWARDS"]
+    for rewards, said in (
+        ([first | {"WEIGHT": 3.0}, second], "REWARDS.0.WEIGHT was 1.0 and is 3.0 now"),
+        ([first], "REWARDS was "),
+    ):
+        keys = {"REWARDS": rewards, "STEPS": 4, "LRATE": 5e-3, "SEED": 7}
+        assert main(settings | keys | {"RESUME": "auto"}) == 2
+        assert f"error: RESUME: {said}" in (error := capsys.readouterr().err.splitlines()[-1])
+        assert error.endswith(
+            "; LRATE was 0.001 and is 0.005 now; SEED was 0 and is 7 now. A resumed run continues "
+            f"as it was. For another run, start a new one with MODEL={final} and another OUTPUT_DIR"
+        )
     assert main(settings | {"RESUME": "auto", "STEPS": 4, "LOG_EVERY": 1, "$schema": "any"}) == 0
 
 

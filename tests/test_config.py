@@ -531,6 +531,10 @@ def test_an_unknown_key_of_a_reward_names_the_nearest_of_that_reward(mistake):
         ({"LOAD_8BIT": True}, "a quantised model cannot be fully tuned: FULLTUNE false is LoRA"),
         ({"LORA_R": 4}, "LORA_R needs FULLTUNE false"),
         (
+            {"LORA_TARGETS": ["all-linear"], "FULLTUNE": False},
+            'LORA_TARGETS "all-linear" stands alone, without brackets',
+        ),
+        (
             {"REWARDS": [{"TYPE": "regex", "PATTERNS": "a", "WEIGHT": 0}]},
             "every WEIGHT is 0: nothing is rewarded",
         ),
@@ -645,6 +649,27 @@ def test_what_is_next_to_a_contradiction_loads(load, keys):
     assert {key: getattr(config, key) for key in keys} == keys
 
 
+@pytest.mark.parametrize(
+    ("key", "reward"),
+    [
+        *[(key, {}) for key in ("MODEL", "TRAIN_FILE", "EVAL_FILE", "CHAT_TEMPLATE", "OUTPUT_DIR")],
+        ("MODEL", {"TYPE": "classifier"}),
+        ("MODEL", {"TYPE": "cosine"}),
+        ("MODEL", {"TYPE": "local_judge", "RUBRIC": "r"}),
+        ("CACHE", JUDGE),
+        ("LABELS", {"TYPE": "human"}),
+    ],
+)
+def test_the_home_folder_may_begin_a_path(load, monkeypatch, key, reward):
+    """A folder named ~ would be removed by `rm -rf ~`, and the home folder with it."""
+    monkeypatch.setenv("HOME", "/home/me")
+    place = {key: "~/x.json"}
+    config = load({"REWARDS": [reward | place]} if reward else place)
+    assert getattr(config.REWARDS[0] if reward else config, key.lower() if reward else key) == (
+        "/home/me/x.json"
+    )
+
+
 def test_two_rewards_of_a_type_are_told_apart_by_name(load):
     config = load({"REWARDS": [REGEX, REGEX | {"NAME": "other"}]})
     assert [reward.name for reward in config.REWARDS] == ["regex", "other"]
@@ -689,7 +714,7 @@ def test_a_tracker_must_be_installed(load, mistake, monkeypatch, tracker):
         ("BASELINE", "mean", "'none', 'ema', "),
         ("KL_ESTIMATOR", "k2", "'k1' or 'k3'"),
         ("REWARDS", {"TYPE": "regex"}, "a list, for example"),
-        ("LORA_TARGETS", "c_attn", "valid list"),
+        ("LORA_TARGETS", "c_attn", 'valid list, such as ["c_attn"]'),
     ],
 )
 def test_a_wrong_value_is_told_with_its_key(mistake, key, value, reason):

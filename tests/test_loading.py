@@ -89,6 +89,30 @@ def test_an_adapter_goes_on_with_the_rank_that_it_has(main, settings, adapter, c
     )
 
 
+def test_a_run_writes_down_the_rank_that_its_adapter_has(main, settings, adapter):
+    """And takes that for no change: the keys of the config are others."""
+    own = {"LORA_R": 2, "LORA_ALPHA": 6, "LORA_TARGETS": ["c_attn", "c_fc"]}
+    out = Path(settings["OUTPUT_DIR"])
+    keys = settings | {"FULLTUNE": False, "STEPS": 1}
+    assert main(keys | own | {"OUTPUT_DIR": str(out / "first")}) == 0
+    keys |= {"MODEL": str(out / "first/final"), "OUTPUT_DIR": str(out / "second")}
+    for step in ({}, {"STEPS": 2, "RESUME": "auto"}):
+        assert main(keys | step) == 0
+        for file in ("config.json", "final/run_config.json"):
+            written = json.loads((out / "second" / file).read_text())
+            assert written | own == written, file
+    assert main(keys | {"FULLTUNE": True}) == 0
+    assert json.loads((out / "second/config.json").read_text())["LORA_R"] == 8, "nothing reads it"
+
+
+def test_all_linear_layers_may_get_an_adapter(main, settings):
+    assert main(settings | {"FULLTUNE": False, "STEPS": 1}, "LORA_TARGETS=all-linear") == 0
+    out = Path(settings["OUTPUT_DIR"])
+    assert json.loads((out / "config.json").read_text())["LORA_TARGETS"] == "all-linear"
+    targets = json.loads((out / "final/adapter_config.json").read_text())["target_modules"]
+    assert {name.rpartition(".")[-1] for name in targets} == {"c_attn", "c_proj", "c_fc"}
+
+
 def test_an_adapter_without_a_tokenizer_has_that_of_its_base(main, settings, adapter):
     for file in adapter.glob("tokenizer*"):
         file.unlink()
@@ -310,7 +334,8 @@ def test_a_model_that_is_its_own_base(main, settings, llama4):
     ("targets", "reason"),
     [
         (None, "peft has no layers in mind for a model of type llama4_text."),
-        (["q"], "Target modules {'q'} not found in the base model."),
+        (["q"], "the model has no module q."),
+        (["q_proj", "c_attn"], "the model has no module c_attn."),
     ],
 )
 def test_layers_for_adapters_that_have_to_be_named(main, settings, llama4, capsys, targets, reason):

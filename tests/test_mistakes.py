@@ -88,7 +88,7 @@ NOWHERE = '[{"TYPE": "python", "FUNCTION": "nowhere.rewards:mine"}]'
     ("override", "message"),
     [
         ("STEPS=ten", 'the command line: STEPS is "ten": it must be a '),
-        ("TRAIN_FILE=nowhere.csv", "TRAIN_FILE: there is no file nowhere.csv\n"),
+        ("TRAIN_FILE=nowhere.csv", f"TRAIN_FILE: there is no file nowhere.csv in {ROOT}\n"),
         (f"HELD_OUT={NOWHERE}", "HELD_OUT.0: No module named 'nowhere'\n"),
     ],
 )
@@ -159,7 +159,7 @@ def test_no_reward(mistake, tmp_path):
 
 @pytest.mark.parametrize("key", ["TRAIN_FILE", "EVAL_FILE"])
 def test_a_missing_prompt_file(mistake, key):
-    assert mistake({key: "nowhere.json"}) == f"{key}: there is no file nowhere.json"
+    assert mistake({key: "nowhere.json"}) == f"{key}: there is no file nowhere.json in {ROOT}"
 
 
 @pytest.mark.parametrize("key", ["TRAIN_FILE", "EVAL_FILE"])
@@ -350,6 +350,15 @@ def test_an_output_dir_that_is_a_file(mistake, settings, tmp_path):
     path.touch()
     message = mistake({"OUTPUT_DIR": str(path)})
     assert message.startswith(f"OUTPUT_DIR: {path} ")
+
+
+@pytest.mark.parametrize("below", ["", "run"])
+def test_an_output_dir_that_is_a_link_to_nothing(mistake, tmp_path, below):
+    (link := tmp_path / "link").symlink_to("gone")
+    assert mistake({"OUTPUT_DIR": str(link / below)}) == (
+        f"OUTPUT_DIR: {link} is a link to gone, which does not exist: make that folder, or name "
+        "another one"
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

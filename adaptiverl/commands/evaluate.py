@@ -163,7 +163,7 @@ def _shown(value: dict[str, float | None] | None, sign: bool) -> str:
         return ""
     if value["mean"] is None:
         return "missing"
-    mean = f"{value['mean']:+.3f}" if sign else f"{value['mean']:.3f}"
+    mean = f"{value['mean']:+z.3f}" if sign else f"{value['mean']:z.3f}"
     return mean if value["se"] is None else f"{mean} ± {value['se']:.3f}"
 
 

@@ -46,6 +46,7 @@ than their defaults.
 
 - A config is JSON with comments, or YAML. Strings are read as what they stand for: `"5e-5"` is a
   number.
+- A relative path begins in the folder in which the run is started, and `~` is your home folder.
 - `KEY=VALUE` on the command line wins over the file. Values there are JSON, or plain strings.
 - A required key that is missing, an unknown key, and keys that contradict each other are refused.
 - `config.schema.json`, which `make train` writes, lets editors complete and check a config.

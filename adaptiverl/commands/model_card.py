@@ -10,6 +10,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import adaptiverl
 from adaptiverl.commands.run_folder import Checkpoint, RunReader
+from adaptiverl.files.console import counted
+from adaptiverl.training.inputs import LORA
 from adaptiverl.training.keys import RunConfig
 from rewards import Reward
 
@@ -50,6 +52,7 @@ def model_card(
         keep_trailing_newline=True,
     )
     templates.filters["cell"] = _cell
+    templates.filters["counted"] = counted
     templates.filters["literal"] = repr  # Python's, where JSON has half characters
     rows = [row for row in run.metrics() if row["step"] <= checkpoint.step]
     return templates.get_template("model_card.md.jinja").render(
@@ -100,7 +103,7 @@ def _reward(reward: Reward) -> dict[str, Any]:
 def _keys(c: RunConfig) -> dict[str, Any]:
     """How it was trained: the common keys, and all others that are not at their default."""
     own = c.model_dump(mode="json", by_alias=True)
-    shown = {*ALWAYS, *c.changed()} - ELSEWHERE
+    shown = {*ALWAYS, *c.changed(), *(() if c.FULLTUNE else LORA)} - ELSEWHERE
     return {key: value for key, value in own.items() if key in shown}
 
 
@@ -116,7 +119,7 @@ def _curve(rows: Sequence[dict[str, Any]]) -> list[tuple[str, list[str]]]:
         cells = []
         for key in keys:
             known = [row[key] for row in part if row.get(key) is not None]
-            cells.append(f"{sum(known) / len(known):.3f}" if known else "missing")
+            cells.append(f"{sum(known) / len(known):z.3f}" if known else "missing")
         result.append((steps, cells))
     return result
 

@@ -37,7 +37,7 @@ class RunReader:
         if (self.path / "run_config.json").exists():
             raise ConfigError(
                 f"{path} is a checkpoint: name the folder of its run, {self.path.parent}, and "
-                f"choose the checkpoint by --checkpoint {self.path.name.removeprefix('step-')}"
+                f"choose the checkpoint by --checkpoint {_typed(self.path.name)}"
             )
         logged = (self.path / "metrics.jsonl").exists()
         if not (self.path / "config.json").exists() or not (logged or self.checkpoints()):
@@ -89,7 +89,7 @@ class RunReader:
             )
         names = [name for name, step in steps.items() if which in (name, str(step))]
         if which and not names:
-            known = ", ".join(dict.fromkeys(name.removeprefix("step-") for name in steps))
+            known = ", ".join(dict.fromkeys(map(_typed, steps)))
             raise ConfigError(
                 f"--checkpoint {which}: {self.path} has no such checkpoint; there is: {known}"
             )
@@ -102,16 +102,19 @@ class RunReader:
                     f"{self.path / name} is damaged ({wrong}): choose another by --checkpoint"
                 )
             return Checkpoint(self.path / name, steps[name])
+        found, kind = None, "best"
         if "best" in steps:
             if (wrong := checkpoint.damage(self.path / "best")) is None:
-                return Checkpoint(self.path / "best", steps["best"])
-            logging.warning("%s is damaged (%s): not used", self.path / "best", wrong)
-        found = checkpoint.newest(self.path)
+                found = self.path / "best", steps["best"]
+            else:
+                logging.warning("%s is damaged (%s): not used", self.path / "best", wrong)
+        if found is None:
+            found, kind = checkpoint.newest(self.path), "newest"
         if found is None:
             raise ConfigError(f"all checkpoints in {self.path} are damaged")
         if "final" not in steps:
             logging.warning(
-                "%s has not finished: using its newest checkpoint, %s", self.path, found[0].name
+                "%s has not finished: using its %s checkpoint, %s", self.path, kind, found[0].name
             )
         return Checkpoint(*found)
 
@@ -134,3 +137,8 @@ class RunReader:
             if str(here) not in sys.path:
                 sys.path.append(str(here))
             yield
+
+
+def _typed(name: str) -> str:
+    """A checkpoint's name as --checkpoint takes it: best, final or the number of a step."""
+    return str(int(name[5:])) if name.startswith("step-") else name

@@ -121,8 +121,10 @@ def _place(error: Any, path: str | Path, typed: dict[str, Any]) -> str:
     return "the command line" if error["loc"] else f"{path} and the command line"
 
 
-# What pydantic adds to a place for each type that a value may have: LRATE, WEIGHT
-KINDS = ("literal['auto']", "constrained-float", "float", "list[tuple[int, float]]")
+# What pydantic adds to a place for each type that a value may have: LRATE, LORA_TARGETS, WEIGHT
+WORDS = ("literal['auto']", "literal['all-linear']")
+NUMBER, POINTS = "float", "list[tuple[int, float]]"
+KINDS = (*WORDS, "constrained-float", "list[str]", NUMBER, POINTS)
 
 
 ENTRY = '{"TYPE": "classifier"}'
@@ -138,10 +140,10 @@ PATTERNS = {  # what is to be written where a key's pattern is not met
 
 
 def _is_of_another_kind(error: Any) -> bool:
-    """Whether it says only that a value is not "auto", or no list, or no number but a list."""
+    """Whether it says only that a value is not such a word, or no list, or no number but a list."""
     kind = error["loc"][-1] if error["loc"] else None
     is_list = isinstance(error["input"], list)
-    return kind == KINDS[0] or (kind == KINDS[3] and not is_list) or (kind == KINDS[2] and is_list)
+    return kind in WORDS or (kind == POINTS and not is_list) or (kind == NUMBER and is_list)
 
 
 def _explain(error: Any, schema: type[Config]) -> str:

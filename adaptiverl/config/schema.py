@@ -6,6 +6,7 @@ FP16 on a CPU) is checked by training/build.py.
 """
 
 import importlib.util
+import os
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
@@ -61,12 +62,12 @@ class Config(BaseModel, Generic[RewardT]):
         "adaptiverl/assets/policy", description="Causal LM or LoRA adapter: hub id or folder"
     )
     FULLTUNE: bool = Field(True, description="Train all weights; false trains a LoRA adapter")
-    LORA_R: int = Field(8, ge=1, description="Rank of the adapter")
+    LORA_R: int = Field(8, ge=1, description="Rank of the adapter; one in MODEL keeps its own")
     LORA_ALPHA: int = Field(16, ge=1, description="The adapter is scaled by LORA_ALPHA / LORA_R")
-    LORA_TARGETS: list[str] | None = Field(
+    LORA_TARGETS: Literal["all-linear"] | list[str] | None = Field(
         None,
-        description="Names of the modules that get an adapter; null: peft's default, which some "
-        "architectures lack",
+        description='Names of the modules that get an adapter; "all-linear": all linear layers but '
+        "the output; null: peft's default, which some architectures lack",
     )
     LOAD_4BIT: bool = Field(False, description="Freeze the model in NF4; needs FULLTUNE false")
     LOAD_8BIT: bool = Field(False, description="Freeze the model in int8; needs FULLTUNE false")
@@ -253,10 +254,10 @@ class Config(BaseModel, Generic[RewardT]):
 
     @field_validator("MODEL", "TRAIN_FILE", "EVAL_FILE", "CHAT_TEMPLATE", "OUTPUT_DIR")
     @classmethod
-    def _not_empty(cls, value: str | None) -> str | None:
+    def _path(cls, value: str | None) -> str | None:
         if value is not None and not value.strip():
             raise PydanticCustomError("empty", "it is empty")
-        return value
+        return value and os.path.expanduser(value)  # noqa: PTH111 (Path would drop a leading ./)
 
     @model_validator(mode="after")
     def _contradictions(self) -> "Config":
@@ -281,6 +282,10 @@ class Config(BaseModel, Generic[RewardT]):
             (
                 self.FULLTUNE and (self.LOAD_4BIT or self.LOAD_8BIT),
                 "a quantised model cannot be fully tuned: FULLTUNE false is LoRA",
+            ),
+            (
+                "all-linear" in (self.LORA_TARGETS or ()) and self.LORA_TARGETS != "all-linear",
+                'LORA_TARGETS "all-linear" stands alone, without brackets: it is no module',
             ),
             (
                 bool(self.VLLM_SERVER) and not self.FULLTUNE,

@@ -32,22 +32,25 @@ def copyable(optimizer: Optimizer) -> dict[str, Any]:
 class LastUpdate:
     """The update that `optimizer`'s next step makes, so that it can be scaled afterwards.
 
-    Create it before the step. It needs the gradients that the step used. Nothing is copied for
-    torch's AdamW and AdamMini, because their state determines the update. The trained weights are
-    copied for any other optimizer, and where they have fewer than 32 bits: the difference of two
-    rounded weights is not the update. A gradient of SGD may be so large that the weights before the
-    step are lost to rounding.
+    Create it before the step, which must use the gradients that are there; they may be cleared
+    afterwards. Nothing is copied for torch's AdamW and AdamMini, because their state determines
+    the update. The trained weights are copied for any other optimizer, and where they have fewer
+    than 32 bits: the difference of two rounded weights is not the update. A gradient of SGD may be
+    so large that the weights before the step are lost to rounding.
     """
 
     def __init__(self, optimizer: Optimizer):
         self.optimizer = optimizer
         self.scale = 1.0
         self.rates = [float(group["lr"]) for group in optimizer.param_groups]
+        self.moved = [  # of each group
+            [p for p in group["params"] if p.grad is not None] for group in optimizer.param_groups
+        ]
         self.old = {
             p: p.detach().clone()
-            for group in optimizer.param_groups
-            for p in group["params"]
-            if p.grad is not None and (_is_short(p) or not _is_recoverable(optimizer, group))
+            for group, moved in zip(optimizer.param_groups, self.moved, strict=True)
+            for p in moved
+            if _is_short(p) or not _is_recoverable(optimizer, group)
         }
         self.new: dict[Tensor, Tensor] = {}  # as the step left them, of 16 bits
 
@@ -55,8 +58,9 @@ class LastUpdate:
     def rescale(self, factor: float) -> None:
         """Multiplies the update by `factor`: 1 leaves it, 0 takes it back."""
         own = self.optimizer.rates if isinstance(self.optimizer, PerTensorOptimizer) else {}
-        for group, lr in zip(self.optimizer.param_groups, self.rates, strict=True):
-            for p in group["params"]:
+        groups = self.optimizer.param_groups
+        for group, lr, moved in zip(groups, self.rates, self.moved, strict=True):
+            for p in moved:
                 if p in self.old:
                     old = self.old[p]
                     new, by = p, factor
@@ -64,7 +68,7 @@ class LastUpdate:
                         new, by = self.new.setdefault(p, p.clone()), self.scale * factor
                     # A lerp by 0 would make NaN of an update that is not finite
                     p.copy_(old.lerp(new, by) if factor else old)
-                elif p.grad is not None:
+                else:
                     update = self._update(group, p, own.get(p, lr))
                     p.sub_(update, alpha=(factor - 1) * self.scale)
         self.scale *= factor

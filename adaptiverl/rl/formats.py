@@ -13,4 +13,5 @@ def file_format(source: str) -> str | None:
 def check_file(source: str) -> None:
     """Raises FileNotFoundError where `source` has the name of a file, and there is none."""
     if file_format(source) and not Path(source).is_file():
-        raise FileNotFoundError(f"there is no file {source}")
+        where = "" if Path(source).is_absolute() else f" in {Path.cwd()}"
+        raise FileNotFoundError(f"there is no file {source}{where}")

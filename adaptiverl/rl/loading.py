@@ -162,20 +162,27 @@ def load_policy(
         return Policy(lm, **of_policy)
     transposed = any(isinstance(module, Conv1D) for module in lm.modules())  # GPT-2's
     config = LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=transposed, **(lora or {}))
+    kind, targets = lm.config.model_type, (lora or {}).get("target_modules")
     names = {
         name.rpartition(".")[-1]
         for name, module in lm.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and module is not lm.get_output_embeddings()
     }
+    if kind in MAMBA:
+        names -= {"out_proj"}  # peft refuses it: Mamba's kernels read its weight themselves
+    hint = f"Name some of {', '.join(sorted(names))}"
+    if isinstance(targets, list):  # peft is content with one that it finds
+        found = [f".{name}" for name, _ in lm.named_modules()]
+        lost = [target for target in targets if not any(x.endswith(f".{target}") for x in found)]
+        if lost:
+            raise LoraTargetsError(f"the model has no module {', '.join(lost)}. {hint}")
     try:
         return Policy(get_peft_model(lm, config), **of_policy)
     except ValueError as error:
-        reason, kind = str(error).splitlines()[0], lm.config.model_type
-        if not (lora or {}).get("target_modules"):  # config's own is an empty set for some
+        reason = str(error).splitlines()[0]
+        if not targets:  # config's own is an empty set for some
             reason = f"peft has no layers in mind for a model of type {kind}."
-        if kind in MAMBA:
-            names -= {"out_proj"}  # peft refuses it: Mamba's kernels read its weight themselves
-        raise LoraTargetsError(f"{reason} Name some of {', '.join(sorted(names))}") from error
+        raise LoraTargetsError(f"{reason} {hint}") from error
 
 
 def _keep_differentiable(lm: nn.Module) -> None:

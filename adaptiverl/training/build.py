@@ -3,6 +3,7 @@
 What the config names outside of the model is made by inputs.py. Each function raises ConfigError.
 """
 
+import json
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -106,6 +107,13 @@ def build(
     if eval_prompts and last_step < c.EVAL_EVERY and runtime.is_main:
         steps = f"EVAL_EVERY {c.EVAL_EVERY} is above the {last_step} steps of the run"
         logging.warning("%s: nothing is evaluated", steps)
+    for name, length in c.cycles().items():
+        if length > last_step and runtime.is_main:
+            logging.warning(
+                "LR_RULE %s: its cycle has %g steps and the run %d, so the rate goes only a part "
+                "of the way. %s is as long as the run",
+                name, length, last_step, json.dumps({"name": name, "cycle_length": last_step}),
+            )  # fmt: skip
     if runtime.is_main and (said := inputs.trained_on(c, prompts, eval_prompts)):
         logging.warning(said)
     max_prompt = inputs.max_prompt_tokens(c)
@@ -117,7 +125,7 @@ def build(
     resumed = resume(c, runtime)
     if resumed:
         try:
-            state.refuse_changes(resumed, c, marks)
+            state.refuse_changes(resumed, c, marks, inputs.adapters_own(c))
         except ConfigError:
             if not state.is_untouched(resumed):
                 raise

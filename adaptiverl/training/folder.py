@@ -27,7 +27,7 @@ from adaptiverl.training.advice import bf16_advice
 from adaptiverl.training.build import Parts
 from adaptiverl.training.collapse import Collapsed, sound_before
 from adaptiverl.training.environment import add_environment
-from adaptiverl.training.inputs import as_config_error
+from adaptiverl.training.inputs import adapters_own, as_config_error, last_step_of
 from adaptiverl.training.keys import RunConfig
 from adaptiverl.training.metrics import Metrics, dynamics_lines, interval_means, step_line
 from adaptiverl.training.progress import progress_rows
@@ -38,7 +38,8 @@ class RunFolder:
     """OUTPUT_DIR; one process writes it, and all call the same methods together."""
 
     def __init__(self, c: RunConfig, parts: Parts):
-        self.config, self.path = c, c.output_dir
+        self.config = c.model_copy(update=adapters_own(c))  # what is written down
+        self.path = c.output_dir
         self.shown = Path(c.OUTPUT_DIR)  # on the console, as the user wrote it
         self._parts: Parts | None = parts
         self.lock: filelock.BaseFileLock | None = None
@@ -60,6 +61,7 @@ class RunFolder:
             checkpoint.put_back(self.path)
             if parts.resumed:
                 print(f"resumed after step {step} from {self.shown / parts.resumed.name}")
+                self._tell_other_length()
                 if step >= c.STEPS:
                     print(f"nothing is left to do: it has {step} steps, and STEPS is {c.STEPS}")
             else:
@@ -85,6 +87,19 @@ class RunFolder:
             for kind, said in parts.checked.notes:
                 parts.guards.note(step, kind, said, "warn")
             self._show_progress()
+
+    def _tell_other_length(self) -> None:
+        """Says it where the trust region's target falls over other steps than before."""
+        c, parts, region = self.config, self.parts, self.parts.optimizer.trust_region
+        assert parts.resumed is not None, "or there is no length before"
+        kept = json.loads((parts.resumed / "run_config.json").read_text("utf-8"))
+        before = c.model_copy(update={key: kept[key] for key in ("STEPS", "EPOCHS") if key in kept})
+        steps, last = last_step_of(before, len(parts.batches.prompts)), parts.last_step
+        if region and region.steps and steps != last and not parts.done:
+            print(
+                f"the run had {steps} steps and has {last} now: from here on the trust region's "
+                f"target falls over {last}"
+            )
 
     def _begin_logs(self) -> None:
         """Cuts the logs after the step that the run goes on from."""

@@ -32,6 +32,7 @@ from adaptiverl.training.runtime import Runtime
 from adaptiverl.training.scoring import RESERVED, own_settings
 from rewards import CompositeReward
 
+LORA = {"LORA_R": "r", "LORA_ALPHA": "lora_alpha", "LORA_TARGETS": "target_modules"}  # peft's names
 ASSETS = "adaptiverl/assets/"  # what begins so is in the installed package, if not a folder here
 
 
@@ -100,7 +101,12 @@ def output_folder(c: RunConfig) -> Path:
     """OUTPUT_DIR, which may not exist yet but must be possible."""
     path = Path(c.OUTPUT_DIR)
     with as_config_error("OUTPUT_DIR"):  # a name that is too long
-        nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
+        nearest = next(p for p in (path, *path.absolute().parents) if p.exists() or p.is_symlink())
+    if not nearest.exists():
+        raise ConfigError(
+            f"OUTPUT_DIR: {nearest} is a link to {nearest.readlink()}, which does not exist: make "
+            "that folder, or name another one"
+        )
     if not nearest.is_dir():
         raise ConfigError(f"OUTPUT_DIR: {nearest} is not a folder")
     try:  # what rights alone do not tell: a file system may be read-only, or full
@@ -218,9 +224,8 @@ def max_prompt_tokens(c: RunConfig) -> int | None:
 
 def _base(c: RunConfig, adapter: dict[str, Any]) -> str:
     """The model that the adapter in MODEL was trained on; the adapter's shape must not change."""
-    names = {"LORA_R": "r", "LORA_ALPHA": "lora_alpha", "LORA_TARGETS": "target_modules"}
-    for key in [key for key in names if key in c.changed()]:
-        given, has = getattr(c, key), adapter[names[key]]
+    for key in [key for key in LORA if key in c.changed()]:
+        given, has = getattr(c, key), adapter[LORA[key]]
         if given != has and not (key == "LORA_TARGETS" and set(given) == set(has)):
             raise ConfigError(
                 f"{key} is {given}, but the adapter in MODEL {c.MODEL} has {has} and keeps it: "
@@ -230,6 +235,17 @@ def _base(c: RunConfig, adapter: dict[str, Any]) -> str:
         return located(adapter["base_model_name_or_path"])
     except ValueError as error:
         raise ValueError(f"{error}, on which its adapter was trained") from error
+
+
+def adapters_own(c: RunConfig) -> dict[str, Any]:
+    """The keys of LoRA that the adapter in MODEL keeps; none where no adapter goes on."""
+    adapter = None if c.FULLTUNE else adapter_config(located(c.MODEL))
+    if not adapter:
+        return {}
+    own = {key: adapter[name] for key, name in LORA.items()}
+    if isinstance(own["LORA_TARGETS"], str):  # a pattern, which the key cannot hold
+        return own | {"LORA_TARGETS": None}
+    return own | {"LORA_TARGETS": sorted(own["LORA_TARGETS"])}
 
 
 def make_rewards(

@@ -10,6 +10,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from adaptiverl.config.schema import LR_BOUNDS, Config
+from adaptiverl.optim.constants import CONSTANTS
 from adaptiverl.optim.rules import Rule, parse_rules
 from rewards import AnyReward, ClassifierReward, check_rewards
 from rewards.base import is_no_number
@@ -63,6 +64,15 @@ class RunConfig(Config[AnyReward]):
         """The rules, each with the constants that it is given as an object."""
         for key in RULE_KEYS:
             yield from parse_rules(key.lower(), getattr(self, key))
+
+    def cycles(self) -> dict[str, float]:
+        """The steps of the first cycle of each rule that has one."""
+        given: dict[str, Any] = {"cycle_length": CONSTANTS["cycle_length"].default}
+        return {
+            rule.name: (given | own)["cycle_length"]
+            for rule, own in self._with_constants()
+            if rule.reads_constant("cycle_length")
+        }
 
     @property
     def uses_trust_region(self) -> bool:

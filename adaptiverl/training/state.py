@@ -109,10 +109,13 @@ def is_untouched(folder: Path) -> bool:
     return saved["progress"]["rollbacks"] == 0
 
 
-def refuse_changes(folder: Path, c: RunConfig, prompts: Mapping[str, str]) -> None:
+def refuse_changes(
+    folder: Path, c: RunConfig, prompts: Mapping[str, str], adapters_own: Collection[str]
+) -> None:
     """Raises ConfigError where a run that continues from `folder` would be another one.
 
-    `prompts` are the fingerprints of its rows, by the key that names them.
+    `prompts` are the fingerprints of its rows, by the key that names them. The keys
+    `adapters_own` are those of the adapter in MODEL, whatever the config says.
     """
     before = _with_defaults(RunConfig, json.loads((folder / "run_config.json").read_text("utf-8")))
     now = json.loads(c.model_dump_json(by_alias=True))
@@ -124,13 +127,12 @@ def refuse_changes(folder: Path, c: RunConfig, prompts: Mapping[str, str]) -> No
                 {key: value for key, value in reward.items() if key not in FREE_OF_REWARD}
                 for reward in rewards
             ]
-    for key in now.keys() - c.free_keys:
-        if before.get(key) != now[key]:
-            raise ConfigError(
-                f"RESUME: {key} was {before.get(key)} in {folder} and is {now[key]} now. A resumed "
-                f"run continues as it was. For another run, start a new one with MODEL={folder} "
-                "and another OUTPUT_DIR"
-            )
+    compared = [key for key in now if key not in c.free_keys and key not in adapters_own]
+    if said := [text for key in compared for text in _changes(key, before.get(key), now[key])]:
+        raise ConfigError(
+            f"RESUME: {'; '.join(said)}. A resumed run continues as it was. For another run, start "
+            f"a new one with MODEL={folder} and another OUTPUT_DIR"
+        )
     file = folder / PROMPTS  # earlier versions wrote none
     rows = json.loads(file.read_text("utf-8")) if file.exists() else {}
     for key in rows.keys() & prompts.keys():
@@ -143,6 +145,19 @@ def refuse_changes(folder: Path, c: RunConfig, prompts: Mapping[str, str]) -> No
                 f"continues as it was: put its rows back{also}. For another run, start a new one "
                 f"with MODEL={folder} and another OUTPUT_DIR"
             )
+
+
+def _changes(name: str, before: Any, now: Any) -> list[str]:
+    """What differs, in words; of lists of rewards, and of rewards, the parts that do."""
+    if before == now:
+        return []
+    if isinstance(now, dict) and isinstance(before, dict) and now.keys() == before.keys():
+        pairs = [(f"{name}.{key}", before[key], now[key]) for key in now]
+    elif name in ("REWARDS", "HELD_OUT") and len(before) == len(now):
+        pairs = [(f"{name}.{i}", *both) for i, both in enumerate(zip(before, now, strict=True))]
+    else:
+        return [f"{name} was {before} and is {now} now"]
+    return [text for pair in pairs for text in _changes(*pair)]
 
 
 def _with_defaults(model: type[BaseModel], keys: dict[str, Any]) -> dict[str, Any]:
