@@ -25,6 +25,8 @@ from transformers import (
 )
 
 from adaptiverl.rl.loading import LoraTargetsError, load_policy
+from adaptiverl.training.inputs import adapters_own
+from adaptiverl.training.keys import RunConfig
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:fan_in_fan_out is set to False"  # peft corrects it itself
@@ -103,6 +105,11 @@ def test_a_run_writes_down_the_rank_that_its_adapter_has(main, settings, adapter
             assert written | own == written, file
     assert main(keys | {"FULLTUNE": True}) == 0
     assert json.loads((out / "second/config.json").read_text())["LORA_R"] == 8, "nothing reads it"
+
+
+def test_an_adapter_of_another_kind_has_no_rank_to_write_down(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    assert adapters_own(RunConfig(MODEL=str(tmp_path), FULLTUNE=False)) == {}
 
 
 def test_all_linear_layers_may_get_an_adapter(main, settings):
