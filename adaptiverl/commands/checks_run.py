@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 
-from adaptiverl.commands.curves import Run
+from adaptiverl.commands.curves import Row, Run
 from adaptiverl.commands.endings import ENDED, in_words, lost
 from adaptiverl.commands.finding import Finding
 from adaptiverl.commands.sample_facts import SampleFacts
@@ -84,8 +84,8 @@ def _taken_back(run: Run) -> Iterator[Finding]:
     if back and not run.trust_region:  # what was taken back is in no curve that would show it
         yield Finding(
             "rate too large",
-            "the policy broke: the learning rate was too large",
-            f"in step {back[0]['step']}: {back[0]['message']}",
+            f"the policy broke, {counted(len(back), 'time')}: the learning rate was too large",
+            _when(run, back),
             "use LR_RULE trust_region, or a much smaller LRATE",
         )
     elif back:
@@ -93,9 +93,20 @@ def _taken_back(run: Run) -> Iterator[Finding]:
             "rolled back",
             "the run collapsed and was taken back to a sound checkpoint, "
             f"{counted(len(back), 'time')}",
-            f"first in step {back[0]['step']}: {back[0]['message']}",
+            _when(run, back),
             "what that says, or a smaller TRUST_REGION_KL",
         )
+
+
+def _when(run: Run, back: list[Row]) -> str:
+    """The first rollback and the last, and from where to where they brought what they changed."""
+    said = f"in step {back[0]['step']}: {back[0]['message']}"
+    if len(back) > 1:
+        said = f"first {said}; last in step {back[-1]['step']}"
+    if changes := [change for change in run.changes if change["rule"] == "rollback"]:
+        first, last = changes[0], changes[-1]
+        said += f"; {last['hyperparameter']} went from {first['old']:.3g} to {last['new']:.3g}"
+    return said
 
 
 def _torn(run: Run) -> Iterator[Finding]:

@@ -102,9 +102,9 @@ def movers(run: Run, name: str) -> list[str]:
     lines = []
     for rule, own in by_rule.items():
         total = math.exp(sum(factor(change) for change in own))
-        steps = ", ".join(str(used_from(change)) for change in own[:5])
-        steps += ", …" if len(own) > 5 else ""
-        when = f"step {steps}" if len(own) == 1 else f"{len(own)} steps ({steps})"
+        at = list(dict.fromkeys(map(used_from, own)))  # several rollbacks may be to one step
+        steps = ", ".join(map(str, at[:5])) + ", …" * (len(at) > 5)
+        when = f"step {steps}" if len(at) == 1 else f"{len(at)} steps ({steps})"
         lines.append(f"{rule:15} × {total:.3g} in {when}{_why(rule, name)}")
     return lines
 

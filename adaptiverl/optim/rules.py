@@ -208,8 +208,11 @@ def names(argument: str) -> list[str]:
 def reason(label: str, moves: str = "lr") -> str:
     """Why the rule `label` of a record has moved the hyperparameter `moves`, in one line.
 
-    Of the line search: "line_search up" where it scaled up.
+    Of the line search: "line_search up" where it scaled up. A run that was taken back is labelled
+    "rollback".
     """
+    if label == "rollback":
+        return "the policy had collapsed, and the run was taken back"
     if label.startswith("line_search"):
         if label.endswith("up"):
             return "the first update fell short, and was scaled up at once"

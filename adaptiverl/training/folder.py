@@ -108,8 +108,8 @@ class RunFolder:
         """Writes the step to the run's files and the trackers, and a line to the console."""
         c, step, last = self.config, self.parts.progress.step, self.parts.last_step
         number = {"step": step}
-        changes = [change | number for change in self.parts.changes]
-        self.parts.changes.clear()
+        changes = [change | number for change in self.parts.progress.changes]
+        self.parts.progress.changes.clear()
         if log := self.log:
             if self.parts.dynamics and c.DYNAMICS_EVERY and step % c.DYNAMICS_EVERY == 0:
                 rows = [number | row for row in self.parts.dynamics()]

@@ -5,7 +5,7 @@ That a checkpoint is whole or not there at all is files/checkpoint.py's.
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -43,6 +43,8 @@ class Progress:
     skipped: int = 0  # steps whose gradient was not finite
     updates_scaled: int = 0  # steps whose update was made smaller
     rollbacks: int = 0  # times that a collapse was taken back; numbers the random stream, too
+    # Of hyperparameters, since the last step that was written down: a checkpoint has a rollback's
+    changes: list[dict[str, Any]] = field(default_factory=list)
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)
