@@ -523,6 +523,31 @@ def test_without_a_trust_region_a_run_was_taken_back_because_of_its_rate(tmp_pat
     assert found.kind == "rate too large" and "step 9: one text" in found.evidence
 
 
+@pytest.mark.parametrize(
+    ("least", "advice"), [(0.01, "lower MIN_LR"), (None, "raise TRUST_REGION_KL")]
+)
+def test_a_rate_that_the_line_search_always_brings_below_its_bound_is_named(
+    tmp_path, least, advice
+):
+    """Where it is so in half of the steps, or close to the bound, the rate finds its way."""
+    low = least or 1e-9
+
+    def found(name: str, share: float, scale: float) -> list:
+        held = {
+            "update_scale": lambda s: scale if s <= share else 1.0,
+            "lr": lambda s: low * scale if s <= share else low,
+        }
+        return findings(read_run(a_run(tmp_path / name, {"MIN_LR": least}, **held)))
+
+    (finding,) = found("held", 0.6, 1e-3)
+    assert finding.kind == "rate held" and finding.advice.startswith(advice)
+    assert finding.evidence == (
+        f"24 of 40 updates were scaled down to a rate far below {low:g}, where each step begins "
+        "again: the first in step 1, the most in step 1, × 0.001"
+    )
+    assert found("half", 0.5, 1e-3) == found("close", 1.0, 0.6) == []
+
+
 def test_every_cause_has_its_place(tmp_path):
     assert {fault.expected for fault in FAULTS.values()} <= set(ORDER)
     assert len(FAULTS) >= 20 and len(SOUND) == 20

@@ -116,7 +116,7 @@ def test_three_times_then_the_run_ends_with_the_cause(main, settings, capsys):
     assert found[-1]["message"].endswith("The run ends here, after 3 rollbacks")
     out = Path(keys["OUTPUT_DIR"])
     changes = read_jsonl(out / "controller.jsonl")
-    assert [change["step"] for change in changes] == [1, 1, 1], "where the last one has gone back to"
+    assert [change["step"] for change in changes] == [1, 1, 1], "where it goes on"
     assert [change["value"] for change in changes] == [event["step"] for event in found[:3]]
     assert [change["old"] for change in changes] == pytest.approx([50, 5, 0.5])
     assert [change["new"] for change in changes] == pytest.approx([5, 0.5, 0.05])

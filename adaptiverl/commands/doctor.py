@@ -17,6 +17,7 @@ from adaptiverl.files.console import counted
 # What is likely to have caused what follows it here; a kind that is not here comes first
 ORDER = (
     "torn line", "no number", "config", "killed", "judge", "reward raises", "rate zero",
+    "rate held",
     "gradient not finite", "gradient zero", "rate too large", "reward missing", "hacked",
     "conflict", "one reward drowns", "dead reward", "prompts cut", "one prompt", "temperature",
     "wrong EOS", "empty completions",
@@ -45,6 +46,7 @@ FOLLOWS = {
     "gradient not finite": {"rate too small", "KL_COEF too large"},
     "gradient zero": {"rate too small", "KL_COEF too large", "batch too small"},
     "rate zero": {"rate too small", "KL_COEF too large", "batch too small"},
+    "rate held": {"rate too small", "KL_COEF too large", "batch too small"},
     "dead reward": {"rate too small", "KL_COEF too large", "batch too small"},
 }
 

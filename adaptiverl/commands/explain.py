@@ -135,7 +135,7 @@ def used_from(change: Row) -> int:
 
     Rules of the time, and the trust region as it steers, move it after the step that they name.
     """
-    after = change["signal"] == "time" or change["rule"] in ("trust_region", "learned")
+    after = change["signal"] == "time" or change["rule"] in ("trust_region", "min_lr", "learned")
     return change["step"] + after
 
 

@@ -208,9 +208,11 @@ def names(argument: str) -> list[str]:
 def reason(label: str, moves: str = "lr") -> str:
     """Why the rule `label` of a record has moved the hyperparameter `moves`, in one line.
 
-    Of the line search: "line_search up" where it scaled up. A run that was taken back is labelled
-    "rollback".
+    Of the line search: "line_search up" where it scaled up. "min_lr" is where the next step begins
+    again, and a run that was taken back is labelled "rollback".
     """
+    if label == "min_lr":
+        return "the line search had gone below MIN_LR, where the next step began again"
     if label == "rollback":
         return "the policy had collapsed, and the run was taken back"
     if label.startswith("line_search"):
