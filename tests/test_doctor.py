@@ -548,6 +548,24 @@ def test_a_rate_that_the_line_search_always_brings_below_its_bound_is_named(
     assert found("half", 0.5, 1e-3) == found("close", 1.0, 0.6) == []
 
 
+@pytest.mark.parametrize(
+    ("kind", "advice"),
+    [
+        ("collapsed", "what that says, in a new run: RESUME=auto would make the same steps again"),
+        ("nan", "what that says, in a new run: RESUME=auto would make the same steps again"),
+        ("failed", "what that says; the same command with RESUME=auto goes on from the last check"),
+    ],
+)
+def test_what_ends_in_a_collapse_is_not_resumed(tmp_path, kind, advice):
+    run = a_run(tmp_path)
+    (run / "final").rename(run / "step-000020")
+    (run / "step-000020/manifest.json").write_text('{"step": 20, "files": {}}')
+    event = {"step": STEPS, "kind": kind, "message": "a mistake", "action": "stop"}
+    (run / "events.jsonl").write_text(json.dumps(event) + "\n")
+    (found,) = findings(read_run(run))
+    assert found.kind == kind and found.advice.startswith(advice)
+
+
 def test_every_cause_has_its_place(tmp_path):
     assert {fault.expected for fault in FAULTS.values()} <= set(ORDER)
     assert len(FAULTS) >= 20 and len(SOUND) == 20

@@ -113,7 +113,10 @@ def test_three_times_then_the_run_ends_with_the_cause(main, settings, capsys):
         assert "LRATE or LR_RULE trust_region" in event["message"]
         assert "Rolled back to step 0" in event["message"]
         assert f"a tenth of the learning rate ({rate}) and" in event["message"]
-    assert found[-1]["message"].endswith("The run ends here, after 3 rollbacks")
+    assert found[-1]["message"].endswith(
+        "The run ends here, after 3 rollbacks. RESUME=auto would make the same steps again: change "
+        f"that in a new run, with MODEL={keys['OUTPUT_DIR']}/step-000000 and another OUTPUT_DIR"
+    )
     out = Path(keys["OUTPUT_DIR"])
     changes = read_jsonl(out / "controller.jsonl")
     assert [change["step"] for change in changes] == [1, 1, 1], "where it goes on"

@@ -8,6 +8,7 @@ from adaptiverl.commands.endings import ENDED, in_words, lost
 from adaptiverl.commands.finding import Finding
 from adaptiverl.commands.sample_facts import SampleFacts
 from adaptiverl.files.console import counted
+from adaptiverl.training.collapse import COLLAPSES
 
 FEW = 4  # completions per step, at most, that one prompt each cannot be learned from
 SHOWN = 4  # damaged lines, at most, that are named
@@ -49,13 +50,14 @@ def _ended(run: Run) -> Iterator[Finding]:
                     f"correct that entry of REWARDS; {goes_on}",
                 )
         elif event["kind"] not in ENDED:
+            if event["kind"] in COLLAPSES:
+                advice = "what that says, in a new run: RESUME=auto would make the same steps again"
+            elif run.checkpoints:
+                advice = f"what that says; {goes_on} from the last checkpoint"
+            else:
+                advice = "what that says; no checkpoint was written, so it starts anew"
             yield Finding(
-                event["kind"],
-                "the run could not go on",
-                f"step {step}: {message}",
-                f"what that says; {goes_on} from the last checkpoint"
-                if run.checkpoints
-                else "what that says; no checkpoint was written, so it starts anew",
+                event["kind"], "the run could not go on", f"step {step}: {message}", advice
             )
     elif run.state == "killed":
         saved = max(run.checkpoints.values(), default=None)

@@ -150,8 +150,8 @@ def refuse_changes(folder: Path, c: RunConfig, prompts: Mapping[str, str]) -> No
 def _with_defaults(model: type[BaseModel], keys: dict[str, Any]) -> dict[str, Any]:
     """`keys`, as written, with those that the version that wrote them did not have."""
     defaults = {
-        field.alias or name: to_jsonable_python(field.get_default(call_default_factory=True))
-        for name, field in model.model_fields.items()
-        if not field.is_required() and (field.alias or name) not in keys
+        key.alias or name: to_jsonable_python(key.get_default(call_default_factory=True))
+        for name, key in model.model_fields.items()
+        if not key.is_required() and (key.alias or name) not in keys
     }
     return defaults | keys
