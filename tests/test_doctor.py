@@ -16,6 +16,7 @@ from conftest import ROOT, read_jsonl, written_run
 from adaptiverl.__main__ import main as adaptiverl
 from adaptiverl.commands.curves import Run, change, read_run
 from adaptiverl.commands.doctor import ORDER, doctor, findings
+from adaptiverl.commands.explain import explain
 from adaptiverl.commands.report import write_report
 from adaptiverl.commands.verdict import verdict
 from benchmarks.doctor import FAULTS, MINE, SOUND
@@ -339,8 +340,10 @@ def test_a_config_that_cannot_be_read_is_said(tmp_path, capsys, text):
     (run / "final/run_config.json").write_text("{}")
     assert adaptiverl(["doctor", str(run)]) == 1
     said = capsys.readouterr().out
-    assert f"put {run / 'final/run_config.json'} in its place: it has the same keys" in said
-    assert "config.json is missing" not in said
+    mend = f"put {run / 'final/run_config.json'} in its place: it has the same keys"
+    assert mend in said and "config.json is missing" not in said
+    (run / "config.json").unlink()
+    assert f"keys and rewards is not checked; {mend}\n" in doctor(run)[0], "the same advice"
 
 
 def test_a_line_that_is_broken_in_the_middle_is_not_one_that_ends_the_file(tmp_path, capsys):
@@ -495,6 +498,39 @@ def test_without_a_config_it_is_said_that_keys_were_not_looked_at(tmp_path):
         "config.json is missing, so what depends on keys and rewards is not checked\n"
     )
     assert "100 % of the completions were cut at MAX_NEW_TOKENS, over 40 steps\n" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("samples", "what depends on completions is not checked"),
+        ("controller", "what moved the rate or another hyperparameter is not known"),
+        ("progress", "the same prompts before and after are not known"),
+        ("environment", "where and with which versions it ran is not known"),
+    ],
+)
+def test_of_a_file_that_is_gone_it_is_said_what_is_not_known(main, settings, capsys, name, why):
+    """A run has them all, also where it had nothing to write there."""
+    assert main(settings | {"LR_RULE": "none", "LRATE": 1e-4, "SAMPLES_EVERY": 0}) == 0
+    out = Path(settings["OUTPUT_DIR"])
+    whole = [doctor(out)[0], explain(out), write_report(out).read_text()]
+    assert not any("is missing" in text for text in whole) and "nothing moved the" in whole[1]
+    (out / f"{name}.jsonl").unlink()
+    texts = [doctor(out)[0], explain(out), write_report(out).read_text()]
+    assert [text.count(f"{name}.jsonl is missing, so {why}") for text in texts] == [1, 1, 1]
+    assert ("nothing moved the rate" in texts[1]) == (name != "controller")
+
+
+@pytest.mark.parametrize("name", ["doctor", "explain", "report"])
+def test_a_run_without_its_metrics_is_still_called_a_run(tmp_path, capsys, name):
+    run = a_run(tmp_path)
+    (run / "metrics.jsonl").unlink()
+    assert adaptiverl([name, str(run)]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {run / 'metrics.jsonl'} is missing, so nothing is known of the run's steps: put "
+        "it back from a copy. Its checkpoints do not need it: RESUME=auto goes on, generate uses "
+        "them\n"
+    )
 
 
 def test_no_reward_makes_more_than_all_of_the_variance(tmp_path):

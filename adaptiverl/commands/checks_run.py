@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 
-from adaptiverl.commands.curves import Row, Run
+from adaptiverl.commands.curves import Row, Run, mend_config
 from adaptiverl.commands.endings import ENDED, in_words, lost
 from adaptiverl.commands.finding import Finding
 from adaptiverl.commands.sample_facts import SampleFacts
@@ -152,15 +152,11 @@ def _config(run: Run) -> Iterator[Finding]:
     file = run.path / "config.json"
     if run.config or not file.exists():
         return
-    copies = [run.path / name / "run_config.json" for name in run.checkpoints]
-    copy = next((each for each in copies if each.exists()), None)
     yield Finding(
         "config",
         "config.json cannot be read, so what depends on keys and rewards is not checked",
         f"{file}: no JSON object with keys",
-        f"put {copy} in its place: it has the same keys"
-        if copy
-        else "put it back: it has the keys that the run was started with",
+        mend_config(run.path) or "put it back: it has the keys that the run was started with",
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from adaptiverl.commands.charts import number
 from adaptiverl.commands.curves import SHORT, Row, Run, read_run, smoothed
 from adaptiverl.commands.doctor import findings
-from adaptiverl.commands.endings import in_words, lost, outcome
+from adaptiverl.commands.endings import in_words, lost, missing, outcome
 from adaptiverl.commands.verdict import ERRORS, verdict
 from adaptiverl.config.schema import ConfigError
 from adaptiverl.files.console import counted
@@ -24,6 +24,7 @@ def explain(folder: Path) -> str:
     lines = [f"{folder}: {steps}, {outcome(run)}", verdict(run, found), ""]
     if gone := lost(run):
         lines.append(f"lost         metrics.jsonl lacks {in_words(gone)}")
+    lines += [f"missing      {said}" for said in missing(run)]
     if (count := len(run.metrics)) < SHORT:
         lines.append(f"short        {counted(count, 'step')}; from {SHORT} on, means say more")
     named = [
@@ -47,7 +48,7 @@ def explain(folder: Path) -> str:
     for name in dict.fromkeys(change["hyperparameter"] for change in run.changes):
         lines += ["", f"What moved {name}:", *("  " + line for line in movers(run, name))]
         lines += ["Its largest changes:", *("  " + line for line in largest(run, name))]
-    if not run.changes:
+    if not run.changes and (folder / "controller.jsonl").exists():
         lines += ["", "nothing moved the rate or any other hyperparameter"]
     return "\n".join([*lines, "", f"with curves: adaptiverl report {folder}"])
 
