@@ -304,7 +304,8 @@ def written_run(folder: Path, metrics: list[dict], config: dict, **files: list[d
     step = metrics[-1]["step"] if metrics else 0
     (folder / "final/manifest.json").write_text(json.dumps({"step": step, "files": {}}))
     (folder / "config.json").write_text(json.dumps(config))
-    for name, rows in ({"metrics": metrics, "controller": []} | files).items():
+    empty = {name: [] for name in ("controller", "samples", "progress", "environment")}
+    for name, rows in ({"metrics": metrics} | empty | files).items():
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
     return folder

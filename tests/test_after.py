@@ -528,6 +528,12 @@ def test_a_folder_without_a_run_is_refused(copy, command, tmp_path, name):
     nowhere = tmp_path / "nowhere"
     assert error(nowhere) == f"{nowhere} is not a folder: name the OUTPUT_DIR of a run"
     assert error(ROOT) == f"{ROOT} holds no run: name the OUTPUT_DIR of a run"
+    (copy / "config.json").unlink()
+    assert error(copy) == (
+        f"{copy}/config.json is missing, with the keys of the run; put "
+        f"{copy}/final/run_config.json in its place: it has the same keys"
+    )
+    shutil.copy(copy / "final/run_config.json", copy / "config.json")
     assert error(copy / "step-000001") == (
         f"{copy}/step-000001 is a checkpoint: name the folder of its run, {copy}, and choose the "
         "checkpoint by --checkpoint 1"

@@ -135,9 +135,11 @@ def test_an_update_whose_kl_was_never_finite_is_logged_as_left_out(run_parts, se
     assert [row["updates_scaled"] for row in rows] == [1, 2, 3]
 
 
-def test_each_steps_rate_follows_from_the_reasons_given(main, settings):
+@pytest.mark.parametrize("least", [None, 1e-3])
+def test_each_steps_rate_follows_from_the_reasons_given(main, settings, least):
+    """Also where the line search brings it below MIN_LR, and the next step begins there again."""
     keys = {"STEPS": 8, "LRATE": 1e-3, "LR_RULE": "trust_region+cyclical", "REWARD_RULE": "scaling"}
-    assert main(settings | keys) == 0
+    assert main(settings | keys | {"MIN_LR": least}) == 0
     metrics, reasons = run_of(settings)
     rate = 1e-3
     for row in metrics:
@@ -148,7 +150,10 @@ def test_each_steps_rate_follows_from_the_reasons_given(main, settings):
             rate = reason["new"]
             if reason["rule"] == "line_search":
                 assert rate == pytest.approx(row["lr"], rel=1e-6)
-    assert {r["rule"] for r in reasons} >= {"trust_region", "cyclical"}
+        searched = [r for r in reasons if r["rule"] == "line_search" and r["step"] == row["step"]]
+        assert (row["update_scale"] != 1) == bool(searched)
+    rules = {r["rule"] for r in reasons}
+    assert rules >= {"trust_region", "min_lr" if least else "cyclical"}
 
 
 def test_gradient_accumulation_changes_nothing(main, settings):

@@ -16,6 +16,7 @@ from conftest import ROOT, read_jsonl, written_run
 from adaptiverl.__main__ import main as adaptiverl
 from adaptiverl.commands.curves import Run, change, read_run
 from adaptiverl.commands.doctor import ORDER, doctor, findings
+from adaptiverl.commands.explain import explain
 from adaptiverl.commands.report import write_report
 from adaptiverl.commands.verdict import verdict
 from benchmarks.doctor import FAULTS, MINE, SOUND
@@ -339,8 +340,10 @@ def test_a_config_that_cannot_be_read_is_said(tmp_path, capsys, text):
     (run / "final/run_config.json").write_text("{}")
     assert adaptiverl(["doctor", str(run)]) == 1
     said = capsys.readouterr().out
-    assert f"put {run / 'final/run_config.json'} in its place: it has the same keys" in said
-    assert "config.json is missing" not in said
+    mend = f"put {run / 'final/run_config.json'} in its place: it has the same keys"
+    assert mend in said and "config.json is missing" not in said
+    (run / "config.json").unlink()
+    assert f"keys and rewards is not checked; {mend}\n" in doctor(run)[0], "the same advice"
 
 
 def test_a_line_that_is_broken_in_the_middle_is_not_one_that_ends_the_file(tmp_path, capsys):
@@ -497,6 +500,39 @@ def test_without_a_config_it_is_said_that_keys_were_not_looked_at(tmp_path):
     assert "100 % of the completions were cut at MAX_NEW_TOKENS, over 40 steps\n" in said
 
 
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("samples", "what depends on completions is not checked"),
+        ("controller", "what moved the rate or another hyperparameter is not known"),
+        ("progress", "the same prompts before and after are not known"),
+        ("environment", "where and with which versions it ran is not known"),
+    ],
+)
+def test_of_a_file_that_is_gone_it_is_said_what_is_not_known(main, settings, capsys, name, why):
+    """A run has them all, also where it had nothing to write there."""
+    assert main(settings | {"LR_RULE": "none", "LRATE": 1e-4, "SAMPLES_EVERY": 0}) == 0
+    out = Path(settings["OUTPUT_DIR"])
+    whole = [doctor(out)[0], explain(out), write_report(out).read_text()]
+    assert not any("is missing" in text for text in whole) and "nothing moved the" in whole[1]
+    (out / f"{name}.jsonl").unlink()
+    texts = [doctor(out)[0], explain(out), write_report(out).read_text()]
+    assert [text.count(f"{name}.jsonl is missing, so {why}") for text in texts] == [1, 1, 1]
+    assert ("nothing moved the rate" in texts[1]) == (name != "controller")
+
+
+@pytest.mark.parametrize("name", ["doctor", "explain", "report"])
+def test_a_run_without_its_metrics_is_still_called_a_run(tmp_path, capsys, name):
+    run = a_run(tmp_path)
+    (run / "metrics.jsonl").unlink()
+    assert adaptiverl([name, str(run)]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {run / 'metrics.jsonl'} is missing, so nothing is known of the run's steps: put "
+        "it back from a copy. Its checkpoints do not need it: RESUME=auto goes on, generate uses "
+        "them\n"
+    )
+
+
 def test_no_reward_makes_more_than_all_of_the_variance(tmp_path):
     shares = {"rewards/a/share": 1.002, "rewards/b/share": -0.002}
     (found,) = findings(read_run(a_run(tmp_path, TWO, **shares)))
@@ -521,6 +557,49 @@ def test_without_a_trust_region_a_run_was_taken_back_because_of_its_rate(tmp_pat
     (run / "events.jsonl").write_text(json.dumps(event) + "\n" + json.dumps(stop) + "\n")
     (found,) = findings(read_run(run))
     assert found.kind == "rate too large" and "step 9: one text" in found.evidence
+
+
+@pytest.mark.parametrize(
+    ("least", "advice"), [(0.01, "lower MIN_LR"), (None, "raise TRUST_REGION_KL")]
+)
+def test_a_rate_that_the_line_search_always_brings_below_its_bound_is_named(
+    tmp_path, least, advice
+):
+    """Where it is so in half of the steps, or close to the bound, the rate finds its way."""
+    low = least or 1e-9
+
+    def found(name: str, share: float, scale: float) -> list:
+        held = {
+            "update_scale": lambda s: scale if s <= share else 1.0,
+            "lr": lambda s: low * scale if s <= share else low,
+        }
+        return findings(read_run(a_run(tmp_path / name, {"MIN_LR": least}, **held)))
+
+    (finding,) = found("held", 0.6, 1e-3)
+    assert finding.kind == "rate held" and finding.advice.startswith(advice)
+    assert finding.evidence == (
+        f"24 of 40 updates were scaled down to a rate far below {low:g}, where each step begins "
+        "again: the first in step 1, the most in step 1, × 0.001"
+    )
+    assert found("half", 0.5, 1e-3) == found("close", 1.0, 0.6) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "advice"),
+    [
+        ("collapsed", "what that says, in a new run: RESUME=auto would make the same steps again"),
+        ("nan", "what that says, in a new run: RESUME=auto would make the same steps again"),
+        ("failed", "what that says; the same command with RESUME=auto goes on from the last check"),
+    ],
+)
+def test_what_ends_in_a_collapse_is_not_resumed(tmp_path, kind, advice):
+    run = a_run(tmp_path)
+    (run / "final").rename(run / "step-000020")
+    (run / "step-000020/manifest.json").write_text('{"step": 20, "files": {}}')
+    event = {"step": STEPS, "kind": kind, "message": "a mistake", "action": "stop"}
+    (run / "events.jsonl").write_text(json.dumps(event) + "\n")
+    (found,) = findings(read_run(run))
+    assert found.kind == kind and found.advice.startswith(advice)
 
 
 def test_every_cause_has_its_place(tmp_path):

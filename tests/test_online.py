@@ -579,7 +579,6 @@ def test_a_run_by_the_learned_rule(settings, main):
     keys = settings | {"LR_RULE": "learned", "STEPS": 4, "SAVE_EVERY": 2}
     assert main(keys) == 0
     out = Path(settings["OUTPUT_DIR"])
-    moved = {row["rule"] for row in read_jsonl(out / "controller.jsonl")}
-    assert moved == {"learned"}
-    rows = read_jsonl(out / "metrics.jsonl")
-    assert all(row["update_kl"] is not None for row in rows)
+    moved, rows = (read_jsonl(out / f"{name}.jsonl") for name in ("controller", "metrics"))
+    assert {(row["rule"], row["signal"]) for row in moved} == {("learned", "kl")}
+    assert [row["value"] for row in moved] == [row["update_kl"] for row in rows], "of that step"

@@ -7,6 +7,8 @@ import torch
 from conftest import ROOT, read_jsonl, without_clock
 from safetensors.torch import load_file
 
+from adaptiverl.commands.doctor import doctor
+from adaptiverl.commands.explain import explain
 from adaptiverl.files import checkpoint
 from adaptiverl.files.logs import RunLog
 from adaptiverl.rl.rollout import uniforms
@@ -51,6 +53,11 @@ def test_back_to_the_last_sound_checkpoint_and_on_from_there(main, spiked, caplo
     assert "Rolled back to step 4 (1 of at most 3 times)" in event["message"]
     assert "a tenth of the learning rate (0.001) and other random numbers" in event["message"]
     assert caplog.messages == [f"step 8: {event['message']}"]
+    (change,) = read_jsonl(Path(spiked["OUTPUT_DIR"]) / "controller.jsonl")
+    assert change == {
+        "step": 5, "hyperparameter": "lr", "rule": "rollback", "signal": "collapse", "value": 8,
+        "old": 1e-2, "new": pytest.approx(1e-3),
+    }  # fmt: skip
     assert [row["step"] for row in rows(spiked)] == list(range(1, 11)), "each step once"
     assert [row["lr"] for row in rows(spiked)] == pytest.approx([1e-2] * 4 + [1e-3] * 6)
     out = Path(spiked["OUTPUT_DIR"])
@@ -106,14 +113,28 @@ def test_three_times_then_the_run_ends_with_the_cause(main, settings, capsys):
         assert "LRATE or LR_RULE trust_region" in event["message"]
         assert "Rolled back to step 0" in event["message"]
         assert f"a tenth of the learning rate ({rate}) and" in event["message"]
-    assert found[-1]["message"].endswith("The run ends here, after 3 rollbacks")
+    assert found[-1]["message"].endswith(
+        "The run ends here, after 3 rollbacks. RESUME=auto would make the same steps again: change "
+        f"that in a new run, with MODEL={keys['OUTPUT_DIR']}/step-000000 and another OUTPUT_DIR"
+    )
     out = Path(keys["OUTPUT_DIR"])
+    changes = read_jsonl(out / "controller.jsonl")
+    assert [change["step"] for change in changes] == [1, 1, 1], "where it goes on"
+    assert [change["value"] for change in changes] == [event["step"] for event in found[:3]]
+    assert [change["old"] for change in changes] == pytest.approx([50, 5, 0.5])
+    assert [change["new"] for change in changes] == pytest.approx([5, 0.5, 0.05])
     said = capsys.readouterr().err.splitlines()[-1]
     assert said == (
         f"stopped after a collapse in step {found[-1]['step']}: the last sound checkpoint is "
         f"{out / 'step-000000'}"
     )
     assert not (out / "final").exists()
+    first, last = found[0]["step"], found[2]["step"]
+    assert "What moved lr:\n  rollback        × 0.001 in step 1: the policy had" in explain(out)
+    text, _ = doctor(out)
+    assert "the policy broke, 3 times: the learning rate was too large\n" in text
+    assert f"evidence: first in step {first}: the policy" in text
+    assert f"; last in step {last}; lr went from 50 to 0.05\n" in text
 
 
 def test_a_reward_that_pays_for_one_sign_is_named_as_the_cause(
@@ -179,6 +200,9 @@ def test_a_trust_region_is_halved_also_after_a_resume(run_parts, settings):
     assert "Rolled back to step 0 (1 of" in event["message"]
     assert "half of the trust region, TRUST_REGION_KL 0.004 and other" in event["message"]
     assert rows(keys)[0]["update_kl_target"] <= 0.004
+    change = read_jsonl(Path(keys["OUTPUT_DIR"]) / "controller.jsonl")[0]
+    assert (change["step"], change["rule"], change["value"]) == (1, "rollback", 2)
+    assert [change[k] for k in ("hyperparameter", "old", "new")] == ["trust_region_kl", 8e-3, 4e-3]
     assert run_parts(keys | {"RESUME": "auto"}, note) == 0
     assert sizes == [(0.004, 1)]
 
@@ -244,7 +268,8 @@ def test_killed_at_any_place_of_a_rollback_it_is_the_run_that_was_not(start, spi
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     whole = tmp_path / "whole"
-    assert len(read_jsonl(whole / "events.jsonl")) == 1, "or the test would show nothing"
+    for name in ("events.jsonl", "controller.jsonl"):
+        assert len(read_jsonl(whole / name)) == 1, "or the test would show nothing"
     for place in places:
         killed = tmp_path / f"killed-{place}"
         metrics = [without_clock(read_jsonl(each / "metrics.jsonl")) for each in (whole, killed)]

@@ -217,7 +217,10 @@ def test_a_broken_policy_ends_the_run_and_is_not_saved(run_parts, settings, save
     step, what = (2, "weights") if saved else (3, "log-probabilities")
     assert (event["step"], event["kind"], event["action"]) == (step, "nan", "stop")
     assert event["message"].startswith(f"the policy's {what} are not finite (NaN)")
-    assert event["message"].endswith("TRUST_REGION_KL. The run ends here")
+    assert event["message"].endswith(
+        "TRUST_REGION_KL. The run ends here. RESUME=auto would make the same steps again: change "
+        "that in a new run, with the same MODEL and another OUTPUT_DIR"
+    )
     assert [p.name for p in out.glob("step-*")] == ["step-000001"] * saved
     assert not (out / "final").exists()
     assert len(read_jsonl(out / "metrics.jsonl")) == 2

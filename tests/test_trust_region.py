@@ -461,15 +461,21 @@ def test_the_rate_does_not_wind_up_behind_its_bound():
 
 
 def test_a_rate_that_is_scaled_down_below_its_bound_is_warned_of_once(caplog):
-    """Each step is scaled down anew from there, which no record of the rate would show."""
+    """Each step is scaled down anew from there: the records have its rate, and the way back."""
     world = World(lr=1.0, kl=0.01, min_lr=0.5)
     for _ in range(3):
         kl = iter([1.0, 0.01])
         assert world.step(measure=lambda kl=kl: next(kl)).lr < 0.5
     (warning,) = [record.getMessage() for record in caplog.records]
     assert warning.startswith(
-        "trust_region, step 0: an update had to be scaled down below min_lr 0.5, "
+        "trust_region, step 1: an update had to be scaled down below min_lr 0.5, "
     )
+    moves = [(row["step"], row["rule"], row["old"], row["new"]) for row in world.entries]
+    assert moves == [
+        (0, "line_search", 1.0, pytest.approx(0.1)), (0, "min_lr", pytest.approx(0.1), 0.5),
+        (1, "line_search", 0.5, pytest.approx(0.05)), (1, "min_lr", pytest.approx(0.05), 0.5),
+        (2, "line_search", 0.5, pytest.approx(0.05)), (2, "min_lr", pytest.approx(0.05), 0.5),
+    ]  # fmt: skip
 
 
 def test_while_there_is_no_gradient_nothing_is_measured():
@@ -496,7 +502,7 @@ def test_an_update_that_no_scale_brings_within_bounds_is_taken_back():
     assert 0 < info.scale < 1e-6 and world.region.ratio == 1e-9, "the lower bound of the rate"
     assert info.lr == pytest.approx(info.scale)
     assert not world.region.initialized
-    assert [entry["rule"] for entry in world.entries] == ["line_search"]
+    assert [entry["rule"] for entry in world.entries] == ["line_search", "min_lr"]
     assert world.step().scale > 10
 
 
@@ -514,7 +520,7 @@ def test_a_kl_that_is_never_finite_halves_the_rate_and_takes_the_update_back(
         assert (info.lr, world.region.ratio) == (2 * ratio, ratio)
         assert world.region.initialized is initialized
     assert [r.getMessage()[:52] for r in caplog.records] == [
-        "trust_region, step 0: the KL of an update was NaN or"
+        "trust_region, step 1: the KL of an update was NaN or"
     ], "once"
 
 
@@ -563,7 +569,7 @@ def test_a_gradient_that_is_not_finite_is_no_step(kind, informative, steps, bad,
     assert all(map(torch.equal, before[0], after[0]))
     assert str(before[1:]) == str(after[1:])
     assert [r.getMessage()[:44] for r in caplog.records] == [
-        "trust_region, step 0: a gradient is not fini"
+        "trust_region, step 1: a gradient is not fini"
     ], "once"
 
 

@@ -7,6 +7,7 @@ from adaptiverl.commands.curves import Run
 from adaptiverl.commands.finding import Finding
 from adaptiverl.commands.sample_facts import SampleFacts
 from adaptiverl.files.console import counted
+from adaptiverl.optim.constants import lr_bounds
 
 FAR = 1.0  # nats per token to the first policy; sound runs come to 0.75 where texts get short,
 VERY_FAR = 20.0  # and nats per completion, of which they have 7
@@ -17,11 +18,13 @@ TIGHT = 0.1  # nats that one standard deviation of the reward may cost, at most
 NARROW = 0.3  # nats of entropy per token in the first step, at a TEMPERATURE below 0.5
 SKIPPED = 0.05  # share of the steps
 NO_END = 0.01  # share of completions that end before MAX_NEW_TOKENS
+HELD = 0.5  # of the lowest rate: a step that took less was scaled far below it
 AT_ONCE = 1.5  # tokens of a completion on average, its end included
 
 
 def policy_findings(run: Run, facts: SampleFacts) -> Iterator[Finding]:
     yield from _gradient(run)
+    yield from _held(run)
     yield from _temperature(run)
     yield from _movement(run)
     yield from _ends(run, facts)
@@ -57,6 +60,26 @@ def _gradient(run: Run) -> Iterator[Finding]:
             f"in {len(rows)} of {counted(len(rows), 'step')}",
             'set LRATE, or leave it at "auto" with LR_RULE trust_region',
         )
+
+
+def _held(run: Run) -> Iterator[Finding]:
+    """A rate that begins each step at its lower bound, and is scaled down from there."""
+    key, (low, _) = run.config.get("MIN_LR"), lr_bounds(run.config.get("MIN_LR"), None)
+    rows = [row for row in run.metrics if row.get("update_scale") is not None and "lr" in row]
+    far = [row for row in rows if 0 < row["lr"] < HELD * low]
+    if len(far) < 3 or len(far) <= len(rows) / 2:
+        return
+    least = min(far, key=lambda row: row["update_scale"])
+    yield Finding(
+        "rate held",
+        "the lowest rate is too large for the trust region, so its line search does all the work",
+        f"{len(far)} of {len(rows)} updates were scaled down to a rate far below {low:g}, where "
+        f"each step begins again: the first in step {far[0]['step']}, the most in step "
+        f"{least['step']}, × {least['update_scale']:.2g}",
+        "lower MIN_LR, or leave it out: the rate then follows"
+        if key is not None
+        else "raise TRUST_REGION_KL, or leave it out: no larger rate keeps within it",
+    )
 
 
 def _temperature(run: Run) -> Iterator[Finding]:

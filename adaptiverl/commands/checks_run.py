@@ -3,11 +3,12 @@
 import re
 from collections.abc import Iterator
 
-from adaptiverl.commands.curves import Run
+from adaptiverl.commands.curves import Row, Run, mend_config
 from adaptiverl.commands.endings import ENDED, in_words, lost
 from adaptiverl.commands.finding import Finding
 from adaptiverl.commands.sample_facts import SampleFacts
 from adaptiverl.files.console import counted
+from adaptiverl.training.collapse import COLLAPSES
 
 FEW = 4  # completions per step, at most, that one prompt each cannot be learned from
 SHOWN = 4  # damaged lines, at most, that are named
@@ -49,13 +50,14 @@ def _ended(run: Run) -> Iterator[Finding]:
                     f"correct that entry of REWARDS; {goes_on}",
                 )
         elif event["kind"] not in ENDED:
+            if event["kind"] in COLLAPSES:
+                advice = "what that says, in a new run: RESUME=auto would make the same steps again"
+            elif run.checkpoints:
+                advice = f"what that says; {goes_on} from the last checkpoint"
+            else:
+                advice = "what that says; no checkpoint was written, so it starts anew"
             yield Finding(
-                event["kind"],
-                "the run could not go on",
-                f"step {step}: {message}",
-                f"what that says; {goes_on} from the last checkpoint"
-                if run.checkpoints
-                else "what that says; no checkpoint was written, so it starts anew",
+                event["kind"], "the run could not go on", f"step {step}: {message}", advice
             )
     elif run.state == "killed":
         saved = max(run.checkpoints.values(), default=None)
@@ -84,8 +86,8 @@ def _taken_back(run: Run) -> Iterator[Finding]:
     if back and not run.trust_region:  # what was taken back is in no curve that would show it
         yield Finding(
             "rate too large",
-            "the policy broke: the learning rate was too large",
-            f"in step {back[0]['step']}: {back[0]['message']}",
+            f"the policy broke, {counted(len(back), 'time')}: the learning rate was too large",
+            _when(run, back),
             "use LR_RULE trust_region, or a much smaller LRATE",
         )
     elif back:
@@ -93,9 +95,20 @@ def _taken_back(run: Run) -> Iterator[Finding]:
             "rolled back",
             "the run collapsed and was taken back to a sound checkpoint, "
             f"{counted(len(back), 'time')}",
-            f"first in step {back[0]['step']}: {back[0]['message']}",
+            _when(run, back),
             "what that says, or a smaller TRUST_REGION_KL",
         )
+
+
+def _when(run: Run, back: list[Row]) -> str:
+    """The first rollback and the last, and from where to where they brought what they changed."""
+    said = f"in step {back[0]['step']}: {back[0]['message']}"
+    if len(back) > 1:
+        said = f"first {said}; last in step {back[-1]['step']}"
+    if changes := [change for change in run.changes if change["rule"] == "rollback"]:
+        first, last = changes[0], changes[-1]
+        said += f"; {last['hyperparameter']} went from {first['old']:.3g} to {last['new']:.3g}"
+    return said
 
 
 def _torn(run: Run) -> Iterator[Finding]:
@@ -139,15 +152,11 @@ def _config(run: Run) -> Iterator[Finding]:
     file = run.path / "config.json"
     if run.config or not file.exists():
         return
-    copies = [run.path / name / "run_config.json" for name in run.checkpoints]
-    copy = next((each for each in copies if each.exists()), None)
     yield Finding(
         "config",
         "config.json cannot be read, so what depends on keys and rewards is not checked",
         f"{file}: no JSON object with keys",
-        f"put {copy} in its place: it has the same keys"
-        if copy
-        else "put it back: it has the keys that the run was started with",
+        mend_config(run.path) or "put it back: it has the keys that the run was started with",
     )
 
 

@@ -117,9 +117,8 @@ class Run:
     def checkpoints(self) -> dict[str, int]:
         """The step of each checkpoint, by the name of its folder."""
         found = {}
-        for path in sorted(self.path.glob("*/manifest.json")):
-            row = json_object(path.read_text(encoding="utf-8"))
-            if row and not path.parent.name.startswith("."):
+        for path in _manifests(self.path):
+            if row := json_object(path.read_text(encoding="utf-8")):
                 found[path.parent.name] = int(row["step"])
         return found
 
@@ -145,6 +144,11 @@ def read_run(path: Path) -> Run:
     """Raises ConfigError where no run was written."""
     metrics = path / "metrics.jsonl"
     if not metrics.exists():
+        if _manifests(path):
+            raise ConfigError(
+                f"{metrics} is missing, so nothing is known of the run's steps: put it back from a "
+                "copy. Its checkpoints do not need it: RESUME=auto goes on, generate uses them"
+            )
         says = "holds no run" if path.is_dir() else "is not a folder"
         raise ConfigError(f"{path} {says}: name the OUTPUT_DIR of a run")
     config = path / "config.json"
@@ -157,6 +161,19 @@ def read_run(path: Path) -> Run:
     odd += _drop_odd("controller.jsonl", changes, ("step", "old", "new", "value"))
     files = [list(each.values()) for each in (rows, changes, events, progress)]
     return Run(path, keys or {}, files[0], files[1], files[2], files[3], torn, odd)
+
+
+def mend_config(path: Path) -> str:
+    """Which checkpoint's copy of config.json to put in its place; "" where there is none."""
+    copies = [manifest.with_name("run_config.json") for manifest in _manifests(path)]
+    copy = next((each for each in copies if each.exists()), None)
+    return f"put {copy} in its place: it has the same keys" if copy else ""
+
+
+def _manifests(path: Path) -> list[Path]:
+    """Of all checkpoints; those that are hidden are not finished."""
+    found = sorted(path.glob("*/manifest.json"))
+    return [manifest for manifest in found if not manifest.parent.name.startswith(".")]
 
 
 def change(first: Sequence[float], last: Sequence[float]) -> Change:

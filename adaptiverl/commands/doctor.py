@@ -9,7 +9,7 @@ from adaptiverl.commands.checks_policy import policy_findings
 from adaptiverl.commands.checks_rewards import reward_findings
 from adaptiverl.commands.checks_run import run_findings
 from adaptiverl.commands.curves import Run, json_object, read_run
-from adaptiverl.commands.endings import in_words, lost, outcome, reached
+from adaptiverl.commands.endings import in_words, lost, missing, outcome, reached
 from adaptiverl.commands.finding import Finding
 from adaptiverl.commands.sample_facts import SampleFacts, facts_of
 from adaptiverl.files.console import counted
@@ -17,6 +17,7 @@ from adaptiverl.files.console import counted
 # What is likely to have caused what follows it here; a kind that is not here comes first
 ORDER = (
     "torn line", "no number", "config", "killed", "judge", "reward raises", "rate zero",
+    "rate held",
     "gradient not finite", "gradient zero", "rate too large", "reward missing", "hacked",
     "conflict", "one reward drowns", "dead reward", "prompts cut", "one prompt", "temperature",
     "wrong EOS", "empty completions",
@@ -45,6 +46,7 @@ FOLLOWS = {
     "gradient not finite": {"rate too small", "KL_COEF too large"},
     "gradient zero": {"rate too small", "KL_COEF too large", "batch too small"},
     "rate zero": {"rate too small", "KL_COEF too large", "batch too small"},
+    "rate held": {"rate too small", "KL_COEF too large", "batch too small"},
     "dead reward": {"rate too small", "KL_COEF too large", "batch too small"},
 }
 
@@ -83,8 +85,7 @@ def doctor(folder: Path) -> tuple[str, int]:
     lines = [f"{folder}: {steps}, {outcome(run)}"]
     if (gone := lost(run)) and not run.torn:  # else a finding says it
         lines.append(f"metrics.jsonl lacks {in_words(gone)}")
-    if not (folder / "config.json").exists():
-        lines.append("config.json is missing, so what depends on keys and rewards is not checked")
+    lines += missing(run)
     for number, each in enumerate(found, 1):
         lines += [
             "",

@@ -1,9 +1,17 @@
-"""How far a run came, what ended it, and which of its steps are lost."""
+"""How far a run came, what ended it, and which of its steps and files are lost."""
 
 from collections.abc import Sequence
 
-from adaptiverl.commands.curves import Run
+from adaptiverl.commands.curves import Run, mend_config
 
+# What every run has, also where nothing was to be written there, and what is not known without it
+LOGS = {
+    "config.json": "what depends on keys and rewards is not checked",
+    "samples.jsonl": "what depends on completions is not checked",
+    "controller.jsonl": "what moved the rate or another hyperparameter is not known",
+    "progress.jsonl": "the same prompts before and after are not known",
+    "environment.jsonl": "where and with which versions it ran is not known",
+}
 ENDED = ("stopped", "stopped early")  # kinds of events that say why a run ended as it should
 
 
@@ -15,6 +23,15 @@ def reached(run: Run) -> int:
 def lost(run: Run) -> list[int]:
     """The steps that metrics.jsonl lacks: it has a line for each."""
     return sorted({*range(1, reached(run) + 1)} - {row["step"] for row in run.metrics})
+
+
+def missing(run: Run) -> list[str]:
+    """A sentence on each file that the run must have had, and what is not known without it."""
+    gone = {name: why for name, why in LOGS.items() if not (run.path / name).exists()}
+    said = [f"{name} is missing, so {why}" for name, why in gone.items()]
+    if "config.json" in gone and (mend := mend_config(run.path)):
+        said[0] += f"; {mend}"
+    return said
 
 
 def outcome(run: Run) -> str:

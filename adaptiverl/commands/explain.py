@@ -7,7 +7,7 @@ from pathlib import Path
 from adaptiverl.commands.charts import number
 from adaptiverl.commands.curves import SHORT, Row, Run, read_run, smoothed
 from adaptiverl.commands.doctor import findings
-from adaptiverl.commands.endings import in_words, lost, outcome
+from adaptiverl.commands.endings import in_words, lost, missing, outcome
 from adaptiverl.commands.verdict import ERRORS, verdict
 from adaptiverl.config.schema import ConfigError
 from adaptiverl.files.console import counted
@@ -24,6 +24,7 @@ def explain(folder: Path) -> str:
     lines = [f"{folder}: {steps}, {outcome(run)}", verdict(run, found), ""]
     if gone := lost(run):
         lines.append(f"lost         metrics.jsonl lacks {in_words(gone)}")
+    lines += [f"missing      {said}" for said in missing(run)]
     if (count := len(run.metrics)) < SHORT:
         lines.append(f"short        {counted(count, 'step')}; from {SHORT} on, means say more")
     named = [
@@ -47,7 +48,7 @@ def explain(folder: Path) -> str:
     for name in dict.fromkeys(change["hyperparameter"] for change in run.changes):
         lines += ["", f"What moved {name}:", *("  " + line for line in movers(run, name))]
         lines += ["Its largest changes:", *("  " + line for line in largest(run, name))]
-    if not run.changes:
+    if not run.changes and (folder / "controller.jsonl").exists():
         lines += ["", "nothing moved the rate or any other hyperparameter"]
     return "\n".join([*lines, "", f"with curves: adaptiverl report {folder}"])
 
@@ -102,9 +103,9 @@ def movers(run: Run, name: str) -> list[str]:
     lines = []
     for rule, own in by_rule.items():
         total = math.exp(sum(factor(change) for change in own))
-        steps = ", ".join(str(used_from(change)) for change in own[:5])
-        steps += ", …" if len(own) > 5 else ""
-        when = f"step {steps}" if len(own) == 1 else f"{len(own)} steps ({steps})"
+        at = list(dict.fromkeys(map(used_from, own)))  # several rollbacks may be to one step
+        steps = ", ".join(map(str, at[:5])) + ", …" * (len(at) > 5)
+        when = f"step {steps}" if len(at) == 1 else f"{len(at)} steps ({steps})"
         lines.append(f"{rule:15} × {total:.3g} in {when}{_why(rule, name)}")
     return lines
 
@@ -135,7 +136,7 @@ def used_from(change: Row) -> int:
 
     Rules of the time, and the trust region as it steers, move it after the step that they name.
     """
-    after = change["signal"] == "time" or change["rule"] in ("trust_region", "learned")
+    after = change["signal"] == "time" or change["rule"] in ("trust_region", "min_lr", "learned")
     return change["step"] + after
 
 

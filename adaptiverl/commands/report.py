@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from adaptiverl.commands.charts import number
 from adaptiverl.commands.curves import FIXED, Row, Run, json_object, read_run
 from adaptiverl.commands.doctor import end_ids, findings
-from adaptiverl.commands.endings import in_words, lost, outcome, reached
+from adaptiverl.commands.endings import in_words, lost, missing, outcome, reached
 from adaptiverl.commands.explain import factor, movers, used_from
 from adaptiverl.commands.kept_samples import kept_samples
 from adaptiverl.commands.pages import write_page
@@ -92,6 +92,7 @@ def _subtitle(run: Run, times: list[PartOfTime]) -> str:
     parts = [f"step {reached(run)} of {run.config.get('STEPS', '?')}", outcome(run)]
     if gone := lost(run):
         parts.append(f"metrics.jsonl lacks {in_words(gone)}")
+    parts += missing(run)
     if seconds := sum(each.seconds for each in times):
         minutes = f"{seconds / 60:.1f} minutes" if seconds > 120 else f"{seconds:.0f} seconds"
         parts.append(f"{minutes} of steps")

@@ -12,7 +12,7 @@ from contextlib import chdir, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from adaptiverl.commands.curves import metric_rows, read_run, whole_rows
+from adaptiverl.commands.curves import mend_config, metric_rows, read_run, whole_rows
 from adaptiverl.config.loading import load_config
 from adaptiverl.config.schema import ConfigError
 from adaptiverl.training.keys import RunConfig
@@ -39,9 +39,12 @@ class RunReader:
                 f"{path} is a checkpoint: name the folder of its run, {self.path.parent}, and "
                 f"choose the checkpoint by --checkpoint {_typed(self.path.name)}"
             )
-        logged = (self.path / "metrics.jsonl").exists()
-        if not (self.path / "config.json").exists() or not (logged or self.checkpoints()):
+        if not ((self.path / "metrics.jsonl").exists() or self.checkpoints()):
             raise ConfigError(f"{path} holds no run: name the OUTPUT_DIR of a run")
+        config = self.path / "config.json"
+        if not config.exists():
+            mend = mend_config(self.path) or "put it back from a copy"
+            raise ConfigError(f"{config} is missing, with the keys of the run; {mend}")
         # A tracker of the run need not be installed where its model is used
         self.config = load_config(self.path / "config.json", ["TRACKERS=[]"], schema=RunConfig)
 

@@ -267,10 +267,10 @@ class AdaptiveOptimizer(_Wrapper):
         if self.learned:
             old, ratio = self.lr, self.learned.ratio
             self.learned.tick()
-            if self.learned.ratio != ratio:
+            if self.learned.ratio != ratio and self.info:  # it answers to a KL, and to no other
                 time = self.learned.time
-                entry = {"step": time, "hyperparameter": "lr", "rule": "learned", "signal": "time"}
-                self._record(entry | {"value": time, "old": old, "new": self.lr})
+                entry = {"step": time, "hyperparameter": "lr", "rule": "learned", "signal": "kl"}
+                self._record(entry | {"value": self.info.kl, "old": old, "new": self.lr})
 
     def state_dict(self) -> dict[str, Any]:
         """The base's, and those of `parts`."""

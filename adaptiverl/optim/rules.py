@@ -118,7 +118,8 @@ RULES: tuple[Rule, ...] = (
          "mean-reverts by 3 % per step; holds while no KL is measured", "the GRU answered so"),
     Rule("loss_decay", "lr_rule", "lr", "loss", "stateful",
          lambda old, base, r, c: old / max(1 + c.loss_k * r.ema, 0.5),
-         ("loss_k",), "η / max(1 + `loss_k` · ℓ̄, ½)", "the loss is there"),
+         ("loss_k",), "η / max(1 + `loss_k` · ℓ̄, ½)",
+         "the rate falls while the mean loss is above 0, and rises while it is below"),
     Rule("trend", "lr_rule", "lr", "loss", "stateful",
          lambda old, base, r, c: _scaled(old, -r.trend, c.up_factor, c.down_factor),
          ("up_factor", "down_factor", *TREND),
@@ -208,8 +209,13 @@ def names(argument: str) -> list[str]:
 def reason(label: str, moves: str = "lr") -> str:
     """Why the rule `label` of a record has moved the hyperparameter `moves`, in one line.
 
-    Of the line search: "line_search up" where it scaled up.
+    Of the line search: "line_search up" where it scaled up. "min_lr" is where the next step begins
+    again, and a run that was taken back is labelled "rollback".
     """
+    if label == "min_lr":
+        return "the line search had gone below MIN_LR, where the next step began again"
+    if label == "rollback":
+        return "the policy had collapsed, and the run was taken back"
     if label.startswith("line_search"):
         if label.endswith("up"):
             return "the first update fell short, and was scaled up at once"

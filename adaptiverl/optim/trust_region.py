@@ -60,7 +60,8 @@ class TrustRegion:
                 default None: the target stays
     min_lr, max_lr      bounds of the rate that a step takes; default 1e-9 and 10
     record      called with a dict for each change of the rate: step, hyperparameter ("lr"), rule
-                ("line_search" or "trust_region"), signal ("kl"), value (its KL), old and new rate
+                ("line_search", "trust_region", or "min_lr" where a rate that the line search has
+                brought below it goes back there), signal ("kl"), value (its KL), old and new rate
 
     target = kl · (share of the run that is left) · confidence. Confidence begins at 1. After ten
     informative steps it is the signal-to-noise ratio of `alignment` over 2, from 0.25 to 1: where
@@ -187,7 +188,7 @@ class TrustRegion:
                 f"an update had to be scaled down below min_lr {self.bounds[0]:g}, from which the "
                 "next step begins again: a smaller min_lr lets the rate follow"
             )
-        self._set_ratio(base, self.ratio * scale, "line_search", kl)
+        self._set_ratio(base, self.ratio * scale, "line_search", kl, info.lr)
         # That nothing is left of an update is no sign that the rate was too small, and the
         # next one is searched too.
         if update.scale and not _is_none(kl, target):
@@ -233,20 +234,32 @@ class TrustRegion:
         factor = clamp((target / kl) ** 0.25, (0.5, 2.0)) if kl > 0 else 2.0
         self._set_ratio(base, self.ratio * factor, "trust_region", kl)
 
-    def _set_ratio(self, base: float, ratio: float, rule: str, kl: float) -> None:
-        """Not beyond the bounds of the rate, or the ratio would wind up behind them."""
+    def _set_ratio(
+        self, base: float, ratio: float, rule: str, kl: float, took: float = math.inf
+    ) -> None:
+        """Not beyond the bounds of the rate, or the ratio would wind up behind them.
+
+        `took` is the rate that the step took, if it was scaled: it may be below them.
+        """
         low, high = self.bounds
         old, self.ratio = self.ratio, clamp(ratio, (low / base, high / base))
-        if self.record and self.ratio != old:
-            rates = [clamp(base * ratio, self.bounds) for ratio in (old, self.ratio)]
+        rates = [clamp(base * ratio, self.bounds) for ratio in (old, self.ratio)]
+        if took < low:
+            self._note(rule, kl, rates[0], took)
+            self._note("min_lr", kl, took, rates[1])
+        elif self.ratio != old:
+            self._note(rule, kl, *rates)
+
+    def _note(self, rule: str, kl: float, old: float, new: float) -> None:
+        if self.record:
             entry = {"step": self.time, "hyperparameter": "lr", "rule": rule, "signal": "kl"}
-            self.record(entry | {"value": kl, "old": rates[0], "new": rates[1]})
+            self.record(entry | {"value": kl, "old": old, "new": new})
 
     def _warn(self, message: str) -> None:
-        """Once."""
+        """Once; its steps count from 1."""
         if message not in self.warned:
             self.warned.add(message)
-            log.warning("trust_region, step %d: %s", self.time, message)
+            log.warning("trust_region, step %d: %s", self.time + 1, message)
 
     def _base_rate(self) -> float:
         """Of the first group that has one above 0."""

@@ -66,7 +66,6 @@ class Parts:
     sampler: Sampler  # of the policy itself
     checked: CheckedPolicy
     optimizer: AdaptiveOptimizer
-    changes: list[dict[str, Any]]  # of hyperparameters, in this step
     dynamics: Callable[[], list[dict[str, Any]]] | None  # of an online optimizer
     scoring: Scoring
     guards: Guards
@@ -133,13 +132,13 @@ def build(
 
     sampler = make_sampler(c, runtime, resumed, max_prompt, files)
     named = [(name, p) for name, p in sampler.policy.named_parameters() if p.requires_grad]
-    changes: list[dict[str, Any]] = []
     base = base_optimizer(c, named, runtime.sharded)
-    optimizer = adaptive(c, base, last_step, record=changes.append)
+    progress = state.Progress(kl_coef=c.KL_COEF)
+    # Not the list's own `append`: a checkpoint brings another list
+    optimizer = adaptive(c, base, last_step, record=lambda row: progress.changes.append(row))
     policy = runtime.prepare(sampler.policy, optimizer)
     rounded = c.BF16 or c.FP16 or c.LOAD_4BIT or c.LOAD_8BIT or bool(c.VLLM_SERVER)
     precision = Precision(not rounded, rounded and (runtime.sharded or c.LOAD_8BIT))
-    progress = state.Progress(kl_coef=c.KL_COEF)
     guards = Guards(c, last_step, allowed_gap(not rounded), runtime.is_main)
     best = Best(c)
     scoring = Scoring(c, runtime, rewards, held_out, last_step)
@@ -171,7 +170,6 @@ def build(
         sampler=sampler,
         checked=checked,
         optimizer=optimizer,
-        changes=changes,
         dynamics=partial(dynamics, base) if isinstance(base, Online) else None,
         scoring=scoring,
         guards=guards,

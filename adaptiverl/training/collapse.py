@@ -3,6 +3,7 @@
 What a collapse is known by is guards.py's; going back is rollback.py's.
 """
 
+COLLAPSES = {"collapsed", "kl beyond reason", "nan"}  # kinds of events
 PROBATION = 3  # sound steps after a checkpoint before it counts as sound
 MAX_ROLLBACKS = 3
 

@@ -123,8 +123,8 @@ class RunFolder:
         """Writes the step to the run's files and the trackers, and a line to the console."""
         c, step, last = self.config, self.parts.progress.step, self.parts.last_step
         number = {"step": step}
-        changes = [change | number for change in self.parts.changes]
-        self.parts.changes.clear()
+        changes = [change | number for change in self.parts.progress.changes]
+        self.parts.progress.changes.clear()
         if log := self.log:
             if self.parts.dynamics and c.DYNAMICS_EVERY and step % c.DYNAMICS_EVERY == 0:
                 rows = [number | row for row in self.parts.dynamics()]
@@ -235,16 +235,21 @@ class RunFolder:
         """Ends a run that has collapsed, with nothing saved of it; the exit status."""
         parts = self.parts
         times = parts.progress.rollbacks
-        done = f"{collapse}. The run ends here" + (f", after {times} rollbacks" * (times > 0))
-        parts.guards.event(collapse.step, collapse.kind, done, "stop")
         sound = state.among(
             self.config,
             parts.runtime,
             [*sound_before(parts.guards.sound_steps, collapse.step), 0],
         )
+        place = self.shown / sound.name if sound else None
+        done = f"{collapse}. The run ends here" + (f", after {times} rollbacks" * (times > 0))
+        model = f"MODEL={place}" if place else "the same MODEL"
+        done += (
+            ". RESUME=auto would make the same steps again: change that in a new run, with "
+            f"{model} and another OUTPUT_DIR"
+        )
+        parts.guards.event(collapse.step, collapse.kind, done, "stop")
         if self.log:
             self.log.replace(checkpoint.EVENTS, parts.guards.events)
-        place = self.shown / sound.name if sound else None
         where = f"the last sound checkpoint is {place}" if place else "there is no sound checkpoint"
         self._end(f"stopped after a collapse in step {collapse.step}: {where}", sys.stderr)
         return 3

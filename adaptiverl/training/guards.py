@@ -14,13 +14,12 @@ from torch import Tensor
 
 from adaptiverl.rl.reinforce import PER_PROMPT, is_informative, zero_std_share
 from adaptiverl.training import guard_texts as say
-from adaptiverl.training.collapse import Collapsed, sound_before
+from adaptiverl.training.collapse import COLLAPSES, Collapsed, sound_before
 from adaptiverl.training.keys import RunConfig
 from adaptiverl.training.metrics import Metrics
 from adaptiverl.training.trends import LEAST, OF_EVALUATIONS, SIGNIFICANT, parted
 
 Finding = tuple[str, str]  # kind, message
-COLLAPSES = {"collapsed", "kl beyond reason"}
 UNSOUND = COLLAPSES | {"kl", "entropy", "distinct"}  # a checkpoint of such a step is not sound
 SUMS = {"reward", "reward_fixed_scale", "eval/reward"}
 FLAT_STEPS = 5  # in a row without a difference between rewards; fewer may be chance,

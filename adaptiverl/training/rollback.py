@@ -11,8 +11,9 @@ from contextlib import chdir
 import torch
 
 from adaptiverl.files import checkpoint
+from adaptiverl.optim.adaptive import AdaptiveOptimizer
 from adaptiverl.training import state
-from adaptiverl.training.build import build, narrow
+from adaptiverl.training.build import Parts, build, narrow
 from adaptiverl.training.collapse import MAX_ROLLBACKS, Collapsed, sound_before
 from adaptiverl.training.folder import RunFolder
 from adaptiverl.training.keys import RunConfig
@@ -39,13 +40,11 @@ def roll_back(c: RunConfig, folder: RunFolder, collapse: Collapsed) -> None:
 
     with chdir(c.here):  # a reward may have left it, and paths in the config begin there
         parts = build(c, accelerator, resume=lambda *_: target)
-    more = count - parts.progress.rollbacks  # than the rate of the checkpoint has been through
+    known = parts.progress.rollbacks  # that the checkpoint has been through
+    steps = [row["step"] for row in guards.events if row["action"] == "rollback"]
+    for number, showed in enumerate([*steps, collapse.step][known:], known + 1):
+        how = _make_smaller(parts, number, showed)
     parts.progress.rollbacks = count
-    how = narrow(parts.optimizer, count)
-    if how is None:
-        for group in parts.optimizer.param_groups:
-            group["lr"] = group["lr"] * SLOWER**more
-        how = f"a tenth of the learning rate ({parts.optimizer.lr:.3g})"
     step = parts.progress.step
     parts.guards.events = guards.events
     parts.guards.event(
@@ -56,3 +55,27 @@ def roll_back(c: RunConfig, folder: RunFolder, collapse: Collapsed) -> None:
         "rollback",
     )
     folder.go_back(parts, target.name if target else checkpoint.step_name(0))
+
+
+def _make_smaller(parts: Parts, number: int, step: int) -> str:
+    """Halves the trust region, or divides the rate by ten, and records it; what it did, in words.
+
+    For the rollback `number`, from 1, because of a collapse in `step`.
+    """
+    name, old = _size(parts.optimizer)
+    how = narrow(parts.optimizer, number)
+    if how is None:
+        for group in parts.optimizer.param_groups:
+            group["lr"] = group["lr"] * SLOWER
+        how = f"a tenth of the learning rate ({parts.optimizer.lr:.3g})"
+    _, new = _size(parts.optimizer)
+    change = {"step": parts.progress.step + 1, "hyperparameter": name, "rule": "rollback"}
+    change |= {"signal": "collapse", "value": step, "old": old, "new": new}
+    parts.progress.changes.append(change)
+    return how
+
+
+def _size(optimizer: AdaptiveOptimizer) -> tuple[str, float]:
+    """What a rollback makes smaller: its name in records, and how large it is."""
+    region = optimizer.trust_region
+    return ("trust_region_kl", region.kl) if region else ("lr", optimizer.lr)

@@ -5,7 +5,7 @@ That a checkpoint is whole or not there at all is files/checkpoint.py's.
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -43,6 +43,8 @@ class Progress:
     skipped: int = 0  # steps whose gradient was not finite
     updates_scaled: int = 0  # steps whose update was made smaller
     rollbacks: int = 0  # times that a collapse was taken back; numbers the random stream, too
+    # Of hyperparameters, since the last step that was written down: a checkpoint has a rollback's
+    changes: list[dict[str, Any]] = field(default_factory=list)
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -163,8 +165,8 @@ def _changes(name: str, before: Any, now: Any) -> list[str]:
 def _with_defaults(model: type[BaseModel], keys: dict[str, Any]) -> dict[str, Any]:
     """`keys`, as written, with those that the version that wrote them did not have."""
     defaults = {
-        field.alias or name: to_jsonable_python(field.get_default(call_default_factory=True))
-        for name, field in model.model_fields.items()
-        if not field.is_required() and (field.alias or name) not in keys
+        key.alias or name: to_jsonable_python(key.get_default(call_default_factory=True))
+        for name, key in model.model_fields.items()
+        if not key.is_required() and (key.alias or name) not in keys
     }
     return defaults | keys
