@@ -242,9 +242,9 @@ def adapters_own(c: RunConfig) -> dict[str, Any]:
     adapter = None if c.FULLTUNE else adapter_config(located(c.MODEL))
     if not adapter:
         return {}
-    own = {key: adapter.get(name) for key, name in LORA.items()}
-    if own["LORA_R"] is None:  # an adapter of another kind, such as IA³
+    if "r" not in adapter:  # of another kind, such as IA³
         return {}
+    own = {key: adapter[name] for key, name in LORA.items()}
     if isinstance(own["LORA_TARGETS"], str):  # a pattern, which the key cannot hold
         return own | {"LORA_TARGETS": None}
     return own | {"LORA_TARGETS": sorted(own["LORA_TARGETS"])}
