@@ -7,6 +7,7 @@ from pydantic import Field, field_validator
 
 from rewards.base import Reward
 from rewards.messages import Text, joined, texts_of, transcript
+from rewards.whole import load_whole
 
 TEMPLATE = "{rubric}\n\nText:\n{text}\n\nAnswer (yes or no):"
 
@@ -42,12 +43,12 @@ class LocalJudgeReward(Reward):
         return template
 
     def _load(self, device: Any) -> None:
-        import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self._tokenizer = AutoTokenizer.from_pretrained(self.model)
-        self._lm = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32)
-        self._lm.eval().to(device or "cpu")
+        wanted = "a causal language model, as GPT-2, Llama and Qwen are"
+        self._lm = load_whole(AutoModelForCausalLM, self.model, wanted)
+        self._lm.to(device or "cpu")
         before, after = self.template.replace("{rubric}", self.rubric).split("{text}")
         self._before, self._after = self._ids(before), self._ids(after)
         self._answers = [self._ids(self.yes), self._ids(self.no)]
