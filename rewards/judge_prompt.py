@@ -16,7 +16,7 @@ SYSTEM_PROMPT = (
 )
 SCORE_FORM = '{{"score": <number from {low:g} to {high:g}>}}'
 BETTER_FORM = '{"better": "A" or "B" or "tie"}'
-THOUGHT = "</think>"  # ends what a model thinks; some chat templates write the <think> themselves
+THOUGHT = re.compile(r"\s*<think>.*?</think>", re.DOTALL)  # to its first end: it may quote a text
 FENCE = re.compile(r"\s*```(?:json)?\s*\n(.*)\n\s*```\s*", re.DOTALL)
 
 
@@ -77,7 +77,8 @@ class JudgePrompt:
 
         It may come after a thought that is marked as one, and alone in a fenced block of code.
         """
-        said = (text or "").rpartition(THOUGHT)[2]
+        thought = THOUGHT.match(said := text or "")
+        said = said[thought.end() :] if thought else said
         fenced = FENCE.fullmatch(said)
         try:
             answer = json.loads(fenced[1] if fenced else said)
