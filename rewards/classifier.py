@@ -45,7 +45,9 @@ class ClassifierReward(Reward):
         found = found or [i for i, name in names.items() if name.lower() == self.label.lower()]
         if len(found) != 1:
             has = f"{len(found)} labels" if found else "no label"
-            raise ValueError(f"{self.model} has {has} {self.label!r}, only {', '.join(names.values())}")
+            raise ValueError(
+                f"{self.model} has {has} {self.label!r}, only {', '.join(names.values())}"
+            )
         self._index = found[0]
         one = config.num_labels == 1 or config.problem_type == "multi_label_classification"
         self._is_sigmoid = one

@@ -564,7 +564,7 @@ def test_a_text_cannot_speak_for_the_judge(server, judge):
         ('<think>3</think>It is {"score": 7}', None),
         ('It is\n```json\n{"score": 7}\n```', None),
         ('```json\n{"score": 7}\n```\n```json\n{"score": 8}\n```', None),
-        ('```json\n7\n```', None),
+        ("```json\n7\n```", None),
         ("7", None),
         ("[7]", None),
         ("", None),
