@@ -100,11 +100,12 @@ class ClassifierReward(Reward):
 
     def _warn_of_long(self, texts: list[str], sizes: list[int]) -> None:
         """Says once that texts were cut; `sizes` are their tokens as the model reads them."""
-        full = [text for text, size in zip(texts, sizes, strict=True) if size == self._max_length]
-        if self._warned or not full:
+        limit = self._max_length
+        full = [text for text, size in zip(texts, sizes, strict=True) if size == limit]
+        if self._warned or limit is None or not full:
             return
         whole = [len(ids) for ids in self._tokenizer(full, verbose=False)["input_ids"]]
-        if long := [size for size in whole if size > self._max_length]:
+        if long := [size for size in whole if size > limit]:
             self._warned = True
             log.warning(
                 "reward %r: %d of %d texts have more tokens than the %d that %s can read, the "
@@ -112,7 +113,7 @@ class ClassifierReward(Reward):
                 self.name,
                 len(long),
                 len(texts),
-                self._max_length,
+                limit,
                 self.model,
                 max(long),
                 ", and with them the prompt (WITH_PROMPT)" if self.with_prompt else "",

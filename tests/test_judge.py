@@ -1332,7 +1332,8 @@ def test_the_local_judge_gives_the_log_odds_of_its_answers():
     ("arguments", "message"),
     [
         ({"no": " yes"}, "are the same tokens"),
-        ({"template": "{text}"}, "must name {rubric} and {text}"),
+        ({"template": "{text}"}, "must name {rubric}, and {text} once"),
+        ({"template": "{rubric} {text} {text}"}, "must name {rubric}, and {text} once"),
         ({"rubric": "very long " * 200}, "no room for a text"),
     ],
 )

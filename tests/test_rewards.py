@@ -478,8 +478,8 @@ def test_long_texts_are_told_once(classifier, caplog):
         reward([fits, "the ", fits * 2], ["film", "film", "bad"])
     assert caplog.messages == [
         f"reward 'classifier': 2 of 3 texts have more tokens than the {POSITIONS} that "
-        f"{classifier} can read, the longest has {2 * POSITIONS - 1}: their beginnings are left out, and with "
-        "them the prompt (WITH_PROMPT)"
+        f"{classifier} can read, the longest has {2 * POSITIONS - 1}: their beginnings are left "
+        "out, and with them the prompt (WITH_PROMPT)"
     ]
 
 
