@@ -101,7 +101,9 @@ class Reward(BaseModel):
         1.0, description="Factor in the sum, or points [[step, weight], …] with lines between"
     )
     normalize: Literal["none", "zscore", "rank"] = Field(
-        "none", description="By running mean and deviation, or by rank in the batch"
+        "none",
+        description="zscore: by mean and deviation of the scores so far, of which older ones count "
+        "less; rank: by rank in the batch, −1 to 1",
     )
     clip: tuple[float, float] | None = Field(None, description="Limits, after NORMALIZE")
     _started: bool = False

@@ -1,5 +1,6 @@
 """Reward by a sequence classifier: sentiment, toxicity, helpfulness."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
@@ -7,7 +8,9 @@ from pydantic import Field
 
 from rewards.base import Place, Reward
 from rewards.messages import Text, joined, texts_of
+from rewards.whole import load_whole
 
+log = logging.getLogger(__name__)
 SENTIMENT = "adaptiverl/assets/sentiment"
 
 
@@ -17,7 +20,7 @@ class ClassifierReward(Reward):
     By name, because the order of classes differs between models. The probability is a softmax over
     the classes, or a sigmoid where labels do not exclude each other (config's `problem_type`) or
     there is only one (usually LABEL_0). Blank texts are not judged: None. Long texts lose their
-    beginning, which is furthest from what was written last.
+    beginning, which is furthest from what was written last; a warning says so once.
     """
 
     loads_model: ClassVar[bool] = True
@@ -31,22 +34,27 @@ class ClassifierReward(Reward):
     _classifier: Any
     _max_length: int | None
     _is_sigmoid: bool
+    _warned: bool = False
 
     def _load(self, device: Any) -> None:
-        import torch
         from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
         config = AutoConfig.from_pretrained(self.model)  # the label first: weights may be large
-        names = {name.lower(): index for index, name in config.id2label.items()}
-        if self.label.lower() not in names:
-            labels = ", ".join(config.id2label.values())
-            raise ValueError(f"{self.model} has no label {self.label!r}, only {labels}")
-        self._index = names[self.label.lower()]
+        names = config.id2label
+        found = [i for i, name in names.items() if name == self.label]
+        found = found or [i for i, name in names.items() if name.lower() == self.label.lower()]
+        if len(found) != 1:
+            has = f"{len(found)} labels" if found else "no label"
+            raise ValueError(
+                f"{self.model} has {has} {self.label!r}, only {', '.join(names.values())}"
+            )
+        self._index = found[0]
         one = config.num_labels == 1 or config.problem_type == "multi_label_classification"
         self._is_sigmoid = one
         tokenizer = AutoTokenizer.from_pretrained(self.model, truncation_side="left")
-        model = AutoModelForSequenceClassification.from_pretrained(self.model, dtype=torch.float32)
-        model.eval().to(device or "cpu")
+        wanted = "a model that was trained to classify texts"
+        model = load_whole(AutoModelForSequenceClassification, self.model, wanted)
+        model.to(device or "cpu")
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         if tokenizer.pad_token is None:
@@ -81,6 +89,7 @@ class ClassifierReward(Reward):
             max_length=self._max_length,
             return_tensors="pt",
         ).to(self._classifier.device)
+        self._warn_of_long([texts[i] for i in rows], batch["attention_mask"].sum(1).tolist())
         with torch.no_grad():
             scores = self._classifier(**batch).logits.float()  # [rows, classes]
         if self.output == "probability":
@@ -88,6 +97,27 @@ class ClassifierReward(Reward):
         for i, value in zip(rows, scores[:, self._index].tolist(), strict=True):
             result[i] = value
         return result
+
+    def _warn_of_long(self, texts: list[str], sizes: list[int]) -> None:
+        """Says once that texts were cut; `sizes` are their tokens as the model reads them."""
+        limit = self._max_length
+        full = [text for text, size in zip(texts, sizes, strict=True) if size == limit]
+        if self._warned or limit is None or not full:
+            return
+        whole = [len(ids) for ids in self._tokenizer(full, verbose=False)["input_ids"]]
+        if long := [size for size in whole if size > limit]:
+            self._warned = True
+            log.warning(
+                "reward %r: %d of %d texts have more tokens than the %d that %s can read, the "
+                "longest has %d: their beginnings are left out%s",
+                self.name,
+                len(long),
+                len(texts),
+                limit,
+                self.model,
+                max(long),
+                ", and with them the prompt (WITH_PROMPT)" if self.with_prompt else "",
+            )
 
 
 def _positions(model: Any) -> int | None:

@@ -14,6 +14,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+PATH = "/chat/completions"  # that is called below BASE_URL
 KEY_ENV = "OPENAI_API_KEY"
 NO_KEY = "none"  # what a server on this machine is sent where there is no key
 MAX_SHOWN = 200  # characters of a server's words that are shown
@@ -51,16 +52,26 @@ def secret(key_env: str, base_url: str | None) -> str:
 
 
 async def ask(client: Any, request: dict[str, Any], seconds: float) -> Reply:
-    """One try, of `seconds` as a whole: a server that sends byte by byte gets no more."""
+    """One try, of `seconds` as a whole: a server that sends byte by byte gets no more.
+
+    A fault ends with the address that was called, without a name and a password in it.
+    """
+    reply = await _asked(client, request, seconds)
+    if reply.fault:
+        base = str(client.base_url.copy_with(userinfo=b""))
+        address = shown(base.rstrip("/") + PATH, client.api_key)
+        reply.fault = f"{shown(reply.fault, client.api_key)} ({address})"
+    return reply
+
+
+async def _asked(client: Any, request: dict[str, Any], seconds: float) -> Reply:
     import openai
 
     try:
         async with asyncio.timeout(seconds):
             raw = await client.chat.completions.with_raw_response.create(**request)
         response = raw.http_response
-        reply = _read(response.content, response.headers.get("content-type", ""))
-        reply.fault = shown(reply.fault, client.api_key)
-        return reply
+        return _read(response.content, response.headers.get("content-type", ""))
     except TimeoutError:
         return Reply("fault", fault=f"it timed out after {seconds:g} s")
     except openai.APIStatusError as error:
@@ -68,12 +79,12 @@ async def ask(client: Any, request: dict[str, Any], seconds: float) -> Reply:
         rejected = error.status_code in REJECTED
         return Reply(
             "fault" if again else "rejected" if rejected else "refused",
-            fault=shown(f"it answered {error.status_code}: {error.message}", client.api_key),
+            fault=f"it answered {error.status_code}: {error.message}",
             wait=_retry_after(error.response.headers),
         )
     except openai.APIConnectionError as error:
-        why = f"{error} ({error.__cause__ or client.base_url})"
-        return Reply("fault", fault=shown(why, client.api_key))
+        why = f": {error.__cause__}" if error.__cause__ else ""
+        return Reply("fault", fault=f"{str(error).rstrip('.')}{why}")
 
 
 def shown(text: str, key: str) -> str:
@@ -87,7 +98,7 @@ def _read(body: bytes, kind: str) -> Reply:
     try:
         reply = json.loads(body)
     except (ValueError, RecursionError) as error:
-        if "json" in kind:
+        if "json" in kind and body.lstrip()[:1] in (b"", b"{"):  # proxies call their pages JSON
             return Reply("fault", fault=f"its answer was cut off: {error}")
         start = body[:60].decode(errors="replace")
         return Reply("foreign", fault=f"no chat completion but {start!r}")

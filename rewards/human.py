@@ -203,7 +203,8 @@ class HumanReward(Reward):
         self, log: Callable[[str, float], Any], asked: int, found: list, head: "RidgeHead | None"
     ) -> None:
         log(f"{self.name}/asked", asked)
-        log(f"{self.name}/labelled", sum(label is not None for label in found) / len(found))
+        labelled = [label for label in found if label and label[0] is not None]  # not skipped
+        log(f"{self.name}/labelled", len(labelled) / len(found))
         for name, share in self.agreement().items():
             log(f"{self.name}/agreement/{name}", share)
         if head:

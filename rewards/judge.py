@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, Field, model_validator
 
 from rewards.base import KEYS, Interrupted, Place, Reward, require
-from rewards.endpoint import KEY_ENV, secret
+from rewards.endpoint import KEY_ENV, PATH, secret
 from rewards.judge_account import account_of
 from rewards.judge_asking import Asker, Batch
 from rewards.judge_cache import JudgeCache
@@ -111,6 +111,8 @@ class JudgeReward(Reward):
             raise ValueError(f"the scale's LOW {self.low:g} is not below its HIGH {self.high:g}")
         if self.max_cost is not None and not any(self.prices):
             raise ValueError("MAX_COST needs the PRICES of a million tokens, in and out")
+        if self.base_url and self.base_url.rstrip("/").endswith(PATH):
+            raise ValueError(f"BASE_URL ends in {PATH}, which is added to it: leave that off")
         return self
 
     def _load(self, device: Any) -> None:

@@ -117,7 +117,11 @@ class Asker:
         in_all = set.intersection(*(set(case.values()) for case in missing.values() or [{}]))
         text = in_all and batch.has_answered()  # it may be what all have in common
         if batch.rejected and batch.rejected == len(set(keys)) and not text:
-            raise FatalJudgeError(f"the judge rejects every request; the last: {self.trouble}")
+            hint = ". If the server has no response_format, set STRUCTURED false"
+            raise FatalJudgeError(
+                f"the judge rejects every request; the last: {self.trouble}"
+                f"{hint * self.prompt.structured}"
+            )
         return [batch.cache.get(key) for key in keys]
 
     async def _claimed(self, client: Any, key: str, case: dict[str, str], batch: Batch) -> None:

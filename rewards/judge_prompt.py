@@ -1,6 +1,7 @@
 """What a judge is asked, and the strict reading of what it answers."""
 
 import json
+import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ SYSTEM_PROMPT = (
 )
 SCORE_FORM = '{{"score": <number from {low:g} to {high:g}>}}'
 BETTER_FORM = '{"better": "A" or "B" or "tie"}'
+THOUGHT = re.compile(r"\s*<think>.*?</think>", re.DOTALL)  # to its first end: it may quote a text
+FENCE = re.compile(r"\s*```(?:json)?\s*\n(.*)\n\s*```\s*", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -70,9 +73,15 @@ class JudgePrompt:
         }
 
     def parse(self, text: str | None) -> float | None:
-        """The score, or A's points; None unless the text is exactly the object asked for."""
+        """The score, or A's points; None unless the text is exactly the object asked for.
+
+        It may come after a thought that is marked as one, and alone in a fenced block of code.
+        """
+        thought = THOUGHT.match(said := text or "")
+        said = said[thought.end() :] if thought else said
+        fenced = FENCE.fullmatch(said)
         try:
-            answer = json.loads(text or "")
+            answer = json.loads(fenced[1] if fenced else said)
         except (ValueError, RecursionError):  # also thousands of digits or brackets
             return None
         if not isinstance(answer, dict) or answer.keys() != {self._name}:

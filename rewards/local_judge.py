@@ -7,6 +7,7 @@ from pydantic import Field, field_validator
 
 from rewards.base import Place, Reward
 from rewards.messages import Text, joined, texts_of, transcript
+from rewards.whole import load_whole
 
 TEMPLATE = "{rubric}\n\nText:\n{text}\n\nAnswer (yes or no):"
 
@@ -22,7 +23,10 @@ class LocalJudgeReward(Reward):
     type: Literal["local_judge"] = "local_judge"
     model: Place = Field(description="A causal LM: hub id or folder")
     rubric: str = Field(min_length=1, description="The question, in words")
-    template: str = Field(TEMPLATE, description="What is asked, with {rubric} and {text} in it")
+    template: str = Field(
+        TEMPLATE,
+        description="What is asked, with {rubric} and {text} in it; other braces stay as they are",
+    )
     yes: str = Field(" yes", description="The answer that is rewarded, as the model would go on")
     no: str = Field(" no", description="The other answer")
     with_prompt: bool = Field(True, description="Judge prompt + completion")
@@ -37,19 +41,19 @@ class LocalJudgeReward(Reward):
     @field_validator("template")
     @classmethod
     def _complete(cls, template: str) -> str:
-        if "{rubric}" not in template or "{text}" not in template:
-            raise ValueError("the template must name {rubric} and {text}")
+        if "{rubric}" not in template or template.count("{text}") != 1:
+            raise ValueError("the template must name {rubric}, and {text} once")
         return template
 
     def _load(self, device: Any) -> None:
-        import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self._tokenizer = AutoTokenizer.from_pretrained(self.model)
-        self._lm = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32)
-        self._lm.eval().to(device or "cpu")
-        before, after = self.template.replace("{rubric}", self.rubric).split("{text}")
-        self._before, self._after = self._ids(before), self._ids(after)
+        wanted = "a causal language model, as GPT-2, Llama and Qwen are"
+        self._lm = load_whole(AutoModelForCausalLM, self.model, wanted)
+        self._lm.to(device or "cpu")
+        parts = self.template.split("{text}")
+        self._before, self._after = (self._ids(p.replace("{rubric}", self.rubric)) for p in parts)
         self._answers = [self._ids(self.yes), self._ids(self.no)]
         if self._answers[0] == self._answers[1] or not all(self._answers):
             raise ValueError(

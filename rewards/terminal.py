@@ -78,7 +78,8 @@ class Terminal:
                 if key in self.queue.values or key in ("s", "u"):
                     self._write(f"{key}\n")
                     return key
-        self._write("gone\n")
+        if not self.queue.closed:  # or the run says itself why it stops
+            self._write("no answer within TIMEOUT\n")
         return None
 
     def _read_key(self) -> str:

@@ -685,7 +685,7 @@ ROW = "row {} (counted from 0) of column 'prompt' "
     [
         ([GOOD, user("Hi", "Ho")], ROW.format(1) + "ends with the assistant's message"),
         ([GOOD, "text"], ROW.format(1) + "is 'text', not a list of messages"),
-        ([GOOD, []], ROW.format(1) + "is [], not a list of messages"),
+        ([GOOD, []], ROW.format(1) + "is a conversation without messages"),
         ([[{"from": "human", "value": "Hi"}]], "not a list of messages {\"role\": …"),
         ([[{"role": "system", "content": "x"}]], ROW.format(0) + "has no message"),
         ([[{"role": "user", "content": None}]], "has a message of the user without content"),
@@ -729,8 +729,8 @@ def test_mistakes_are_told_before_the_policy_loads(main, keys, settings, tmp_pat
         ({"TRAIN_FILE": text, "SYSTEM": "x"}, f"SYSTEM {of_text}"),
         ({"EVAL_FILE": text, "CHAT_TEMPLATE": str(strict)}, f"CHAT_TEMPLATE {of_text}"),
         ({"CHAT_TEMPLATE": f"{tmp_path}/no"}, f"CHAT_TEMPLATE {tmp_path}/no: [Errno 2] No "),
-        ({"CHAT_TEMPLATE": str(strict)}, "row 2: the chat template refuses a conversation of"),
-        ({"TRAIN_FILE": long}, f"{long}: row 1: a conversation of "),
+        ({"CHAT_TEMPLATE": str(strict)}, "row 2 (counted from 0): the chat template refuses"),
+        ({"TRAIN_FILE": long}, f"{long}: row 1 (counted from 0): a conversation of "),
         ({"TRAIN_FILE": long}, " tokens is longer than the 88 that MAX_NEW_TOKENS leaves"),
         ({"STOP": [""]}, "STOP.0"),
     ]:  # fmt: skip
@@ -786,7 +786,7 @@ def test_each_conversation_that_the_template_refuses_is_told_with_its_row(
     rows = chats(tmp_path, GOOD, user("Ho"), refused)
     assert main(keys | {"MODEL": model, "CHAT_TEMPLATE": str(template), key: rows}) == 2
     assert capsys.readouterr().err == (
-        f"error: {rows}: row 2: the chat template refuses {message}\n"
+        f"error: {rows}: row 2 (counted from 0): the chat template refuses {message}\n"
     )
 
 

@@ -179,6 +179,7 @@ NOTHING = " (to start from nothing, write the model's beginning-of-text token)"
         ([12, 4], 0, "prompt 12 {} is a number, not text"),
         ([0.5], 0, "prompt 0.5 {} is a number, not text"),
         ([True], 0, "prompt True {} is true or false, not text"),
+        ([[]], 0, "prompt {} is a conversation without messages"),
         ([["This"]], 0, "prompt ['This'] {} is a list, not text"),
         ([{"role": "user"}], 0, "prompt {{'role': 'user'}} {} is an object, not text"),
     ],

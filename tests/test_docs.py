@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import json5
 import pytest
 from conftest import ROOT, in_this_process, read_jsonl
+from pydantic import ValidationError
 
 from adaptiverl.__main__ import main as adaptiverl
 from adaptiverl.commands.keys import SECTIONS, markdown
@@ -190,6 +191,16 @@ def test_the_page_of_keys_is_that_of_the_declarations():
         section = page.split(f"\n### {kind.model_fields['type'].default}\n")[1].split("\n#")[0]
         for key in kind.model_fields.keys() - REWARD_TYPES[0].__base__.model_fields.keys():
             assert f"\n| `{key.upper()}` | " in section, key
+
+
+def test_the_page_of_keys_says_what_held_out_refuses():
+    lines = [line for line in markdown().splitlines() if "; not in HELD_OUT" in line]
+    keys = [line.split("`")[1] for line in lines]
+    assert keys == ["WEIGHT", "NORMALIZE", "CLIP", "MAX_MISSING"]
+    for key, value in (("WEIGHT", 2), ("NORMALIZE", "rank"), ("CLIP", [0, 1]), ("MAX_MISSING", 0)):
+        judge = {"TYPE": "judge", "MODEL": "m", "RUBRIC": "r", key: value}
+        with pytest.raises(ValidationError, match=f"{key} is for REWARDS only"):
+            RunConfig.model_validate({"HELD_OUT": [judge]})
 
 
 def test_every_figure_of_a_run_is_named_in_a_page(main, settings):

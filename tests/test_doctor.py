@@ -521,6 +521,12 @@ def test_of_a_file_that_is_gone_it_is_said_what_is_not_known(main, settings, cap
     assert ("nothing moved the rate" in texts[1]) == (name != "controller")
 
 
+def test_a_run_without_a_report_misses_no_file(main, settings):
+    assert main(settings | {"REPORT": False}) == 0
+    out = Path(settings["OUTPUT_DIR"])
+    assert not (out / "progress.jsonl").exists() and "is missing" not in doctor(out)[0]
+
+
 @pytest.mark.parametrize("name", ["doctor", "explain", "report"])
 def test_a_run_without_its_metrics_is_still_called_a_run(tmp_path, capsys, name):
     run = a_run(tmp_path)

@@ -112,6 +112,16 @@ def test_rewards_that_are_all_missing_are_warned_of_once(main, settings, caplog,
     assert len(odd) == (0 if value is None else 3), "one line per step"
 
 
+def test_people_who_give_no_label_are_not_said_to_give_no_numbers(main, settings, caplog, tmp_path):
+    human = {"TYPE": "human", "WHERE": "web", "PORT": 0, "TIMEOUT": 0.05}
+    human["LABELS"] = str(tmp_path / "labels.sqlite")
+    assert main(settings | {"REWARDS": [human], "STEPS": 1}) == 0
+    assert warnings(caplog, "no completion has a reward") == [
+        "step 1: no completion has a reward: human has no label: nobody answered within TIMEOUT, "
+        "or all were skipped. Such a step trains nothing; look at REWARDS"
+    ]
+
+
 def test_a_resumed_run_warns_no_second_time(main, settings, caplog):
     keys = settings | {"REWARDS": ONE, "STEPS": 5, "TRUST_REGION_SCHEDULE": "constant"}
     assert main(keys) == 0

@@ -249,6 +249,15 @@ def test_one_to_five(human):
     assert call(human(lambda text: text, scale="1-5")[0], list("12345")) == [-1, -0.5, 0, 0.5, 1]
 
 
+def test_a_skip_is_no_label(human):
+    reward, _ = human(lambda text: "+" if text != "odd" else None)
+    told: dict = {}
+    for _ in range(2):
+        call(reward, ["a", "odd", "b", "c"], log_metric=told.__setitem__)
+        assert told["human/labelled"] == 0.75
+    assert told["human/asked"] == 0, "a skip is not asked again"
+
+
 def test_only_so_many_are_asked_and_the_rest_are_missing(human):
     reward, people = human(ask=2)
     told: dict = {}
@@ -527,6 +536,12 @@ def test_a_scale_of_numbers_says_which_end_is_good(pseudo):
     assert "[1] worst  [2]  [3]  [4]  [5] best" in os.read(master, 4096).decode()
 
 
+def test_a_question_that_goes_away_says_why(pseudo):
+    terminal, master = pseudo
+    assert terminal._key_for(Question("k", "p", "c")) is None
+    assert os.read(master, 4096).decode() == "no answer within TIMEOUT\r\n"
+
+
 @pytest.mark.parametrize("when", ["before a question", "before a key"])
 def test_a_terminal_that_goes_away_stops_the_run_and_is_named(queue, when, monkeypatch):
     """Its window was closed, and the run does not end by that (nohup)."""
@@ -641,6 +656,7 @@ def test_labelling_on_the_terminal(typist, settings, tmp_path):
     person.question()
     person.press("\x03")
     assert person.end() == 128 + signal.SIGINT
+    assert person.shown.endswith("RESUME=auto tries again\n")
     assert "paused before step 2: stopped while people were asked. Saved in" in person.shown
     assert termios.tcgetattr(person.slave) == person.modes, "the terminal is as it was"
 

@@ -298,9 +298,27 @@ def test_an_address_that_is_no_judges_is_refused(judge):
     with ThreadingHTTPServer(("127.0.0.1", 0), Web) as web:
         threading.Thread(target=web.serve_forever, args=(0.01,), daemon=True).start()
         url = f"http://127.0.0.1:{web.server_address[1]}"
-        with pytest.raises(FatalJudgeError, match="no chat completion but '<html>hello</html>'"):
+        said = f"no chat completion but '<html>hello</html>' ({url}/chat/completions)"
+        with pytest.raises(FatalJudgeError, match=re.escape(f"{said}: is BASE_URL right?")):
             ask(judge(base_url=url, timeout=5.0), ["a"])
         web.shutdown()
+
+
+def test_a_page_that_calls_itself_json_is_no_answer_cut_off(server, judge, monkeypatch):
+    scripted(monkeypatch, (200, b"<html>proxy</html>"))
+    said = f"no chat completion but '<html>proxy</html>' ({server.url}/chat/completions): is"
+    with pytest.raises(FatalJudgeError, match=re.escape(said)):
+        ask(judge(), ["a"])
+
+
+def test_a_fault_names_the_address_that_was_called(judge):
+    """Without the password in it."""
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        place = f"127.0.0.1:{closed.getsockname()[1]}/v1"
+    one = judge(base_url=f"http://me:word@{place}/", retries=0)
+    assert ask(one, ["a"]) == [None]
+    assert one.trouble.startswith("Connection error: ")
+    assert one.trouble.endswith(f" (http://{place}/chat/completions)")
 
 
 def test_equal_completions_are_judged_once(server, judge):
@@ -536,7 +554,17 @@ def test_a_text_cannot_speak_for_the_judge(server, judge):
         ('{"score": 0}', None),
         ('{"score": NaN}', None),
         ('{"score": 7, "why": ""}', None),
-        ('```json\n{"score": 7}\n```', None),
+        ('```json\n{"score": 7}\n```', 7.0),
+        ('\n```\n{"score":\n7}\n```\n', 7.0),
+        ('<think>3 or {"score": 4}?</think>\n{"score": 7}', 7.0),
+        ('<think>3 or 4?</think>```json\n{"score": 7}\n```', 7.0),
+        ('The text says </think>{"score": 7}', None),
+        ('<think>It says </think>{"score": 7}</think>{"score": 3}', None),
+        ('<think>{"score": 7}', None),
+        ('<think>3</think>It is {"score": 7}', None),
+        ('It is\n```json\n{"score": 7}\n```', None),
+        ('```json\n{"score": 7}\n```\n```json\n{"score": 8}\n```', None),
+        ("```json\n7\n```", None),
         ("7", None),
         ("[7]", None),
         ("", None),
@@ -550,7 +578,8 @@ def test_the_parse_never_guesses(text, score):
 @pytest.mark.parametrize(
     ("text", "points"),
     [('{"better": "A"}', 1), ('{"better": "tie"}', 0.5), ('{"better": "a"}', None),
-     ('{"better": ["A"]}', None), ('{"score": 3}', None)],
+     ('{"better": ["A"]}', None), ('{"score": 3}', None),
+     ('<think>A</think>```json\n{"better": "B"}\n```', 0)],
 )  # fmt: skip
 def test_nor_does_that_of_pairs(text, points):
     assert JudgePrompt("r", pairwise=True).parse(text) == points
@@ -570,7 +599,7 @@ def test_examples_and_schema_are_sent(server, judge):
 
 def test_a_refusal_ends_it_at_once(server, judge, monkeypatch):
     monkeypatch.setattr(Handler, "answer", lambda self, *_: self.reply(401, {}, {}))
-    with pytest.raises(FatalJudgeError, match="the judge answers 401"):
+    with pytest.raises(FatalJudgeError, match=r"the judge answers 401: .* \(http://.*\)$"):
         ask(judge(), ["a"])
 
 
@@ -605,7 +634,8 @@ def test_one_text_that_is_rejected_is_missing_and_ends_nothing(server, judge, mo
     one = judge(retries=3)
     assert ask(one, ["a b", "nasty", "c"]) == [1 / 9, None, 0.0]
     assert len(server.seen) == 3, "not tried again"
-    assert one.trouble == f"it answered {status}: Error code: {status} - filtered"
+    said = f"it answered {status}: Error code: {status} - filtered ({server.url}/chat/completions)"
+    assert one.trouble == said
     assert ask(judge(), ["nasty", "a b", "c"]) == [None, 1 / 9, 0.0], "nor does a resumed run end"
     assert ask(judge(), ["nasty"]) == [None], "nor one that asks of nothing else"
 
@@ -633,11 +663,18 @@ def test_a_prompt_or_a_text_that_is_in_all_requests_ends_nothing(
 
 
 @pytest.mark.parametrize("texts", [["a"], ["a", "b"]])
-def test_where_every_request_is_rejected_it_is_no_judge(server, judge, monkeypatch, texts):
-    """An option that the endpoint does not have, for example."""
+@pytest.mark.parametrize("structured", [True, False])
+def test_where_every_request_is_rejected_it_is_no_judge(
+    server, judge, monkeypatch, texts, structured
+):
+    """An option that the endpoint does not have, for example; the remedy where there is one."""
     scripted(monkeypatch, *[(400, {"error": {"message": "no response_format here"}})] * 2)
-    with pytest.raises(FatalJudgeError, match=r"rejects every request; .* no response_format here"):
-        ask(judge(), texts)
+    with pytest.raises(FatalJudgeError) as caught:
+        ask(judge(structured=structured), texts)
+    said = "the judge rejects every request; the last: it answered 400: Error code: 400 - "
+    said += f"no response_format here ({server.url}/chat/completions)"
+    hint = ". If the server has no response_format, set STRUCTURED false"
+    assert str(caught.value) == said + hint * structured
 
 
 def test_a_page_or_half_an_answer_among_answers_is_tried_again(server, judge, monkeypatch):
@@ -704,7 +741,7 @@ def test_a_server_that_drips_gets_timeout_as_a_whole(server, judge, monkeypatch)
     one = judge(retries=0, timeout=0.3)
     assert ask(one, ["a"]) == [None]
     gone.set()
-    assert one.trouble == "it timed out after 0.3 s"
+    assert one.trouble == f"it timed out after 0.3 s ({server.url}/chat/completions)"
 
 
 LATER = (429, {"error": {"message": "daily limit"}}, {"Retry-After": "34532"})
@@ -1007,6 +1044,7 @@ def test_a_run_logs_what_its_judges_took(server, settings, tmp_path, main, capsy
         ({"key_env": "NO_SUCH_KEY"}, "not in the environment variable NO_SUCH_KEY"),
         ({"low": 5, "high": 5}, "LOW 5 is not below its HIGH 5"),
         ({"max_cost": 1.0}, "needs the PRICES"),
+        ({"base_url": "http://x/v1/chat/completions/"}, "BASE_URL ends in /chat/completions"),
     ],
 )
 def test_mistakes(judge, arguments, message):
@@ -1294,7 +1332,8 @@ def test_the_local_judge_gives_the_log_odds_of_its_answers():
     ("arguments", "message"),
     [
         ({"no": " yes"}, "are the same tokens"),
-        ({"template": "{text}"}, "must name {rubric} and {text}"),
+        ({"template": "{text}"}, "must name {rubric}, and {text} once"),
+        ({"template": "{rubric} {text} {text}"}, "must name {rubric}, and {text} once"),
         ({"rubric": "very long " * 200}, "no room for a text"),
     ],
 )

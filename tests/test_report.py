@@ -97,7 +97,7 @@ def test_report_false_leaves_both_out_and_trains_the_same(main, settings):
     with_report = without_clock(read_jsonl(out / "metrics.jsonl"))
     weights = (out / "final/model.safetensors").read_bytes()
     assert main(settings | {"REPORT": False}) == 0
-    assert not (out / "report.html").exists() and read_jsonl(out / "progress.jsonl") == []
+    assert not (out / "report.html").exists() and not (out / "progress.jsonl").exists()
     assert without_clock(read_jsonl(out / "metrics.jsonl")) == with_report
     assert (out / "final/model.safetensors").read_bytes() == weights
 
@@ -175,9 +175,25 @@ def test_the_key_that_named_the_evaluations_is_said(main, settings):
     assert main(settings | keys) == 0
     page = (Path(settings["OUTPUT_DIR"]) / "report.html").read_text()
     shown = page.split("Changed keys")[0]
-    assert "at first, on EVAL_SPLIT" in shown and "EVAL_FILE" not in shown
+    assert "in the first, on EVAL_SPLIT" in shown and "EVAL_FILE" not in shown
     assert "<h3>Evaluations</h3><small>on EVAL_SPLIT</small>" in page
     assert ">of EVAL_SPLIT<" in page
+
+
+@pytest.mark.parametrize(
+    ("steps", "value", "more"),
+    [
+        (8, "8", "in the last step, 1 in the first"),
+        (12, "10.5", "mean of the last 4 steps, 2.5 of the first"),
+        (60, "55.5", "mean of the last 10 steps, 5.5 of the first"),
+    ],
+)
+def test_a_tile_says_which_steps_it_is_of(tmp_path, steps, value, more):
+    run = written_run(
+        tmp_path / "run", metrics(steps, reward=float), CONFIG | {"STEPS": steps}, samples=[]
+    )
+    page = write_report(run).read_text()
+    assert f"<span>Reward</span><b>{value}</b><span>{more}</span>" in page
 
 
 def test_what_the_charts_of_variety_and_of_equal_rewards_count_is_said(tmp_path):
@@ -285,6 +301,21 @@ def test_the_commands_that_read_a_folder_need_no_torch(tmp_path):
 
 
 # In a browser
+
+
+def test_the_next_command_works_where_train_py_was_started_from(tmp_path):
+    """In another folder than that of train.py, and without an installed package."""
+    a_run(tmp_path / "run")
+    code = f"""import sys
+sys.path[0] = {str(ROOT)!r}  # as `python {ROOT}/train.py` has it
+from pathlib import Path
+from adaptiverl.training.folder import next_commands
+print(next_commands(Path("run"), has_report=False)[0].removeprefix("next: "))"""
+    bare = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    there = {"cwd": tmp_path, "env": bare, "check": True, "text": True}
+    told = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, **there).stdout
+    subprocess.run(told, shell=True, **there)
+    assert (tmp_path / "run/report.html").exists(), told
 
 
 @pytest.fixture(scope="module")  # Playwright keeps an event loop in this thread

@@ -25,6 +25,7 @@ from rewards import (
     CompositeReward,
     CosineReward,
     LengthReward,
+    LocalJudgeReward,
     PythonReward,
     RegexReward,
     Reward,
@@ -413,6 +414,35 @@ def test_unknown_label_is_refused_before_weights_are_loaded(tmp_path):
         ClassifierReward(model=str(tmp_path), label="neutral").start()
 
 
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (
+            ClassifierReward,
+            {},
+            "classifier.bias, classifier.weight. Name a model that was trained to classify texts",
+        ),
+        (
+            LocalJudgeReward,
+            {"rubric": "Good?"},
+            "cls.predictions.bias, cls.predictions.decoder.bias, "
+            "cls.predictions.transform.LayerNorm.bias and 3 more. "
+            "Name a causal language model, as GPT-2, Llama and Qwen are",
+        ),
+    ],
+)
+def test_a_model_that_lacks_weights_is_refused(classifier, tmp_path, kind, options, message):
+    """They would be random, and a run would be trained on noise."""
+    from transformers import AutoTokenizer, BertModel
+
+    BertModel.from_pretrained(classifier).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(classifier).save_pretrained(tmp_path)
+    with pytest.raises(ValueError) as caught:
+        kind(model=str(tmp_path), **options).start()
+    start = f"the files of {tmp_path} lack weights, which would be random: "
+    assert str(caught.value) == start + message
+
+
 def test_blank_completions_have_no_score(classifier):
     result = classify(classifier, ["", "good film", " \n"])
     assert result == [None, pytest.approx(classify(classifier, ["good film"])[0], abs=1e-5), None]
@@ -427,6 +457,30 @@ def test_with_prompt_classifies_both(classifier):
     expected = classify(classifier, ["the dull film", "good film"])
     assert both == pytest.approx(expected, abs=1e-5)
     assert abs(both[0] - both[1]) > 0.001
+
+
+def test_a_label_of_two_classes_is_refused(classifier, tmp_path):
+    """Unless one of them is written exactly so."""
+    names = {"0": "POSITIVE", "1": "positive"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "id2label": names}))
+    with pytest.raises(ValueError, match="has 2 labels 'Positive', only POSITIVE, positive"):
+        ClassifierReward(model=str(tmp_path), label="Positive").start()
+    exact = save_classifier(tmp_path, ["POSITIVE", "positive"])
+    assert classify(exact, REVIEWS, "positive") == classify(classifier, REVIEWS, "negative")
+
+
+def test_long_texts_are_told_once(classifier, caplog):
+    reward = ClassifierReward(model=classifier, label="positive", with_prompt=True)
+    fits = "good " * (POSITIONS - 2)
+    assert reward([fits], [""])
+    assert not caplog.messages
+    for _ in range(2):
+        reward([fits, "the ", fits * 2], ["film", "film", "bad"])
+    assert caplog.messages == [
+        f"reward 'classifier': 2 of 3 texts have more tokens than the {POSITIONS} that "
+        f"{classifier} can read, the longest has {2 * POSITIONS - 1}: their beginnings are left "
+        "out, and with them the prompt (WITH_PROMPT)"
+    ]
 
 
 def test_long_texts_lose_their_beginning(classifier):

@@ -187,7 +187,7 @@ def test_shapes_of_json(tmp_path, name, text):
         (
             "a.json",
             '["This", 3]',
-            'json: row 1 is 3, and must be an object, such as {"prompt": "This"}',
+            'json: row 1 (counted from 0) is 3, and must be an object, such as {"prompt": "This"}',
         ),
         (
             "a.json",
@@ -208,7 +208,7 @@ def test_shapes_of_json(tmp_path, name, text):
         (
             "a.jsonl",
             '{"prompt": "a", "b": 1}\n{"prompt": "a", "b": ["\\ud83d"]}',
-            "jsonl: row 1 of column 'b' has half of a character, '\\ud83d'",
+            "jsonl: row 1 (counted from 0) of column 'b' has half of a character, '\\ud83d'",
         ),
         (
             "a.json",

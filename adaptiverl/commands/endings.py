@@ -28,6 +28,8 @@ def lost(run: Run) -> list[int]:
 def missing(run: Run) -> list[str]:
     """A sentence on each file that the run must have had, and what is not known without it."""
     gone = {name: why for name, why in LOGS.items() if not (run.path / name).exists()}
+    if not run.config.get("REPORT"):  # without a report, no progress is written
+        gone.pop("progress.jsonl", None)
     said = [f"{name} is missing, so {why}" for name, why in gone.items()]
     if "config.json" in gone and (mend := mend_config(run.path)):
         said[0] += f"; {mend}"

@@ -56,39 +56,46 @@ than their defaults.
 def markdown() -> str:
     """docs/config.md: the same keys, in sections."""
     lines = [PAGE.rstrip()]
-    for name, field in RunConfig.model_fields.items():
+    for name in RunConfig.model_fields:
         if name in SECTIONS:
             lines += [f"## {SECTIONS[name]}", "", *_HEAD]
         if name != "SCHEMA":
-            lines.append(_line(name, field))
+            lines.append(_line(RunConfig, name))
     lines = [f"\n{line}" if line.startswith("## ") else line for line in lines]
     lines += ["\n## Each entry of REWARDS and HELD_OUT", "", *_HEAD, "| `TYPE` | required | "]
     lines[-1] += ", ".join(f"`{kind.model_fields['type'].default}`" for kind in REWARD_TYPES) + " |"
-    lines += [_line(name, f) for name, f in Reward.model_fields.items() if name != "type"]
+    lines += [_line(Reward, name) for name in Reward.model_fields if name != "type"]
     for kind in REWARD_TYPES:
-        own = [_line(n, f) for n, f in kind.model_fields.items() if n not in Reward.model_fields]
+        own = [_line(kind, name) for name in kind.model_fields if name not in Reward.model_fields]
         score = inspect.cleandoc(kind.__doc__ or "").split("\n\n")[0].replace("\n", " ")
         lines += ["", f"### {kind.model_fields['type'].default}", "", score, "", *_HEAD, *own]
     return "\n".join(lines) + "\n"
 
 
+BAR = "\\|"  # in a cell of a table
 _HEAD = ["| key | default | meaning |", "|---|---|---|"]
 
 
-def _line(name: str, field: FieldInfo) -> str:
-    meaning = f"{field.description}{_choices(field.annotation)}".replace("|", "\\|")
-    return f"| `{name.upper()}` | `{default_text(field)}` | {meaning} |"
+def _line(model: type[BaseModel], name: str) -> str:
+    meaning, default = _meaning(model, name), default_text(model.model_fields[name])
+    return f"| `{name.upper()}` | `{default}` | {meaning.replace('|', BAR)} |"
 
 
 def _rows(model: type[BaseModel], without: set[str]) -> str:
     rows = [
-        (name.upper(), default_text(field), f"{field.description}{_choices(field.annotation)}")
+        (name.upper(), default_text(field), _meaning(model, name))
         for name, field in model.model_fields.items()
         if name not in without
     ]
     return tabulate(
         rows, ("key", "default", "meaning (and choices)"), tablefmt="simple", disable_numparse=True
     )
+
+
+def _meaning(model: type[BaseModel], name: str) -> str:
+    field = model.model_fields[name]
+    trains = issubclass(model, Reward) and name.upper() in model.training_keys
+    return f"{field.description}{'; not in HELD_OUT' * trains}{_choices(field.annotation)}"
 
 
 def _choices(annotation: Any) -> str:

@@ -102,7 +102,7 @@ def _subtitle(run: Run, times: list[PartOfTime]) -> str:
 
 
 def _tiles(run: Run) -> list[tuple[str, str, str]]:
-    """(what, its value at last, how it began)."""
+    """(what, its value at last, which steps that is of and how it began): as explain says it."""
     named = [(run.reward, "Reward", "" if run.reward == "reward" else FIXED)]
     named += [(name, name.split("/")[2], "held out") for name in run.names("held_out/", "/mean")]
     named += [
@@ -113,10 +113,15 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     ]
     tiles = []
     for name, label, unit in named:
-        if (last := run.late(name)) is not None:
-            first = run.values(name)[0]
-            more = f"{number(first)} at first" + (f", {unit}" if unit else "")
-            tiles.append((label, number(last), more))
+        if not (known := run.values(name)):
+            continue
+        what = "evaluation" if name.startswith("eval/") else "step"
+        if seen := run.change(name):
+            many = f"{min(10, len(known) // 3)} {what}s"
+            last, more = seen.last, f"mean of the last {many}, {number(seen.first)} of the first"
+        else:
+            last, more = known[-1], f"in the last {what}, {number(known[0])} in the first"
+        tiles.append((label, number(last), more + (f", {unit}" if unit else "")))
     return tiles
 
 

@@ -132,7 +132,7 @@ class Config(BaseModel, Generic[RewardT]):
         "of the batch's if NUM_GENERATIONS is 1",
     )
     NORMALIZE_ADVANTAGES: bool = Field(
-        True, description="Divide advantages by their root mean square"
+        True, description="Divide advantages by their root mean square + 1e-4"
     )
     KL_COEF: float = Field(
         0.05, ge=0, description="Penalty per nat of KL to the first policy; 0: no reference model"

@@ -8,6 +8,7 @@ from typing import Any
 
 Message = dict[str, Any]
 Prompt = str | list[Message]
+NO_MESSAGES = "is a conversation without messages"
 ANSWERED = "messages"  # TRL's column of whole conversations, whose last message is the answer
 
 
@@ -46,6 +47,8 @@ def given_prompt(prompt: Prompt, system: str | None) -> Prompt:
 
 def mistake(prompt: Any, column: str) -> str | None:
     """Why `prompt`, a value of `column`, is no conversation to complete; None if it is one."""
+    if prompt == []:
+        return NO_MESSAGES
     if not _is_conversation(prompt):
         return f'is {prompt!r}, not a list of messages {{"role": …, "content": …}}'
     for message in prompt:

@@ -18,7 +18,7 @@ from datasets import Dataset, Value
 from datasets.exceptions import DatasetGenerationError
 from datasets.utils.logging import disable_progress_bar, get_verbosity, set_verbosity
 
-from adaptiverl.rl.chat import mistake
+from adaptiverl.rl.chat import NO_MESSAGES, mistake
 from adaptiverl.rl.csv_rows import other_separator, read_csv
 from adaptiverl.rl.exact import exact_dataset
 from adaptiverl.rl.formats import FORMATS, check_file, file_format
@@ -69,6 +69,8 @@ def _why_no_text(value: Any, row: int, column: str) -> str:
         what = "missing" if value is None else "empty"
         beginning = "to start from nothing, write the model's beginning-of-text token"
         return f"{column} {where} is {what} ({beginning})"
+    if value == []:
+        return f"{column} {where} {NO_MESSAGES}"
     kinds = {bool: "true or false", int: "a number", float: "a number"}
     kinds |= {list: "a list", dict: "an object"}
     kind = kinds.get(type(value), f"of type {type(value).__name__}")

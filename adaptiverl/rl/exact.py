@@ -31,7 +31,7 @@ def exact_dataset(columns: dict[str, list[Any]]) -> Dataset:
         except UnicodeEncodeError as error:
             row = next(row for row, value in enumerate(values) if not _is_whole(value))
             raise ValueError(
-                f"row {row} of column {name!r} has half of a character, "
+                f"row {row} (counted from 0) of column {name!r} has half of a character, "
                 f"{error.object[error.start]!a}"
             ) from error
     features = Features(

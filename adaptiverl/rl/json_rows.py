@@ -21,8 +21,8 @@ def read_json(path: Path, column: str) -> dict[str, list[Any]]:
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
             raise ValueError(
-                f"row {number} is {json.dumps(row):.40}, and must be an object, such as "
-                f'{{"{column}": "This"}}'
+                f"row {number} (counted from 0) is {json.dumps(row):.40}, and must be an object, "
+                f'such as {{"{column}": "This"}}'
             )
     if len(rows) == 1 and column not in rows[0]:
         lists = [key for key, value in rows[0].items() if isinstance(value, list)]

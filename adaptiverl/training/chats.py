@@ -60,13 +60,14 @@ def check_chats(
         )
     for source, rows in chats.items():
         for number, found in enumerate(rows[c.PROMPT_COLUMN]):
+            place = f"{source}: row {number} (counted from 0)"
             prompt: Any = given_prompt(found, c.SYSTEM)
             try:
                 text = render(tokenizer, prompt)
             except PromptError as error:
-                raise ConfigError(f"{source}: row {number}: {error}") from error
+                raise ConfigError(f"{place}: {error}") from error
             # a token has one byte or more
             if not max_prompt or len(text.encode()) <= max_prompt:
                 continue
             if (tokens := len(tokenize(tokenizer, [prompt]).input_ids[0])) > max_prompt:
-                raise ConfigError(f"{source}: row {number}: {too_long(tokens, max_prompt)}")
+                raise ConfigError(f"{place}: {too_long(tokens, max_prompt)}")

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import signal
 import sys
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ from adaptiverl.training.keys import RunConfig
 from adaptiverl.training.metrics import Metrics, dynamics_lines, interval_means, step_line
 from adaptiverl.training.progress import progress_rows
 from adaptiverl.training.trackers import end_trackers, log_step, start_trackers
+
+PROGRESS = "progress.jsonl"
 
 
 class RunFolder:
@@ -104,7 +107,9 @@ class RunFolder:
     def _begin_logs(self) -> None:
         """Cuts the logs after the step that the run goes on from."""
         parts = self.parts
-        files = checkpoint.FILES if parts.dynamics else checkpoint.FILES[:-1]
+        shows = self.config.REPORT or (self.path / PROGRESS).exists()  # of before: it is cut, too
+        used = {"dynamics.jsonl": parts.dynamics, PROGRESS: shows}
+        files = [name for name in checkpoint.FILES if used.get(name, True)]
         self.log = RunLog(self.path, parts.progress.step, parts.last_step, files)
         self.log.replace(checkpoint.EVENTS, parts.guards.events)
 
@@ -150,8 +155,8 @@ class RunFolder:
 
     def _show_progress(self, ended: bool = False) -> None:
         rows = progress_rows(self.config, self.parts, ended)
-        if self.log:
-            self.log.write("progress.jsonl", rows)
+        if self.log and rows:
+            self.log.write(PROGRESS, rows)
 
     def save(self, name: str | None = None, evaluation: Metrics | None = None) -> Path:
         """Writes the checkpoint `name` (`step-000012`), and returns where, as the console says it.
@@ -327,9 +332,19 @@ class RunFolder:
             self.lock.release()
 
 
+def _program() -> str:
+    """How a shell starts the command in this folder."""
+    if shutil.which("adaptiverl"):
+        return "adaptiverl"
+    # As `python -m` looks for it; the folder of train.py, which is first here, may be another
+    found = PathFinder.find_spec("adaptiverl", [str(Path.cwd()), *sys.path[1:]])
+    where = "" if found else f"PYTHONPATH={shlex.quote(str(Path(__file__).parents[2]))} "
+    return f"{where}python -m adaptiverl"
+
+
 def next_commands(path: Path, has_report: bool) -> list[str]:
     """Where the report is, and what to do with a run and its model."""
-    program = "adaptiverl" if shutil.which("adaptiverl") else "python -m adaptiverl"
+    program = _program()
     report = [f"report: {path / 'report.html'}"] if has_report else []
     follow = ["doctor", "generate"] if has_report else ["report", "doctor", "generate"]
     heads = ["next:", *["     "] * len(follow)]

@@ -15,10 +15,13 @@ DRIFT = (
     "average, more than the {allowed:g} that rounding explains: the gradient is not that of the "
     "policy. Likely cause: {cause}"
 )
-MISSING = (
-    "no completion has a reward: {rewards} gave None, NaN, infinity or a number beyond 1e16 for "
-    "all of them, or the sum by WEIGHT is beyond 1e16. Such a step trains nothing; look at REWARDS"
+MISSING = "no completion has a reward: {why}. Such a step trains nothing; look at REWARDS"
+NO_NUMBERS = (
+    "{rewards} gave None, NaN, infinity or a number beyond 1e16 for all of them, or the sum by "
+    "WEIGHT is beyond 1e16"
 )
+NO_LABELS = "{rewards} has no label: people skipped all of them"
+NO_LABELS_IN_TIME = "{rewards} has no label: nobody answered within TIMEOUT, or all were skipped"
 EQUAL = "all completions got the same reward"
 EQUAL_IN_PROMPTS = "within each prompt all completions got the same reward"
 CONSTANT = (

@@ -18,6 +18,7 @@ from adaptiverl.training.collapse import COLLAPSES, Collapsed, sound_before
 from adaptiverl.training.keys import RunConfig
 from adaptiverl.training.metrics import Metrics
 from adaptiverl.training.trends import LEAST, OF_EVALUATIONS, SIGNIFICANT, parted
+from rewards import HumanReward
 
 Finding = tuple[str, str]  # kind, message
 UNSOUND = COLLAPSES | {"kl", "entropy", "distinct"}  # a checkpoint of such a step is not sound
@@ -157,8 +158,7 @@ class Guards:
         limit = FLAT_STEPS_LATER if self.moved else FLAT_STEPS
         trains = "only the KL penalty trains the policy" if c.KL_COEF else "nothing is trained"
         if mean is None:
-            names = ", ".join(each.name for each in c.REWARDS)
-            yield "missing", say.MISSING.format(rewards=names)
+            yield "missing", _missing(c)
         elif flat and (message := self._collapsed(metrics)):
             yield message
         elif self.flat_steps >= min(limit, self.last_step):
@@ -249,6 +249,19 @@ class Guards:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in _KEPT:
             setattr(self, name, state[name])
+
+
+def _missing(c: RunConfig) -> str:
+    """What is said where no completion has a reward."""
+    people = [each for each in c.REWARDS if isinstance(each, HumanReward)]
+    in_time = say.NO_LABELS_IN_TIME if any(each.timeout for each in people) else say.NO_LABELS
+    others = [each for each in c.REWARDS if each not in people]
+    why = [
+        text.format(rewards=", ".join(each.name for each in rewards))
+        for text, rewards in ((say.NO_NUMBERS, others), (in_time, people))
+        if rewards
+    ]
+    return say.MISSING.format(why="; ".join(why))
 
 
 def _is_reward(name: str) -> bool:
