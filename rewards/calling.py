@@ -123,8 +123,9 @@ class _Named:
     def __exit__(self, kind: Any, error: BaseException | None, frames: Any) -> None:
         if os.getpid() != self.process:
             _end_child(self.name, error)
-        ends = isinstance(error, SystemExit | GeneratorExit | StopIteration)
-        if ends or (isinstance(error, KeyboardInterrupt) and not _ctrl_c_raises()):
+        if isinstance(error, SystemExit | GeneratorExit | StopIteration) or (
+            isinstance(error, KeyboardInterrupt) and not _ctrl_c_raises()
+        ):
             raise _as_failure(error, self.name) from error
         if isinstance(error, Exception):
             error.add_note(_note(self.name))

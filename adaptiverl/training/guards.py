@@ -169,10 +169,10 @@ class Guards:
             text = say.STUCK if self.varied and group > 1 else say.CONSTANT
             kind = "stuck" if text is say.STUCK else "constant"
             values = {"steps": self.flat_steps, "group": group, "baseline": c.BASELINE}
-            message = text.format(trains=trains, **values)
+            told = text.format(trains=trains, **values)
             if (largest := reward.abs().nan_to_num().max().item()) >= LARGE_REWARD:
-                message += say.ROUNDED.format(size=largest, least=largest * FLOAT32)
-            yield kind, message
+                told += say.ROUNDED.format(size=largest, least=largest * FLOAT32)
+            yield kind, told
 
     def _collapsed(self, metrics: Metrics) -> Finding | None:
         """Of a step whose rewards give nothing to learn from."""
