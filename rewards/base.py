@@ -6,7 +6,7 @@ The class of a reward is its config schema, its constructor and its section of d
 import importlib.util
 import inspect
 import os
-from collections.abc import Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import (
@@ -193,8 +193,11 @@ class Reward(BaseModel):
         """Whether the reward reads keys from the controlling terminal."""
         return False
 
-    def check_columns(self, columns: Set[str], source: str) -> None:
-        """Raises ValueError where prompts with these columns, from `source`, cannot be scored."""
+    def check_columns(self, columns: Mapping[str, Iterable], source: str) -> None:
+        """Raises ValueError where prompts with these columns, from `source`, cannot be scored.
+
+        `columns` are the values of each by its name, without the prompts themselves.
+        """
 
 
 def require(extra: str, *modules: str) -> None:

@@ -2,9 +2,11 @@
 
 import asyncio
 import inspect
+import os
+import signal
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Any
+from typing import Any, NoReturn
 
 from rewards.base import Reward
 
@@ -106,19 +108,41 @@ def _copied(value: Any) -> Any:
 
 
 class _Named:
-    """Notes on what a reward raises whose it is; what would end the program is a failure, too."""
+    """Notes on what a reward raises whose it is; what would end the program is a failure, too.
+
+    A child process that a reward forked, and that leaves it, ends here: it would go on as its
+    parent, and write to the same files.
+    """
 
     def __init__(self, name: str):
-        self.name = name
+        self.name, self.process = name, os.getpid()
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, frames: Any) -> None:
-        if isinstance(error, SystemExit | GeneratorExit | StopIteration):
+        if os.getpid() != self.process:
+            _end_child(self.name, error)
+        if isinstance(error, SystemExit | GeneratorExit | StopIteration) or (
+            isinstance(error, KeyboardInterrupt) and not _ctrl_c_raises()
+        ):
             raise _as_failure(error, self.name) from error
         if isinstance(error, Exception):
             error.add_note(_note(self.name))
+
+
+def _ctrl_c_raises() -> bool:
+    """Whether a KeyboardInterrupt may be a Ctrl-C: a run has a handler of its own."""
+    return signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def _end_child(name: str, error: BaseException | None) -> NoReturn:
+    left = f"raised {type(error).__name__}({error})" if error else "returned"
+    said = f"reward {name!r}: a process that it forked {left} and is ended; use os._exit there\n"
+    try:
+        os.write(2, said.encode("utf-8", "backslashreplace"))
+    finally:  # what is in the streams' buffers is the parent's to write
+        os._exit(1)
 
 
 def _as_failure(error: BaseException, name: str) -> RuntimeError:

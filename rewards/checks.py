@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from rewards.base import Reward
+from rewards.base import Reward, Weight
 
 # First parts of names in metrics.jsonl. Judges and people report under their own, as name/asked
 TAKEN_NAMES = {"completions", "eval", "held_out", "rewards", "sampling", "seconds"}
@@ -22,7 +22,7 @@ def check_rewards(
     """
     if not rewards:
         raise ValueError("REWARDS is empty: name at least one reward")
-    if all(reward.weight == 0 for reward in rewards):
+    if all(_is_zero(reward.weight) for reward in rewards):
         raise ValueError("every WEIGHT is 0: nothing is rewarded")
     for i, reward in enumerate(held_out):
         if unread := reward.changed() & reward.training_keys:
@@ -45,3 +45,8 @@ def check_rewards(
         )
     if sum(reward.uses_terminal for reward in everything) > 1:
         raise ValueError("a terminal asks for one human reward: give the other WHERE web")
+
+
+def _is_zero(weight: Weight) -> bool:
+    """In all steps."""
+    return not any(w for _, w in weight) if isinstance(weight, list) else weight == 0

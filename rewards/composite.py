@@ -255,7 +255,12 @@ class CompositeReward:
         def log_metric(name: str, value: Any) -> None:
             if self.reserved(name):
                 raise ValueError(f"log_metric({name!r}, …): {TAKEN}")
-            metrics[name] = float(value)
+            try:
+                metrics[name] = float(value)
+            except (TypeError, ValueError, RuntimeError) as error:  # the last is torch's
+                raise ValueError(
+                    f"log_metric({name!r}, …): {value!r:.60} is not one number"
+                ) from error
 
         def log_extra(name: str, values: Sequence) -> None:
             if self.reserved(name):

@@ -4,7 +4,7 @@ import importlib
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ class PythonReward(Reward):
     function: str = Field(pattern=r"^\w+(\.\w+)*:\w+$", description="my_module:my_reward")
     args: dict[str, Any] = Field({}, description="Keyword arguments of the class or function")
     _function: Callable[..., Any]
+    _with_each_call: Mapping[str, Any] = {}
 
     def _default_name(self) -> str:
         return self.function.split(":")[1]
@@ -54,7 +55,8 @@ class PythonReward(Reward):
             if not callable(found):
                 raise ValueError(f"{self.function} makes {found!r:.60}, which cannot be called")
         elif self.args:
-            found = partial(found, **self.args)
+            self._refuse_hidden(GIVEN, "rewards are called with that name, and its value is lost")
+            found, self._with_each_call = partial(found, **self.args), self.args
         if isinstance(found, Reward):
             found.start(device)
         self._function = found
@@ -69,9 +71,18 @@ class PythonReward(Reward):
         except TypeError as error:
             raise ValueError(f"{self.function} does not take these ARGS: {error}") from error
 
-    def check_columns(self, columns: Set[str], source: str) -> None:
+    def _refuse_hidden(self, names: Iterable[str], why: str) -> None:
+        """Raises ValueError for the first of `names`, whose values hide those of ARGS."""
+        if hidden := [name for name in names if name in self.args]:
+            raise ValueError(f"ARGS.{hidden[0]}: {why}. Give the argument another name")
+
+    def check_columns(self, columns: Mapping[str, Iterable], source: str) -> None:
         """Raises ValueError if the function cannot be called with these columns by name."""
         self.start()
+        if self._with_each_call:
+            self._refuse_hidden(
+                columns, f"the function gets {source}'s column of that name instead"
+            )
         if (signature := _signature(self._function)) is None:
             return
         known = {*GIVEN, *columns}

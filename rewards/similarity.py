@@ -1,6 +1,6 @@
 """Reward by meaning: cosine similarity of sentence embeddings to a reference text."""
 
-from collections.abc import Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -26,9 +26,20 @@ class CosineReward(Reward):
 
         self._encoder = SentenceTransformer(self.model, device=device and str(device))
 
-    def check_columns(self, columns: Set[str], source: str) -> None:
+    def check_columns(self, columns: Mapping[str, Iterable], source: str) -> None:
+        if self.column == "prompt":
+            raise ValueError(
+                "COLUMN prompt: prompts are no references, and no reward gets that column. Name "
+                "the column that holds the references"
+            )
         if self.column not in columns:
             raise ValueError(f"{source} has no column {self.column!r} (COLUMN)")
+        for row, value in enumerate(columns[self.column]):
+            if value and not isinstance(value, str | list):
+                raise ValueError(
+                    f"column {self.column!r} of {source} (COLUMN) has {value!r:.60} in row {row} "
+                    "(counted from 0): a reference is a text"
+                )
 
     def __call__(
         self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any

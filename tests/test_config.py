@@ -538,6 +538,10 @@ def test_an_unknown_key_of_a_reward_names_the_nearest_of_that_reward(mistake):
             {"REWARDS": [{"TYPE": "regex", "PATTERNS": "a", "WEIGHT": 0}]},
             "every WEIGHT is 0: nothing is rewarded",
         ),
+        (
+            {"REWARDS": [{"TYPE": "regex", "PATTERNS": "a", "WEIGHT": [[1, 0], [9, 0]]}]},
+            "every WEIGHT is 0: nothing is rewarded",
+        ),
         ({"MIN_LR": 1, "MAX_LR": 0.1}, "MIN_LR 1 is above MAX_LR, which is 0.1"),
         (
             {"MAX_MOMENTUM": 0.5, "REWARD_RULE": "trend"},

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -216,6 +217,11 @@ def test_a_name_that_is_too_long(main, settings, tmp_path, capsys):
 ENDS = """
 import asyncio, sys
 
+def interrupts(prompts, completions, trainer_state=None, **columns):
+    if trainer_state.global_step == 2:
+        raise KeyboardInterrupt
+    return [float(len(text)) for text in completions]
+
 def leaves(prompts, completions, trainer_state=None, **columns):
     if trainer_state.global_step == 2:
         sys.exit(0)
@@ -239,6 +245,7 @@ def stops(prompts, completions, trainer_state=None, **columns):
         ("leaves", "RuntimeError: it raised SystemExit(0)"),
         ("cancels", "RuntimeError: it raised CancelledError()"),
         ("stops", "RuntimeError: it raised StopIteration()"),
+        ("interrupts", "RuntimeError: it raised KeyboardInterrupt()"),
     ],
 )
 def test_a_reward_that_would_end_the_program_pauses_the_run(
@@ -249,6 +256,78 @@ def test_a_reward_that_would_end_the_program_pauses_the_run(
     assert f"paused before step 2: reward '{name}' failed ({error})" in capsys.readouterr().err
     assert (out / "step-000001/manifest.json").exists()
     assert read_jsonl(out / "events.jsonl")[-1]["kind"] == "paused"
+
+
+def test_where_ctrl_c_interrupts_a_reward_does_not_hide_it():
+    def mine(completions, **columns):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            CompositeReward({"mine": mine})(["a"], ["b"])
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+FORKS = """
+import os
+
+def mine(completions, trainer_state, **columns):
+    if (child := os.fork()) == 0:
+        {leaves}
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return [float(status + i) for i in range(len(completions))]
+
+async def later(**given):
+    return mine(**given)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="fork is of POSIX")
+@pytest.mark.parametrize("name", ["mine", "later"])
+@pytest.mark.parametrize(
+    ("leaves", "said"),
+    [
+        ("raise SystemExit(0)", "raised SystemExit(0)"),
+        ("raise ValueError('odd')", "raised ValueError(odd)"),
+        ("return [0.0] * len(completions)", "returned"),
+    ],
+)
+def test_a_forked_process_that_leaves_a_reward_is_not_the_run(
+    run, settings, rewards_file, tmp_path, monkeypatch, name, leaves, said
+):
+    rewards = rewards_file(FORKS.format(leaves=leaves), name)
+    monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", str(tmp_path))
+    result = run(settings | {"REWARDS": rewards, "STEPS": 1})
+    assert result.returncode == 0
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("reward ")]
+    wanted = f"reward {name!r}: a process that it forked {said} and is ended; use os._exit there"
+    assert line == wanted
+    assert [row["reward"] for row in read_jsonl(out_of(settings) / "metrics.jsonl")] == [1 + 3.5]
+    assert not (out_of(settings) / "events.jsonl").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes that have names are of POSIX")
+@pytest.mark.parametrize("save_every", [0, 1])
+def test_ctrl_c_in_a_reward_is_answered_at_once_and_a_second_one_obeyed(
+    start, settings, rewards_file, tmp_path, monkeypatch, save_every
+):
+    os.mkfifo(fifo := tmp_path / "wait")
+    rewards = rewards_file(PATIENT.format(fifo=str(fifo)), "patient")
+    monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", str(tmp_path))
+    process = start(settings | {"REWARDS": rewards, "SAVE_EVERY": save_every})
+    with process.stdout, process.stderr, fifo.open("w"):  # returns when the reward of step 2 reads
+        process.send_signal(signal.SIGINT)
+        then = "there is no checkpoint yet"
+        if save_every:
+            then = f"RESUME=auto goes on from {out_of(settings) / 'step-000001'}"
+        assert process.stderr.readline() == (
+            "stopping: saves as soon as this step ends. A second signal ends the run at once, "
+            f"unsaved; {then}\n"
+        )
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == -signal.SIGINT
 
 
 def test_a_reward_that_fails_leaves_the_other_coroutines_in_peace(

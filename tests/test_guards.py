@@ -101,6 +101,17 @@ def test_a_collapse_is_warned_of_at_once(main, settings, caplog):
     assert "LRATE" in text and "LR_RULE" in text
 
 
+@pytest.mark.parametrize("start", [0.0, 1e9])
+def test_differences_that_32_bits_lose_are_told_from_none(main, settings, caplog, reward, start):
+    def mine(completions, **_):
+        return [start + (start > 0) * i / 10 for i in range(len(completions))]
+
+    assert main(settings | {"REWARDS": [reward(mine)]}) == 0
+    (text,) = warnings(caplog, "all completions got the same reward")
+    said = "of the size of 1e+09 they are equal if they differ by less than about 1.2e+02"
+    assert (said in text) == (start > 0)
+
+
 @pytest.mark.parametrize("value", [None, float("nan"), 1e39])
 def test_rewards_that_are_all_missing_are_warned_of_once(main, settings, caplog, reward, value):
     keys = {"REWARDS": [reward(lambda completions, **_: [value] * len(completions))]}
@@ -207,6 +218,17 @@ def test_a_reward_may_not_report_under_the_runs_own_names(main, settings, capsys
     )
 
 
+@pytest.mark.parametrize("value", ["abc", None, np.ones(2)])
+def test_a_metric_that_is_no_number_is_named(main, settings, capsys, reward, value):
+    def mine(completions, log_metric, **_):
+        log_metric("size", value)
+        return [0.0] * len(completions)
+
+    assert main(settings | {"REWARDS": [reward(mine)]}) == 3
+    said = f"(ValueError: log_metric('size', …): {value!r} is not one number)"
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["prompt", "completion", "logprobs", "step", "rewards/mine"])
 def test_nor_columns_of_samples(main, settings, capsys, reward, name):
     def mine(completions, log_extra, **_):
@@ -256,6 +278,17 @@ def test_numbers_of_numpy_and_torch_are_logged(main, settings, reward):
     assert [sample["tensor"] for sample in samples] == list(range(8))
     assert [sample["array"] for sample in samples] == [[1.0, 1.0]] * 8
     assert [sample["odd"] for sample in samples] == [None, None, "{1.5}", "a"] + [[1, None]] * 4
+
+
+def test_a_length_that_no_completion_reaches_is_warned_of(main, settings, caplog):
+    lengths = [{"TARGET": 9}, {"MIN": 8}, {"MAX": 99}, {"TARGET": 9, "UNIT": "words"}]
+    rewards = [{"TYPE": "length", "NAME": str(i)} | keys for i, keys in enumerate(lengths)]
+    keys = {"REWARDS": rewards, "HELD_OUT": [{"TYPE": "length", "MIN": 10}], "MAX_NEW_TOKENS": 8}
+    assert main(settings | keys, "--dry-run") == 0
+    assert warnings(caplog, "no completion reaches") == [
+        "REWARDS.0: no completion reaches TARGET 9: it has at most 8 tokens (MAX_NEW_TOKENS)",
+        "HELD_OUT.0: no completion reaches MIN 10: it has at most 8 tokens (MAX_NEW_TOKENS)",
+    ]
 
 
 def test_a_rate_of_zero_is_warned_of_at_the_first_step(main, settings, caplog):

@@ -85,12 +85,17 @@ def test_it_trains_and_explains_with_what_comes_in_the_package(command, of_the_u
     assert "What moved lr" in explained.stdout
 
 
-def test_modules_of_the_working_directory_are_never_ours_as_a_module(command, of_the_user):
+def test_modules_of_the_working_directory_are_never_ours_as_a_module(
+    command, of_the_user, tmp_path
+):
     """`python -m` puts that folder before all others; theirs are known all the same."""
     wrong = of_the_user.replace("mine:short", "theirs:short")
     result = command("python", "-m", "adaptiverl", "train", "config.json", wrong)
     assert result.returncode == 2
-    assert result.stderr == "error: REWARDS.1: No module named 'theirs'\n"
+    assert result.stderr == (
+        "error: REWARDS.1: FUNCTION theirs:short: there is no module 'theirs' in the working "
+        f"directory ({tmp_path}), and none is installed\n"
+    )
 
 
 def test_keys_and_schema_are_printed_without_a_run(command):

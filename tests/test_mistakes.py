@@ -89,7 +89,11 @@ NOWHERE = '[{"TYPE": "python", "FUNCTION": "nowhere.rewards:mine"}]'
     [
         ("STEPS=ten", 'the command line: STEPS is "ten": it must be a '),
         ("TRAIN_FILE=nowhere.csv", f"TRAIN_FILE: there is no file nowhere.csv in {ROOT}\n"),
-        (f"HELD_OUT={NOWHERE}", "HELD_OUT.0: No module named 'nowhere'\n"),
+        (
+            f"HELD_OUT={NOWHERE}",
+            "HELD_OUT.0: FUNCTION nowhere.rewards:mine: there is no module 'nowhere' in the "
+            f"working directory ({ROOT}), and none is installed\n",
+        ),
     ],
 )
 def test_a_mistake_is_told_before_anything_heavy_is_imported(override, message):
@@ -230,7 +234,8 @@ def test_a_model_that_is_neither_folder_nor_hub_id(mistake, model):
         ({"TYPE": "length", "MIN": 9, "MAX": 3}, "MIN 9 is above MAX 3"),
         (
             {"TYPE": "python", "FUNCTION": "no_such_module:score"},
-            "No module named 'no_such_module'",
+            "FUNCTION no_such_module:score: there is no module 'no_such_module' in the working "
+            f"directory ({ROOT}), and none is installed",
         ),
         (
             {"TYPE": "python", "FUNCTION": "json:score"},
@@ -241,10 +246,22 @@ def test_a_model_that_is_neither_folder_nor_hub_id(mistake, model):
             f"module json ({json.__file__}) has no function __name__",
         ),
         ({"TYPE": "cosine", "COLUMN": "answer"}, "{TRAIN_FILE} has no column 'answer' (COLUMN)"),
+        (
+            {"TYPE": "cosine", "COLUMN": "prompt"},
+            "COLUMN prompt: prompts are no references, and no reward gets that column. Name the "
+            "column that holds the references",
+        ),
+        (
+            {"TYPE": "cosine", "COLUMN": "year"},
+            "column 'year' of {TRAIN_FILE} (COLUMN) has 1999 in row 1 (counted from 0): "
+            "a reference is a text",
+        ),
     ],
 )
 def test_a_reward_that_cannot_be_made(mistake, settings, tmp_path, reward, message):
     """Told with the place of the reward among the others."""
+    rows = [{"prompt": "a", "year": None}, {"prompt": "b", "year": 1999}]
+    Path(settings["TRAIN_FILE"]).write_text(json.dumps(rows))
     rewards = [{"TYPE": "length", "NAME": "short", "MAX": 4}, reward]
     told = mistake({"REWARDS": rewards}).removeprefix(f"{tmp_path / 'keys.json'}: ")
     assert told == f"REWARDS.1: {message.format(**settings)}"

@@ -600,8 +600,17 @@ def test_a_function_that_cannot_be_called_so_is_refused_at_the_start(argued, nam
 
 def test_a_function_that_takes_no_columns_is_refused_where_there_are_some(argued):
     with pytest.raises(ValueError, match=r"cannot be called as rewards are, by name: .* and \*\*c"):
-        argued("narrow").check_columns({"reference"}, "prompts.json")
-    argued("counts").check_columns({"reference"}, "prompts.json")
+        argued("narrow").check_columns({"reference": ["r"]}, "prompts.json")
+    argued("counts").check_columns({"reference": ["r"]}, "prompts.json")
+
+
+def test_args_that_a_call_would_hide_are_refused(argued):
+    with pytest.raises(ValueError, match=r"^ARGS.completions: rewards are called with that name"):
+        argued("counts", completions=5).start()
+    with pytest.raises(ValueError, match=r"^ARGS.letter: the function gets a.csv's column of that"):
+        argued("counts", letter="b").check_columns({"letter": ["c"]}, "a.csv")
+    argued("counts", letter="b").check_columns({"reference": ["r"]}, "a.csv")
+    argued("Counter", letter="b").check_columns({"letter": ["c"]}, "a.csv")
 
 
 # Declarations

@@ -7,6 +7,7 @@ import pty
 import signal
 import sys
 import termios
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 from importlib.metadata import version
@@ -18,6 +19,7 @@ from conftest import ENVIRONMENT, PROMPTS, around_steps, read_jsonl, with_sample
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from adaptiverl.files.process import StopSignal
 from adaptiverl.training.guards import Guards
 
 EMBEDDED = {
@@ -404,6 +406,36 @@ def test_after_a_run_signals_do_what_they_did_before(main, settings):
     before = [signal.getsignal(number) for number in numbers]
     assert main(settings | {"STEPS": 1}) == 0
     assert [signal.getsignal(number) for number in numbers] == before
+
+
+def ended(child: Callable[[], int], number: int = 0) -> int:
+    """How a forked process ends that does `child`, in ten seconds, and is sent signal `number`."""
+    if (pid := os.fork()) == 0:
+        signal.alarm(10)
+        try:
+            os._exit(child())
+        finally:
+            os._exit(1)
+    os.kill(pid, number)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_in_a_forked_process_signals_are_not_the_runs():
+    """SIGTERM ends it from its first moment on; the first Ctrl-C is for the run alone."""
+    told, this = [], os.getpid()
+
+    def interrupted(times: int) -> int:
+        for _ in range(times):
+            os.kill(os.getpid(), signal.SIGINT)
+        return len(told)
+
+    with StopSignal(lambda: told.append(os.getpid() - this)) as stop:
+        assert {ended(signal.pause, signal.SIGTERM) for _ in range(50)} == {-signal.SIGTERM}
+        assert ended(lambda: interrupted(1)) == 0
+        assert ended(lambda: interrupted(2)) == -signal.SIGINT
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set() and stop.number == 0
+        os.kill(this, signal.SIGTERM)
+        assert (told, stop.number) == ([0], signal.SIGTERM)
 
 
 def test_an_earlier_run_is_set_aside_not_overwritten(main, settings, capfd):

@@ -60,4 +60,7 @@ def _check_files(c: RunConfig) -> None:
             if isinstance(reward, PythonReward):
                 name = reward.function.partition(":")[0].partition(".")[0]
                 if name not in sys.modules and find_spec(name) is None:
-                    raise ConfigError(f"{key}.{i}: No module named {name!r}")
+                    raise ConfigError(
+                        f"{key}.{i}: FUNCTION {reward.function}: there is no module {name!r} in "
+                        f"the working directory ({Path.cwd()}), and none is installed"
+                    )

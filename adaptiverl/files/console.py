@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,6 +21,14 @@ def counted(number: int, word: str) -> str:
 def printable(text: str) -> str:
     """`text`, which a model or a server may have written, without what steers a terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else "�" for c in text)
+
+
+def say_at_once(said: str) -> None:
+    """A line on stderr, from a signal handler: a stream may be in the middle of a write."""
+    if sys.__stderr__ is not None:
+        with suppress(*FAILURES):
+            line = "\n" * os.isatty(2) + said + "\n"  # after the "^C" of a terminal
+            os.write(2, line.encode("utf-8", "backslashreplace"))
 
 
 class Console(logging.Handler):

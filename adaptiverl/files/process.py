@@ -15,6 +15,10 @@ class StopSignal:
 
     SIGHUP, of a terminal that is closed, is left alone where it is ignored: under nohup. A context
     manager: afterwards signals do what they did before.
+
+    In a child that a reward forks SIGTERM does what it did before, too, so that multiprocessing's
+    `terminate` ends it. The other two a terminal sends to parent and child: the first of them only
+    tells the run to stop, which needs what the child computes.
     """
 
     def __init__(self, then: Callable[[], None] = lambda: None) -> None:
@@ -26,9 +30,11 @@ class StopSignal:
             number = getattr(signal, name, None)  # Windows has no SIGHUP
             if number and signal.getsignal(number) != signal.SIG_IGN:
                 self.before[number] = signal.signal(number, self._remember)
+        ENTERED.append(self)
         return self
 
     def __exit__(self, *_: object) -> None:
+        ENTERED.remove(self)
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
@@ -37,6 +43,35 @@ class StopSignal:
         for each in self.before:
             signal.signal(each, signal.SIG_DFL)
         self.then()
+
+    def forked(self) -> None:
+        """In a child: it stops by itself, and nothing of the run."""
+        self.then = lambda: None
+        if signal.SIGTERM in self.before:
+            signal.signal(signal.SIGTERM, self.before[signal.SIGTERM])
+
+
+ENTERED: list[StopSignal] = []
+
+
+def _mask_sigterm(how: int) -> None:
+    """Around a fork: until `forked` a child would take its SIGTERM for the run's, or lose it."""
+    if ENTERED:
+        signal.pthread_sigmask(how, {signal.SIGTERM})
+
+
+def _in_child() -> None:
+    for stop in ENTERED:
+        stop.forked()
+    _mask_sigterm(signal.SIG_UNBLOCK)
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(
+        before=lambda: _mask_sigterm(signal.SIG_BLOCK),
+        after_in_parent=lambda: _mask_sigterm(signal.SIG_UNBLOCK),
+        after_in_child=_in_child,
+    )
 
 
 class Paused(Exception):

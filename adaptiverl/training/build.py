@@ -115,6 +115,8 @@ def build(
             )  # fmt: skip
     if runtime.is_main and (said := inputs.trained_on(c, prompts, eval_prompts)):
         logging.warning(said)
+    for said in inputs.out_of_reach(c) if runtime.is_main else ():
+        logging.warning(said)
     max_prompt = inputs.max_prompt_tokens(c)
     rewards, held_out = (
         inputs.make_rewards(c, key, files, runtime) for key in ("REWARDS", "HELD_OUT")

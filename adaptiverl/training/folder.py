@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from adaptiverl.commands.report import write_report
 from adaptiverl.config.schema import ConfigError
 from adaptiverl.files import checkpoint
-from adaptiverl.files.console import counted, printable
+from adaptiverl.files.console import counted, printable, say_at_once
 from adaptiverl.files.logs import Row, RunLog
 from adaptiverl.files.process import Paused, StopSignal
 from adaptiverl.training import state
@@ -47,6 +47,7 @@ class RunFolder:
         self._parts: Parts | None = parts
         self.lock: filelock.BaseFileLock | None = None
         self.log: RunLog | None = None  # of the main process
+        self.newest = parts.resumed and self.shown / parts.resumed.name  # what RESUME=auto takes
         self.interval: list[Metrics] = []  # steps since the last line on the console
 
     @property
@@ -188,6 +189,8 @@ class RunFolder:
             spare = parts.guards.needed(step) if self.config.ON_COLLAPSE == "rollback" else ()
             checkpoint.prune(self.path, self.config.KEEP_CHECKPOINTS, folder, spare)
         parts.runtime.accelerator.wait_for_everyone()
+        if name != checkpoint.BEST:
+            self.newest = self.shown / folder.name
         return self.shown / folder.name
 
     def finish(self, stop: StopSignal) -> int:
@@ -288,7 +291,13 @@ class RunFolder:
         return [f"best: step {row['step']} ({score}), the model is in {place}"]
 
     def interrupt(self) -> None:
-        """Ends the waiting for people and judges."""
+        """Ends the waiting for people and judges, and says what comes; called by a signal."""
+        if self.log:
+            then = f"RESUME=auto goes on from {self.newest}"
+            if self.newest is None:
+                then = "there is no checkpoint yet"
+            said = "stopping: saves as soon as this step ends. A second signal ends the run at once"
+            say_at_once(printable(f"{said}, unsaved; {then}"))
         if self._parts:
             self._parts.scoring.interrupt()
 

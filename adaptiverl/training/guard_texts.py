@@ -35,6 +35,10 @@ STUCK = (
     "Raise NUM_GENERATIONS, or say BASELINE batch; else change REWARDS so that they tell "
     "completions of a prompt apart"
 )
+ROUNDED = (
+    ". Rewards are compared in 32 bits: of the size of {size:.3g} they are equal if they differ by "
+    "less than about {least:.2g}. Subtract what all have in common, or NORMALIZE"
+)
 DETERMINISTIC = (
     "the policy has hardly any choice from the first step on (entropy {entropy:.2f} nats per "
     "token), and {equal}: raise TEMPERATURE"

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from adaptiverl.rl.reinforce import PER_PROMPT, is_informative, zero_std_share
@@ -23,6 +24,8 @@ from rewards import HumanReward
 Finding = tuple[str, str]  # kind, message
 UNSOUND = COLLAPSES | {"kl", "entropy", "distinct"}  # a checkpoint of such a step is not sound
 SUMS = {"reward", "reward_fixed_scale", "eval/reward"}
+FLOAT32 = torch.finfo(torch.float32).eps  # of a number's size: what is closer is equal
+LARGE_REWARD = 1e5  # from which rewards that differ by a hundredth are equal
 FLAT_STEPS = 5  # in a row without a difference between rewards; fewer may be chance,
 FLAT_STEPS_LATER = 20  # and so may be more, where rewards are rare but have differed before
 RECENT = 5  # steps whose mean is compared with the first step
@@ -165,7 +168,10 @@ class Guards:
             text = say.STUCK if self.varied and group > 1 else say.CONSTANT
             kind = "stuck" if text is say.STUCK else "constant"
             values = {"steps": self.flat_steps, "group": group, "baseline": c.BASELINE}
-            yield kind, text.format(trains=trains, **values)
+            told = text.format(trains=trains, **values)
+            if (largest := reward.abs().nan_to_num().max().item()) >= LARGE_REWARD:
+                told += say.ROUNDED.format(size=largest, least=largest * FLOAT32)
+            yield kind, told
 
     def _collapsed(self, metrics: Metrics) -> Finding | None:
         """Of a step whose rewards give nothing to learn from."""

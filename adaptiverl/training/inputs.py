@@ -30,7 +30,7 @@ from adaptiverl.training.keys import RunConfig
 from adaptiverl.training.metrics import is_own
 from adaptiverl.training.runtime import Runtime
 from adaptiverl.training.scoring import RESERVED, own_settings
-from rewards import CompositeReward
+from rewards import CompositeReward, LengthReward
 
 LORA = {"LORA_R": "r", "LORA_ALPHA": "lora_alpha", "LORA_TARGETS": "target_modules"}  # peft's names
 ASSETS = "adaptiverl/assets/"  # what begins so is in the installed package, if not a folder here
@@ -186,6 +186,19 @@ def last_step_of(c: RunConfig, prompts: int) -> int:
     return min(c.STEPS, math.ceil(c.EPOCHS * prompts * c.NUM_GENERATIONS / c.BATCH_SIZE))
 
 
+def out_of_reach(c: RunConfig) -> Iterator[str]:
+    """What is to be said of lengths that no completion reaches."""
+    for key in ("REWARDS", "HELD_OUT"):
+        for i, reward in enumerate(getattr(c, key)):
+            if isinstance(reward, LengthReward) and reward.unit == "tokens":
+                name = "TARGET" if reward.target else "MIN"
+                if (wanted := reward.target or reward.min or 0) > c.MAX_NEW_TOKENS:
+                    yield (
+                        f"{key}.{i}: no completion reaches {name} {wanted}: it has at most "
+                        f"{c.MAX_NEW_TOKENS} tokens (MAX_NEW_TOKENS)"
+                    )
+
+
 def rows_of_process(c: RunConfig, runtime: Runtime) -> slice:
     """Which of a step's completions are this process's: all generations of some prompts."""
     prompts = c.BATCH_SIZE // c.NUM_GENERATIONS
@@ -262,7 +275,8 @@ def make_rewards(
             for source, rows in files.items():
                 if "self" in rows.column_names:
                     raise ValueError(f"{source} has a column self: no reward can take that name")
-                reward.check_columns(set(rows.column_names) - RESERVED, source)
+                columns = {n: rows[n] for n in rows.column_names if n not in RESERVED}
+                reward.check_columns(columns, source)
             if reward.one_process and runtime.processes > 1:
                 raise ValueError("people are asked by one training process, not by several")
             with _from_hub(place.get("model", "")):
