@@ -10,6 +10,7 @@ The page that the run names is open for others to label on; the run waits for no
 import json
 import sys
 import tempfile
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,9 @@ FILE, QUESTION, SCALE = Path(__file__).with_name("labels.jsonl"), "Do you like i
 
 def replay(source: Path, base: Path) -> int:
     """Writes the labels of `source` into `base`, where a human reward looks; how many they are."""
-    labels = Labels(base, QUESTION, SCALE)
     rows = [json.loads(line) for line in source.read_text("utf-8").splitlines()]
-    return sum(labels.add(r["prompt"], r["completion"], r["score"], "file") for r in rows)
+    with closing(Labels(base, QUESTION, SCALE)) as labels:
+        return sum(labels.add(r["prompt"], r["completion"], r["score"], "file") for r in rows)
 
 
 def run(folder: Path, *overrides: str) -> list[dict[str, Any]]:
