@@ -14,6 +14,8 @@ from transformers import (
     BartConfig,
     BertConfig,
     BertLMHeadModel,
+    GPT2Config,
+    GPT2Model,
     Llama4ForCausalLM,
     Llama4TextConfig,
     MambaConfig,
@@ -24,7 +26,7 @@ from transformers import (
     T5Config,
 )
 
-from adaptiverl.rl.loading import LoraTargetsError, load_policy
+from adaptiverl.rl.loading import LoraTargetsError, load_policy, load_tokenizer
 from adaptiverl.training.inputs import adapters_own
 from adaptiverl.training.keys import RunConfig
 
@@ -265,6 +267,18 @@ def test_a_model_with_an_encoder(main, settings, tmp_path, capsys, config, name)
     assert capsys.readouterr().err.splitlines()[-1] == (
         f"error: MODEL {tmp_path / 'model'}: it is not a decoder-only causal language model "
         f"({name}): name one, as GPT-2, Llama and Qwen are"
+    )
+
+
+def test_a_model_without_its_output_layer_is_refused(main, settings, tmp_path, capsys):
+    """transformers would make one of random numbers."""
+    config = GPT2Config(n_layer=1, n_embd=8, n_head=1, tie_word_embeddings=False)
+    GPT2Model(config).save_pretrained(tmp_path / "model")
+    load_tokenizer(settings["MODEL"]).save_pretrained(tmp_path / "model")
+    assert main(settings | {"MODEL": str(tmp_path / "model")}) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"error: MODEL {tmp_path / 'model'}: its files lack weights, which would be random: "
+        "lm_head.weight. Name a model that was trained to write, with its output layer"
     )
 
 

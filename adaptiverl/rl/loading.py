@@ -105,7 +105,8 @@ def load_policy(
 
     `quantize` is None, "4bit" (NF4) or "8bit"; both freeze the model under a LoRA adapter. `lora`
     are peft's arguments: r, lora_alpha, target_modules. `temperature` and `sharded` are Policy's.
-    Raises LoraTargetsError if the model has not the layers that `lora` names.
+    Raises LoraTargetsError if the model has not the layers that `lora` names, and ValueError if its
+    files lack weights.
     """
     adapter = adapter_config(model)
     base = adapter["base_model_name_or_path"] if adapter else model
@@ -126,17 +127,14 @@ def load_policy(
 
     def first_model() -> Any:
         """The model before the first step, without the adapter that is trained."""
-        lm = AutoModelForCausalLM.from_pretrained(base, **kwargs)
+        lm = _whole(base, **kwargs)
         if not (adapter and full_tune):
             return lm
         from peft import PeftModel  # seconds to import
 
         return merge(PeftModel.from_pretrained(lm, model)).requires_grad_()
 
-    if checkpoint and full_tune:
-        lm = AutoModelForCausalLM.from_pretrained(checkpoint, **kwargs)
-    else:
-        lm = first_model()
+    lm = _whole(str(checkpoint), **kwargs) if checkpoint and full_tune else first_model()
     if quantize == "4bit" or (stored and stored.get("load_in_4bit")):
         _keep_differentiable(lm)
     if not (quantize or stored):
@@ -183,6 +181,18 @@ def load_policy(
         if not targets:  # config's own is an empty set for some
             reason = f"peft has no layers in mind for a model of type {kind}."
         raise LoraTargetsError(f"{reason} {hint}") from error
+
+
+def _whole(model: str, **kwargs: Any) -> Any:
+    """`model` with all of its weights: transformers fills those that its files lack at random."""
+    lm, info = AutoModelForCausalLM.from_pretrained(model, output_loading_info=True, **kwargs)
+    if lost := sorted(info["missing_keys"]):
+        names = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
+        raise ValueError(
+            f"its files lack weights, which would be random: {names}. Name a model that was "
+            "trained to write, with its output layer"
+        )
+    return lm
 
 
 def _keep_differentiable(lm: nn.Module) -> None:
