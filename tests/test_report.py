@@ -300,22 +300,22 @@ def test_the_commands_that_read_a_folder_need_no_torch(tmp_path):
     assert done.returncode == 0, done.stderr + done.stdout
 
 
-# In a browser
-
-
 def test_the_next_command_works_where_train_py_was_started_from(tmp_path):
     """In another folder than that of train.py, and without an installed package."""
     a_run(tmp_path / "run")
     code = f"""import sys
 sys.path[0] = {str(ROOT)!r}  # as `python {ROOT}/train.py` has it
 from pathlib import Path
-from adaptiverl.training.folder import next_commands
+from adaptiverl.training.advice import next_commands
 print(next_commands(Path("run"), has_report=False)[0].removeprefix("next: "))"""
     bare = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
     there = {"cwd": tmp_path, "env": bare, "check": True, "text": True}
     told = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, **there).stdout
     subprocess.run(told, shell=True, **there)
     assert (tmp_path / "run/report.html").exists(), told
+
+
+# In a browser
 
 
 @pytest.fixture(scope="module")  # Playwright keeps an event loop in this thread

@@ -184,7 +184,10 @@ def load_policy(
 
 
 def _whole(model: str, **kwargs: Any) -> Any:
-    """`model` with all of its weights: transformers fills those that its files lack at random."""
+    """`model` with all of its weights: transformers fills those that its files lack at random.
+
+    As rewards/whole.py does for rewards, which this package does not know.
+    """
     lm, info = AutoModelForCausalLM.from_pretrained(model, output_loading_info=True, **kwargs)
     if lost := sorted(info["missing_keys"]):
         names = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")

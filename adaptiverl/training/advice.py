@@ -1,9 +1,13 @@
-"""What a run could do to be faster on this machine, and what to do where there was no room.
+"""What to do: to be faster on this machine, where there was no room, and after a run.
 
 Leaves out what cannot be known before a step: compare the seconds of two dry runs.
 """
 
+import shlex
+import shutil
+import sys
 from collections.abc import Callable
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import torch
@@ -48,3 +52,25 @@ def room_advice(c: RunConfig, error: Exception) -> str:
     if isinstance(found, Path):
         return f"{remedy(error)}; RESUME=auto goes on from {Path(c.OUTPUT_DIR) / found.name}"
     return f"{remedy(error)}; {found or 'there is no checkpoint, so the run starts anew'}"
+
+
+def _program() -> str:
+    """How a shell starts the command in this folder."""
+    if shutil.which("adaptiverl"):
+        return "adaptiverl"
+    # As `python -m` looks for it; the folder of train.py, which is first here, may be another
+    found = PathFinder.find_spec("adaptiverl", [str(Path.cwd()), *sys.path[1:]])
+    where = "" if found else f"PYTHONPATH={shlex.quote(str(Path(__file__).parents[2]))} "
+    return f"{where}python -m adaptiverl"
+
+
+def next_commands(path: Path, has_report: bool) -> list[str]:
+    """Where the report is, and what to do with a run and its model."""
+    program = _program()
+    report = [f"report: {path / 'report.html'}"] if has_report else []
+    follow = ["doctor", "generate"] if has_report else ["report", "doctor", "generate"]
+    heads = ["next:", *["     "] * len(follow)]
+    return report + [
+        f"{head} {program} {name} {shlex.quote(str(path))}"
+        for head, name in zip(heads, follow, strict=False)
+    ]

@@ -5,11 +5,8 @@ Single files are files/'s.
 
 import json
 import logging
-import shlex
-import shutil
 import signal
 import sys
-from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +21,7 @@ from adaptiverl.files.console import counted, printable, say_at_once
 from adaptiverl.files.logs import Row, RunLog
 from adaptiverl.files.process import Paused, StopSignal
 from adaptiverl.training import state
-from adaptiverl.training.advice import bf16_advice
+from adaptiverl.training.advice import bf16_advice, next_commands
 from adaptiverl.training.build import Parts
 from adaptiverl.training.collapse import Collapsed, sound_before
 from adaptiverl.training.environment import add_environment
@@ -339,25 +336,3 @@ class RunFolder:
             self.log.close()
         if self.lock:
             self.lock.release()
-
-
-def _program() -> str:
-    """How a shell starts the command in this folder."""
-    if shutil.which("adaptiverl"):
-        return "adaptiverl"
-    # As `python -m` looks for it; the folder of train.py, which is first here, may be another
-    found = PathFinder.find_spec("adaptiverl", [str(Path.cwd()), *sys.path[1:]])
-    where = "" if found else f"PYTHONPATH={shlex.quote(str(Path(__file__).parents[2]))} "
-    return f"{where}python -m adaptiverl"
-
-
-def next_commands(path: Path, has_report: bool) -> list[str]:
-    """Where the report is, and what to do with a run and its model."""
-    program = _program()
-    report = [f"report: {path / 'report.html'}"] if has_report else []
-    follow = ["doctor", "generate"] if has_report else ["report", "doctor", "generate"]
-    heads = ["next:", *["     "] * len(follow)]
-    return report + [
-        f"{head} {program} {name} {shlex.quote(str(path))}"
-        for head, name in zip(heads, follow, strict=False)
-    ]
