@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_decode import EOS, OF, PROMPTS, computed, small_gpt2
+from test_decode import EOS, OF, PROMPTS, WithGraphs, computed, small_gpt2
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -155,9 +155,7 @@ def test_nothing_that_a_graph_reads_or_writes_is_allocated_anew():
     """From the warm-up on, whatever the sizes of the calls: graphs have the addresses."""
     lm = small_gpt2(300)
     how = TokenSampler(torch.tensor([EOS]), EOS)
-    decoder = Decoder(lm.transformer, lm.lm_head, how, rows=8, length=20, width=30, static=True)
-    with torch.no_grad():
-        decoder._warm_up()
+    decoder = WithGraphs(lm.transformer, lm.lm_head, how, rows=8, length=20, width=30)
 
     def addresses() -> list[int]:
         held = [x for x in vars(decoder).values() if isinstance(x, Tensor)]

@@ -24,7 +24,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from adaptiverl.rl.gpt2 import gelu, read_prompts
+from adaptiverl.rl.gpt2 import Cache, gelu, read_prompts
 from adaptiverl.rl.policy import Policy
 from adaptiverl.rl.rollout import Rollout, uniforms
 from adaptiverl.rl.sampling.decode import Decoder, side_stream
@@ -46,7 +46,7 @@ def tokens(**settings) -> TokenSampler:
 
 
 def sampled(
-    way: str,
+    way: str | Decoder,
     lm,
     how: TokenSampler,
     prompts: list[list[int]],
@@ -54,7 +54,7 @@ def sampled(
     uniform: Tensor,
     **options,
 ) -> Rollout:
-    """Completions of `prompts`, prompt of[i] for row i, by one of the ways.
+    """Completions of `prompts`, prompt of[i] for row i, by one of the ways, or a kept decoder.
 
     `options` are further ones of `Decoder`.
     """
@@ -62,6 +62,8 @@ def sampled(
     ids = torch.tensor([[EOS] * (width - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     inputs = ids, mask, torch.tensor(of), uniform
+    if isinstance(way, Decoder):
+        return way(*inputs)
     if way == "generate":
         return GenerateBackend(SimpleNamespace(base=lm, sharded=False), how)(*inputs)
     rows, length = uniform.shape
@@ -134,7 +136,8 @@ def test_ended_completions_are_not_computed():
     for way, round_to in (("decoder", 1), ("decoder", 2), ("static", 8)):
         with computed(lm) as shapes:
             again = sampled(way, lm, tokens(), PROMPTS, OF, uniform, round_to=round_to)
-        assert shapes[0] == (3, 5), "the prompts"
+        # With room for 10 columns, which is less than 64
+        assert shapes[0] == ((4, 10) if way == "static" else (3, 5)), "the prompts"
         assert {length for _, length in shapes[1:]} == {1}
         rows[way, round_to] = [size for size, _ in shapes[1:]]
         if round_to == 1:
@@ -259,6 +262,17 @@ def test_gpt2_is_measured_like_its_unpadded_self(adapter):
     check_against_library(policy, rollout)
 
 
+def test_prompts_and_completions_are_measured_in_one_pass():
+    """On a GPU a step of a small model is the number of its launches."""
+    policy = Policy(small_gpt2(7))
+    rollout = sampled("decoder", policy.base, tokens(), PROMPTS, OF, uniforms(0, 1, len(OF), 20))
+    rows, length = rollout.completion_ids.shape
+    with computed(policy.base) as shapes:
+        policy(rollout)
+        policy.logprobs(rollout)
+    assert shapes == [(1, rollout.prompt_ids.numel() + rows * (length - 1))] * 2
+
+
 def test_gelu_is_torchs():
     x = torch.cat([torch.linspace(-12, 12, 10_001), torch.tensor([0.0, 1e-30, 1e4, -1e4, 1e20])])
     want = torch.nn.functional.gelu(x, approximate="tanh")
@@ -277,7 +291,8 @@ def test_backward_keeps_gelus_input_and_makes_its_output_again(monkeypatch):
     ids = torch.ones(3, 5, dtype=torch.long)
     wide = ids.numel() * 4 * lm.config.n_embd
     with saved_tensors_hooks(lambda x: x, lambda x: x):
-        states, _ = read_prompts(lm.transformer, ids, torch.ones_like(ids))
+        caches = [Cache() for _ in lm.transformer.h]
+        states = read_prompts(lm.transformer, ids, torch.ones_like(ids), caches)
     assert [isinstance(x, Tensor) and x.numel() for x in kept].count(wide) == lm.config.n_layer
     weight = lm.transformer.h[0].mlp.c_proj.weight
     (ours,) = torch.autograd.grad((states**2).sum(), weight)
@@ -358,35 +373,80 @@ def test_a_kept_decoder_samples_from_the_weights_as_they_are():
     assert not torch.equal(before.logprobs, after.logprobs)
 
 
+class WithGraphs(Decoder):
+    """Takes each step, and the prompts, from a graph, as on CUDA.
+
+    What stands for a graph computes again, from the same tensors.
+    """
+
+    def __init__(self, *given, **options) -> None:
+        super().__init__(*given, **options, static=True)
+        if self.sizes:
+            with torch.no_grad():
+                self._capture_steps()
+
+    def _captured(self, action):
+        action()  # the warm-up
+        return SimpleNamespace(replay=action)
+
+
 @pytest.mark.parametrize("length", [1, 2, 3])
 def test_the_warm_up_of_a_graph_stays_within_the_buffers(length):
     """On CUDA an index beyond them ends the process. The model has no position to spare."""
     lm = small_gpt2(7, n_positions=1 + length)
-    sizes = {"rows": 8, "length": length, "width": 1 + length, "static": True}
-    decoder = Decoder(lm.transformer, lm.lm_head, tokens(), **sizes)
+    sizes = {"rows": 8, "length": length, "width": 1 + length}
+    decoder = WithGraphs(lm.transformer, lm.lm_head, tokens(), **sizes)
     prompts = torch.tensor([[1]]), torch.ones(1, 1).long(), torch.zeros(8).long()
-    with torch.no_grad():
-        decoder._warm_up()
     uniform = uniforms(0, 1, 8, length)
     theirs = sampled("generate", lm, tokens(), [[1]], [0] * 8, uniform)
     assert decoder(*prompts, uniform).tokens() == theirs.tokens()
 
 
+def test_prompts_are_read_by_one_graph_for_each_rounded_shape():
+    """A graph reads its own buffers: the prompts of this call, not of the one that it is from."""
+    lm = small_gpt2(7, n_positions=256, initializer_range=0.2)
+    sizes = {"rows": 64, "length": 20, "width": 212}
+    decoder = WithGraphs(lm.transformer, lm.lm_head, tokens(), **sizes)
+    calls = [
+        (2, 3, (8, 64)),  # prompts, columns, their shape in a graph
+        (9, 64, (16, 64)),
+        (8, 5, (8, 64)),
+        (30, 65, (32, 128)),
+        (31, 128, (32, 128)),
+        (33, 130, None),  # 64 × 192, too many for a graph
+        (2, 192, (8, 192)),
+        (3, 2, (8, 64)),
+    ]
+    for seed, (size, columns, _) in enumerate(calls):
+        prompts = torch.randint(3, (size, columns), generator=torch.manual_seed(seed)).tolist()
+        prompts[0] = prompts[0][: columns // 2 + 1]
+        of, uniform = [row % size for row in range(33)], uniforms(seed, 1, 33, 20)
+        own, theirs = (
+            sampled(way, lm, tokens(), prompts, of, uniform) for way in (decoder, "generate")
+        )
+        assert own.tokens() == theirs.tokens()
+        torch.testing.assert_close(own.logprobs, theirs.logprobs, rtol=0, atol=1e-5)
+    assert list(decoder.prompt_graphs) == list(dict.fromkeys(s for *_, s in calls if s))
+
+
 @pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
 def test_other_threads_may_use_the_device_while_a_graph_is_captured(monkeypatch):
-    """CUDA's calls are recorded here, not made."""
+    """CUDA's calls are recorded here, not made. All graphs share one pool of memory."""
     lm, modes = small_gpt2(7), []
     decoder = Decoder(lm.transformer, lm.lm_head, tokens(), rows=8, length=8, width=9, static=True)
-    for name in ("current_stream", "CUDAGraph"):
-        monkeypatch.setattr(torch.cuda, name, lambda *_: MagicMock())
-    side = MagicMock()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: MagicMock())
+    side, graph = MagicMock(), MagicMock()
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
     monkeypatch.setattr(torch.cuda, "Stream", lambda _: side)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch.cuda, "graph", lambda g, **how: modes.append(how) or nullcontext())
-    decoder._capture()
+    decoder._capture_steps()
+    prompts = torch.tensor([[1]]), torch.ones(1, 1).long(), torch.zeros(8).long()
+    decoder(*prompts, uniforms(0, 1, 8, 8))
     side_stream.cache_clear()
-    assert modes == [{"stream": side, "capture_error_mode": "thread_local"}] * 4
-    assert sorted(decoder.graphs) == [1, 2, 4, 8]
+    mode = {"stream": side, "capture_error_mode": "thread_local"}
+    assert modes == [mode | {"pool": None}] + [mode | {"pool": graph.pool()}] * 4
+    assert sorted(decoder.graphs) == [1, 2, 4, 8] and list(decoder.prompt_graphs) == [(1, 1)]
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8])

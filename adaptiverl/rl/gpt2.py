@@ -49,6 +49,30 @@ class Cache:
         return Cache(self.held.index_select(1, rows))
 
 
+class Packed(Cache):
+    """Attention of prompts, and then of their completions, whose tokens are all in one row.
+
+    So all else of a layer is computed at once. `prompts` is (Q, P), `completions` is (B, T), and
+    `prompt_of` [B]. It holds nothing: one serves all layers.
+    """
+
+    def __init__(self, prompts: tuple[int, int], completions: tuple[int, int], prompt_of: Tensor):
+        super().__init__()
+        self.shapes, self.prompt_of = (prompts, completions), prompt_of
+
+    def split(self, x: Tensor) -> list[Tensor]:
+        """[Q, P, …] and [B, T, …] of [1, Q · P + B · T, …]."""
+        parts = x[0].split([rows * length for rows, length in self.shapes])
+        return [part.unflatten(0, shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def attend(self, qkv: Tensor, attend: Any) -> Tensor:
+        """As `Cache`'s, with an `attend` for the prompts and one for the completions."""
+        (prompts, completions), cache = self.split(qkv), Cache()
+        first = cache.attend(prompts, attend[0])
+        rest = cache.take(self.prompt_of).attend(completions, attend[1])
+        return torch.cat([first.flatten(0, 1), rest.flatten(0, 1)])[None]
+
+
 def is_gpt2(lm: PreTrainedModel) -> bool:
     """Whether `hidden_states` computes what `lm` does: GPT-2 with default attention and GELU."""
     return (
@@ -70,13 +94,13 @@ def hidden_states(
     transformer: GPT2Model,
     ids: Tensor,
     positions: Tensor,
-    attend: Tensor,
+    attend: Any,
     caches: Sequence[Cache],
     add_norm: AddNorm = add_norm,
 ) -> Tensor:
     """The last layer's output [B, N, D] for `ids` [B, N] at `positions` [B, N].
 
-    `attend` [B, 1, N, cached + N] is True where a token attends.
+    `attend` [B, 1, N, cached + N] is True where a token attends; two such for `Packed`.
     """
     rows, length = ids.shape
     heads = transformer.config.n_head
@@ -84,15 +108,22 @@ def hidden_states(
     for block, cache in zip(transformer.h, caches, strict=True):
         x, normed = add_norm(x, delta, block.ln_1)
         qkv = block.attn.c_attn(normed).view(rows, length, 3, heads, -1)
-        if attend.dtype == torch.bool:  # converted once here, not by torch in every layer
-            hidden = torch.zeros_like(attend, dtype=qkv.dtype)
-            attend = hidden.masked_fill_(~attend, -torch.inf)
+        attend = additive(attend, qkv.dtype)  # once here, not by torch in every layer
         x, normed = add_norm(x, block.attn.c_proj(cache.attend(qkv, attend)), block.ln_2)
         inner = block.mlp.c_fc(normed)
         outer = gelu(inner)
         with recompute_gelu(outer, inner):
             delta = block.mlp.c_proj(outer)
     return transformer.ln_f(x + delta)  # not rounded to what is multiplied: the head divides it
+
+
+def additive(attend: Any, dtype: torch.dtype) -> Any:
+    """0 where a token attends, else −inf, of each tensor that is True where it does."""
+    if not isinstance(attend, Tensor):
+        return [additive(each, dtype) for each in attend]
+    if attend.dtype != torch.bool:
+        return attend
+    return torch.zeros_like(attend, dtype=dtype).masked_fill_(~attend, -torch.inf)
 
 
 def recompute_gelu(outer: Tensor, inner: Tensor) -> saved_tensors_hooks:
@@ -112,31 +143,46 @@ def gelu(x: Tensor) -> Tensor:
     return torch.addcmul(torch.tensor(a), x, x, value=0.044715 * a).mul_(x).sigmoid_().mul_(x)
 
 
-def read_prompts(transformer: GPT2Model, ids: Tensor, mask: Tensor) -> tuple[Tensor, list[Cache]]:
-    """The hidden states [Q, P, D] of left-padded prompts, and their caches."""
-    size = ids.shape[1]
+def read_prompts(
+    transformer: GPT2Model, ids: Tensor, mask: Tensor, caches: Sequence[Cache]
+) -> Tensor:
+    """The hidden states [Q, P, D] of left-padded prompts, whose keys and values `caches` take."""
+    return hidden_states(transformer, ids, prompt_positions(mask), prompt_attend(mask), caches)
+
+
+def prompt_positions(mask: Tensor) -> Tensor:
+    """[Q, P], of left-padded prompts."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def prompt_attend(mask: Tensor) -> Tensor:
+    """[Q, 1, P, P], where tokens of left-padded prompts attend."""
+    size = mask.shape[1]
     # A padding token attends to itself: the softmax of no position would be NaN.
-    causal = torch.ones(size, size, dtype=torch.bool, device=ids.device).tril()
-    itself = torch.eye(size, dtype=torch.bool, device=ids.device)
-    attend = (causal & mask[:, None].bool()) | itself  # [Q, P, P]
-    caches = [Cache() for _ in transformer.h]
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    return hidden_states(transformer, ids, positions, attend[:, None], caches), caches
+    causal = torch.ones(size, size, dtype=torch.bool, device=mask.device).tril()
+    itself = torch.eye(size, dtype=torch.bool, device=mask.device)
+    return ((causal & mask[:, None].bool()) | itself)[:, None]
 
 
 def predicting_states(transformer: GPT2Model, rollout: Rollout) -> Tensor:
     """The hidden states [B, T, D] that predict each completion's tokens."""
-    prompts, caches = read_prompts(transformer, rollout.prompt_ids, rollout.prompt_mask)
-    first = prompts[rollout.prompt_of, -1:]  # predicts the first token
+    prompts, mask, of = rollout.prompt_ids, rollout.prompt_mask, rollout.prompt_of
     ids = rollout.completion_ids[:, :-1]  # what follows the last token is not needed
     rows, length = ids.shape
     if length == 0:
-        return first
-    prompt_mask = rollout.prompt_mask[rollout.prompt_of]
+        caches = [Cache() for _ in transformer.h]
+        return read_prompts(transformer, prompts, mask, caches)[of, -1:]
+    packed = Packed((len(prompts), prompts.shape[1]), (rows, length), of)
     causal = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
-    seen = prompt_mask.bool()[:, None].expand(-1, length, -1)
+    seen = mask[of].bool()[:, None].expand(-1, length, -1)
     attend = torch.cat([seen, causal.expand(rows, -1, -1)], -1)  # [B, T - 1, P + T - 1]
-    positions = prompt_mask.sum(-1, keepdim=True) + torch.arange(length, device=ids.device)
-    caches = [cache.take(rollout.prompt_of) for cache in caches]
-    rest = hidden_states(transformer, ids, positions, attend[:, None], caches)
-    return torch.cat([first, rest], 1)
+    positions = mask[of].sum(-1, keepdim=True) + torch.arange(length, device=ids.device)
+    states = hidden_states(
+        transformer,
+        torch.cat([prompts.flatten(), ids.flatten()])[None],
+        torch.cat([prompt_positions(mask).flatten(), positions.flatten()])[None],
+        [prompt_attend(mask), attend[:, None]],
+        [packed] * len(transformer.h),
+    )
+    first, rest = packed.split(states)
+    return torch.cat([first[of, -1:], rest], 1)  # a prompt's last predicts the first token

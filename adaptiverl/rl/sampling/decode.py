@@ -2,13 +2,14 @@
 
 A slot is a row of the buffers. When completions end, the last live slots move into the free ones,
 so live slots come first. Each step computes those alone, their number rounded up to ROUND_TO. On
-CUDA a step is a graph, captured for all slots, half, a quarter and an eighth of them. There slots
-move only every COMPACT_EVERY tokens, because the host must wait for the device to count the live
-ones.
+CUDA a step is a graph, captured for all slots, half, a quarter and an eighth of them; so is the
+reading of the prompts, captured for the sizes that come. There slots move only every COMPACT_EVERY
+tokens, because the host must wait for the device to count the live ones.
 """
 
 import copy
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from adaptiverl.rl.sampling.tokens import TokenSampler
 
 COMPACT_EVERY = 16  # tokens
 ROUND_TO = 8  # slots; an odd number of columns makes products up to 1.6 times as slow on a CPU
+PROMPT_COLUMNS = 64  # prompts in graphs are padded to a multiple of it
+PROMPT_TOKENS = 2**13  # more are read without a graph: they take longer than their launches
 
 
 @functools.cache
@@ -57,6 +60,18 @@ class SlotCache(Cache):
         else:
             rows.index_copy_(3, self.column, new.to(rows.dtype))
         return rows[:, :, :, : self.width]
+
+
+class PromptCache(Cache):
+    """What reads prompts, and copies each one's keys and values to its slots as it goes."""
+
+    def __init__(self, slots: SlotCache, prompt_of: Tensor):
+        super().__init__(slots.held)
+        self.prompt_of = prompt_of
+
+    def extend(self, new: Tensor) -> Tensor:
+        self.held[:, :, :, : new.shape[3]] = new.index_select(1, self.prompt_of)
+        return new
 
 
 class Decoder:
@@ -107,6 +122,7 @@ class Decoder:
         self.uniform = torch.zeros(rows, length, dtype=torch.float64, device=device)
         self.attend = torch.zeros(rows, 1, 1, width, dtype=torch.bool, device=device)
         # By row
+        self.prompt_of = torch.zeros(rows, dtype=torch.long, device=device)
         self.tokens = torch.zeros(rows, length, dtype=torch.long, device=device)
         self.mask = torch.zeros(rows, length, dtype=torch.long, device=device)
         self.logprobs = torch.zeros(rows, length, device=device)
@@ -129,10 +145,13 @@ class Decoder:
         # Numbers of slots that graphs have. The first token needs no step, and may be the only one.
         self.sizes = [max(1, rows >> k) for k in range(4)] if length > 1 else []
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.pool: Any = None  # the memory of all graphs, once there is one
+        # By the shape of the prompts, with the buffers that they are read from
+        self.prompt_graphs: dict[torch.Size, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
         # bitsandbytes' int8 product synchronises with the host, which a graph cannot
         synchronises = any(p.dtype == torch.int8 for p in transformer.parameters())
         if static and device.type == "cuda" and self.sizes and not synchronises:
-            self._capture()
+            self._capture_steps()
 
     def __call__(
         self, prompt_ids: Tensor, prompt_mask: Tensor, prompt_of: Tensor, uniform: Tensor
@@ -141,7 +160,7 @@ class Decoder:
         rows, length = uniform.shape
         live = self._size(rows)
         with torch.inference_mode():
-            self._begin(prompt_ids, prompt_mask, prompt_of, uniform)
+            columns = self._begin(prompt_ids, prompt_mask, prompt_of, uniform)
             for t in range(1, length):
                 if not self.static or t % COMPACT_EVERY == 0:
                     live = self._compact(live)
@@ -150,28 +169,45 @@ class Decoder:
                 if self.graphs:
                     self.graphs[live].replay()
                 else:
-                    self._step(live, None if self.static else prompt_ids.shape[1] + t)
+                    self._step(live, None if self.static else columns + t)
         width = max(1, int(self.mask.sum(-1).max()))
         written = [x[:rows, :width].clone() for x in (self.tokens, self.mask, self.logprobs)]
         return Rollout(prompt_ids, prompt_mask, prompt_of, *written)
 
-    def _begin(
-        self, prompt_ids: Tensor, prompt_mask: Tensor, prompt_of: Tensor, uniform: Tensor
-    ) -> None:
+    def _begin(self, ids: Tensor, mask: Tensor, prompt_of: Tensor, uniform: Tensor) -> int:
+        """Reads the prompts and draws their first tokens; how many columns the prompts have."""
+        rows, length = uniform.shape
+        if self.static:  # few different shapes
+            size, columns = ids.shape
+            rounded = -(-columns // PROMPT_COLUMNS) * PROMPT_COLUMNS
+            left = max(0, min(rounded, self.width - length) - columns)
+            below = max(0, self._size(size) - size)
+            ids, mask = (pad(x, (left, 0, 0, below)) for x in (ids, mask))
+        read: Callable[[], None] = functools.partial(self._read, ids, mask)
+        if self.graphs and ids.numel() <= PROMPT_TOKENS:
+            if ids.shape not in self.prompt_graphs:
+                self._capture_prompts(ids, mask)
+            graph, *own = self.prompt_graphs[ids.shape]
+            for buffer, given in zip(own, (ids, mask), strict=True):
+                buffer.copy_(given)
+            read = graph.replay
+        self.uniform[:rows, :length] = uniform
+        self.live.zero_()[:rows] = True  # unused slots have ended already
+        self.prompt_of.zero_()[:rows] = prompt_of
+        read()
+        return ids.shape[1]
+
+    def _read(self, ids: Tensor, mask: Tensor) -> None:
         """Reads each prompt once, copies its cache to its rows and draws their first tokens."""
         for copied, weight in self.copies:
             copied.copy_(weight)
-        states, caches = read_prompts(self.transformer, prompt_ids, prompt_mask)
-        columns, (rows, length) = prompt_ids.shape[1], uniform.shape
-        prompt_of = pad(prompt_of, (0, self.rows - rows))  # unused slots have ended already
-        for slots, cache in zip(self.caches, caches, strict=True):
-            slots.held[:, :, :, :columns] = cache.take(prompt_of).held
+        caches = [PromptCache(slots, self.prompt_of) for slots in self.caches]
+        states = read_prompts(self.transformer, ids, mask, caches)
+        columns = ids.shape[1]
         self.attend.zero_()
-        self.attend[..., :columns] = prompt_mask[prompt_of, None, None].bool()
-        self.row.copy_(torch.arange(len(self.row), device=self.row.device))
-        self.live.copy_(self.row < rows)
-        self.position.copy_(prompt_mask.sum(-1)[prompt_of])
-        self.uniform[:rows, :length] = uniform
+        self.attend[..., :columns] = mask[self.prompt_of, None, None].bool()
+        torch.arange(self.rows, out=self.row)
+        self.position.copy_(mask.sum(-1)[self.prompt_of])
         if self.token_sampler.stop:
             self.recent.fill_(NO_TOKEN)
         self.tokens.fill_(self.token_sampler.pad_id)
@@ -179,7 +215,7 @@ class Decoder:
         self.logprobs.zero_()
         self.time.zero_()
         self.column.fill_(columns)
-        self._draw(states[prompt_of, -1])
+        self._draw(states[self.prompt_of, -1])
 
     def _draw(self, states: Tensor) -> None:
         """Draws the next token of the first slots after their hidden `states` [n, D]."""
@@ -245,27 +281,35 @@ class Decoder:
         self.copies += zip(result.parameters(), transformer.parameters(), strict=True)
         return result
 
-    def _capture(self) -> None:
+    def _capture_steps(self) -> None:
         """Captures a step for each number of slots; later calls overwrite what that writes."""
-        device = self.row.device
+        for n in self.sizes:  # the largest first: it makes the largest buffer of logits
+            for place in (self.time, self.column, self.position):  # each step adds one
+                place.zero_()
+            self.graphs[n] = self._captured(functools.partial(self._step, n))
+
+    def _capture_prompts(self, ids: Tensor, mask: Tensor) -> None:
+        """Captures the reading of prompts of this shape, from buffers of their own."""
+        self.prompt_of.zero_()  # of another call, which may have had more prompts
+        own = ids.clone(), mask.clone()
+        self.prompt_graphs[ids.shape] = self._captured(functools.partial(self._read, *own)), *own
+
+    def _captured(self, action: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """`action` as a graph, after it ran once, which makes the libraries' workspaces."""
+        device, graph = self.row.device, torch.cuda.CUDAGraph()
         on = torch.is_autocast_enabled("cuda")
         # Autocast's cache would stay in the graph, with the weights as they are now.
         with torch.no_grad(), torch.autocast("cuda", enabled=on, cache_enabled=False):
             side = side_stream(device)
             side.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(side):
-                self._warm_up()
+                action()
             torch.cuda.current_stream(device).wait_stream(side)
-            for n in self.sizes:
-                graph = torch.cuda.CUDAGraph()
-                # Other threads may use the device meanwhile: rewards do.
-                with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-                    self._step(n)
-                self.graphs[n] = graph
-
-    def _warm_up(self) -> None:
-        """Makes the libraries' workspaces and the largest logits buffer."""
-        for n in self.sizes:
-            for place in (self.time, self.column, self.position):  # each step adds one
-                place.zero_()
-            self._step(n)
+            # One pool: nothing in it outlives a replay. Other threads may use the device
+            # meanwhile: rewards do.
+            with torch.cuda.graph(
+                graph, pool=self.pool, stream=side, capture_error_mode="thread_local"
+            ):
+                action()
+        self.pool = graph.pool()
+        return graph
