@@ -62,8 +62,10 @@ def test_every_precision_trains_resumes_and_stays_near_its_start(main, settings,
     rows = metrics(settings)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert rows[0]["kl"] == pytest.approx(0, abs=0.02)
-    assert rows[-1]["skipped"] < (5 if keys.get("FP16") else 1), "the scale does not come down"
-    assert rows[-1]["grad_norm"] > 0
+    skipped = rows[-1]["skipped"]
+    assert skipped < (5 if keys.get("FP16") else 1), "the scale does not come down"
+    norms = [row["grad_norm"] for row in rows if row["grad_norm"] is not None]  # it overflowed
+    assert len(norms) == 6 - skipped and min(norms) > 0
 
 
 @on_card("precisions")
