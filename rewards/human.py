@@ -219,6 +219,17 @@ class HumanReward(Reward):
         self.start()
         self._compared = {key: (label, scores) for key, label, scores in state["compared"]}
 
+    def lost_labels(self) -> str | None:
+        """What LABELS lacks of the labels that `load_state_dict` was given; None: nothing."""
+        gone = sum(self._labels.find(key) is None for key in self._compared)
+        if not gone:
+            return None
+        return (
+            f"{self.name!r}: {gone} of the last {len(self._compared)} labels of this run are not "
+            f"in its LABELS {self.labels}. Put their file back, or set LABELS to it, and resume "
+            "again"
+        )
+
     def interrupt(self) -> None:
         if self._started:
             self._queue.close()

@@ -21,6 +21,7 @@ NAMES = {"-": "bad", "+": "good", "1": "worst", "5": "best"}  # of answers, as p
 
 ABSENCE_TIMEOUT = 10.0  # seconds without a request from somebody's page: they have gone
 IDLE_TIMEOUT = 60.0  # seconds without a key or a movement: the page is open, and nobody is at it
+TOO_LATE = "that one was labelled already, or timed out"
 UNDO_EXPIRED = "nothing to undo: that batch has been trained on"
 
 
@@ -85,6 +86,7 @@ class LabelQueue:
             self.seen[who] = time.monotonic()
             if acted or who not in self.acted:
                 self.acted[who] = self.seen[who]
+            self._drop_labelled()
             key = self.shown.pop(who, None)
             if key not in self.open:
                 taken = {self.shown.get(other) for other in self.here()}
@@ -93,6 +95,14 @@ class LabelQueue:
                 return None
             self.shown[who] = key
             return self.open[key]
+
+    def _drop_labelled(self) -> None:
+        """Another run that has the same file of labels may have asked for them, too."""
+        labelled = [key for key in self.open if self.labels.find(key)]
+        for key in labelled:
+            del self.open[key]
+        if labelled:
+            self.changed.notify_all()
 
     def here(self) -> set[str]:
         """Who is at a page that is open."""
@@ -109,17 +119,21 @@ class LabelQueue:
             return None if self.closed else self.next(who)
 
     def answer(self, who: str, key: str, value: str) -> bool:
-        """Keeps the label `value`, a key of the scale or "skip"; False if it comes too late."""
+        """Keeps the label `value`, a key of the scale or "skip"; False if it comes too late.
+
+        It does where the question is gone, or where another run has put a label into the file.
+        """
         with self.changed:
             question = self.open.get(key)
             if question is None or (value != "skip" and value not in self.values):
                 return False
             score = None if value == "skip" else self.values[value]
-            self.labels.add(question.prompt, question.completion, score, who)
+            kept = self.labels.add(question.prompt, question.completion, score, who)
             del self.open[key]
-            self.given.setdefault(who, []).append(question)
+            if kept:
+                self.given.setdefault(who, []).append(question)
             self.changed.notify_all()
-            return True
+            return kept
 
     def undo(self, who: str) -> bool:
         """Opens again what `who` answered last, for `who`; False if its batch has gone on."""

@@ -1,4 +1,4 @@
-"""What people answered, on disk as it is given: a kill loses none, and nothing is asked twice."""
+"""What people answered, on disk as it is given: a kill loses none, and none is asked for again."""
 
 import hashlib
 import json

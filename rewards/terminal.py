@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from rewards.label_queue import NAMES, UNDO_EXPIRED, LabelQueue, Question
+from rewards.label_queue import NAMES, TOO_LATE, UNDO_EXPIRED, LabelQueue, Question
 
 WHO = "terminal"
 GONE = (
@@ -64,8 +64,8 @@ class Terminal:
             if key == "u":
                 if not self.queue.undo(WHO):
                     self._write(f"{UNDO_EXPIRED}\n")
-            elif key:
-                self.queue.answer(WHO, question.key, "skip" if key == "s" else key)
+            elif key and not self.queue.answer(WHO, question.key, "skip" if key == "s" else key):
+                self._write(f"{TOO_LATE}\n")
 
     def _key_for(self, question: Question) -> str | None:
         """The first key that means something; None if the question goes away."""

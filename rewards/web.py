@@ -23,7 +23,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
 from pydantic import BaseModel
 from tqdm import tqdm
 
-from rewards.label_queue import NAMES, UNDO_EXPIRED, LabelQueue
+from rewards.label_queue import NAMES, TOO_LATE, UNDO_EXPIRED, LabelQueue
 
 PAGE = Path(__file__).with_name("page.html")
 EVERYWHERE = {"0.0.0.0", "::"}  # the machine's names are then not known
@@ -137,7 +137,7 @@ class Page:
         def label(request: Request, answer: Answer) -> dict[str, Any]:
             who = self._labeller(request)
             kept = self.queue.answer(who, answer.key, answer.value)
-            return self._view(who, None if kept else "that one was labelled already, or timed out")
+            return self._view(who, None if kept else TOO_LATE)
 
         @app.post("/undo")
         def undo(request: Request) -> dict[str, Any]:

@@ -216,17 +216,46 @@ def test_each_line_is_drawn_between_two_runs(tmp_path, expected, config, samples
 
 @pytest.mark.parametrize(
     ("asked", "missing", "evidence"),
-    [(2, 0.75, None), (2, 0.9, None), (6, 0.5, "50% of its scores in 40 steps, of which its ASK "
-     "leaves out 25%"), (None, 0.3, "30% of its scores in 40 steps"), (99, 0.1, None)],
+    [(2, 0.75, None), (2, 0.9, None), (6, 0.5, "50% of its scores in 40 steps; its ASK leaves out "
+     "25% of all scores"), (None, 0.3, "30% of its scores in 40 steps"), (99, 0.1, None)],
 )  # fmt: skip
 def test_what_nobody_was_asked_about_is_not_missing(tmp_path, asked, missing, evidence):
-    people = {"TYPE": "human", "NAME": "anna", "WEIGHT": 1.0, "ASK": asked}
+    people = {"TYPE": "human", "NAME": "anna", "WEIGHT": 1.0, "ASK": asked, "TIMEOUT": 60.0}
     run = a_run(
         tmp_path, {"REWARDS": [people], "BATCH_SIZE": 8}, **{"rewards/anna/missing": missing}
     )
     found = [each for each in findings(read_run(run)) if each.kind == "reward missing"]
     assert [each.evidence for each in found] == ([evidence] if evidence else [])
     assert all("TIMEOUT of 'anna'" in each.advice for each in found)
+
+
+FEW = "and its head had fewer than the 20 labels that it needs"
+SET = "or set LABELS to a file that has 20 labels of the same QUESTION"
+IN_TIME, SKIP = "raise TIMEOUT of 'anna'", "change QUESTION of 'anna' so that people skip fewer"
+
+
+@pytest.mark.parametrize(
+    ("keys", "head_from", "why", "advice"),
+    [
+        ({"TIMEOUT": 4.0}, None, "people skipped them, or gave no label in time",
+         f"{IN_TIME}, or let a head fill in (REWARD_MODEL online)"),
+        ({"TIMEOUT": None}, None, "people skipped them",
+         f"{SKIP}, or let a head fill in (REWARD_MODEL online)"),
+        ({"TIMEOUT": 4.0, "REWARD_MODEL": "online"}, None,
+         f"people skipped them, or gave no label in time, {FEW}", f"{IN_TIME}, {SET}"),
+        ({"TIMEOUT": None, "REWARD_MODEL": "online"}, 31,
+         f"people skipped them, {FEW} before step 31", f"{SKIP}, {SET}"),
+    ],
+)  # fmt: skip
+def test_what_to_do_about_labels_that_are_missing(tmp_path, keys, head_from, why, advice):
+    people = {"TYPE": "human", "NAME": "anna", "WEIGHT": 1.0, "ASK": None} | keys
+    rows = metrics(**{"rewards/anna/missing": 0.5})
+    for row in rows[head_from - 1 :] if head_from else ():
+        row["anna/head_error"] = 0.4
+    run = written_run(tmp_path / "run", rows, KEYS | {"REWARDS": [people]}, samples=texts())
+    (found,) = [each for each in findings(read_run(run)) if each.kind == "reward missing"]
+    assert found.says == f"the reward 'anna' is missing for many completions: {why}"
+    assert found.advice == advice
 
 
 @pytest.mark.parametrize(
@@ -356,19 +385,19 @@ def test_a_line_that_is_broken_in_the_middle_is_not_one_that_ends_the_file(tmp_p
     assert found.kind == "torn line" and found.says == (
         "a file has a line that cannot be read, with whole ones after it"
     )
-    assert found.evidence == "line 6 of metrics.jsonl: no JSON; metrics.jsonl lacks steps 6, 7"
+    assert found.evidence == "line 6 of metrics.jsonl: no JSON; metrics.jsonl lacks steps 6 and 7"
     assert "RESUME" not in found.advice and "delete the line" in found.advice
     assert adaptiverl(["explain", str(run)]) == 0
     said = capsys.readouterr().out
     assert f"{run}: steps 1 to 40 of 40, finished\n" in said
-    assert "\nlost         metrics.jsonl lacks steps 6, 7\n" in said
-    assert write_report(run).read_text().count("metrics.jsonl lacks steps 6, 7") == 2
+    assert "\nlost         metrics.jsonl lacks steps 6 and 7\n" in said
+    assert write_report(run).read_text().count("metrics.jsonl lacks steps 6 and 7") == 2
     del lines[5]
     (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     assert adaptiverl(["doctor", str(run)]) == 0
     head, second, *_ = capsys.readouterr().out.splitlines()
     assert head == f"{run}: 40 steps of 40, finished"
-    assert second == "metrics.jsonl lacks steps 6, 7"
+    assert second == "metrics.jsonl lacks steps 6 and 7"
 
 
 def test_a_finished_run_that_lost_its_last_line_is_finished(main, settings, capsys):
@@ -641,6 +670,30 @@ def test_a_short_run_is_said_to_be_short(steps, short):
     assert text.startswith(f"This is a short run, of {steps} steps") == short
     assert "the reward rose from" in text
     assert text.count("±") == 2 and text.endswith(". ± is one standard error of the difference.")
+
+
+def test_the_verdict_names_the_steps_of_its_means(tmp_path):
+    """As explain does below, and the report in its tiles."""
+    rows = [
+        {"step": k, "reward": k / 10, "kl_per_completion": k / 2, "lr": 1e-3} for k in range(1, 13)
+    ]
+    for row in rows[::2]:
+        row["held_out/rewards/c/mean"] = 0.5
+    run = written_run(tmp_path / "run", rows, {"STEPS": 12})
+    head = (
+        "This is a short run, of 12 steps, which says little: the reward rose from a mean of 0.25 "
+        "(steps 1 to 4) to 1.05 (steps 9 to 12), ± 0.091, at a mean KL of 5.25 nats per completion "
+        "to the first policy (steps 9 to 12). ± is one standard error of the difference."
+    )
+    said = explain(run)
+    assert said.splitlines()[1] == head
+    assert "\nkl_per_completion 1.25 in steps 1 to 4, 5.25 in steps 9 to 12 (± 0.46)\n" in said
+    assert head in write_report(run).read_text()
+    short = Run(tmp_path, {"STEPS": 8}, rows[:8], [], [], [], [])
+    assert verdict(short, []) == (
+        "This is a short run, of 8 steps, which says little: too few steps to say whether the "
+        "reward moved, at a KL of 4 nats per completion to the first policy (step 8)."
+    )
 
 
 def test_of_too_few_steps_the_verdict_says_so(tmp_path):

@@ -23,6 +23,7 @@ import pytest
 from conftest import ENVIRONMENT, ROOT, read_jsonl
 from warm import Server
 
+from adaptiverl.commands.doctor import doctor
 from rewards import CompositeReward, HumanReward, Interrupted, Reward
 from rewards.head import MIN_LABELS, RidgeHead
 from rewards.label_queue import LabelQueue, Question
@@ -144,6 +145,23 @@ def test_what_is_no_answer_is_refused(queue):
     assert not queue.answer("ann", "no such key", "+")
     assert queue.answer("ann", key, "+")
     run.join()
+
+
+def test_what_another_run_has_had_labelled_is_not_shown(queue):
+    """It has the same file of labels, and asked at the same time."""
+    run = asked(queue, "x", "y", "z")
+    x = queue.next("ann")
+    queue.labels.add("p", "x", -1.0, "of another run")
+    assert not queue.answer("ann", x.key, "+"), "she is told"
+    assert not queue.undo("ann"), "it is not hers"
+    queue.labels.add("p", "y", -1.0, "of another run")
+    z = queue.next("ann")
+    assert z.completion == "z" and list(queue.open) == [z.key]
+    queue.labels.add("p", "z", None, "of another run")
+    assert queue.next("ann") is None
+    run.join()
+    find = queue.labels.find
+    assert [find(q.key) for q in questions(queue, "x", "y", "z")] == [(-1.0,), (-1.0,), (None,)]
 
 
 def test_after_the_timeout_what_is_left_is_taken_away(queue):
@@ -408,6 +426,48 @@ def test_a_composite_hands_people_the_others_scores(human):
     assert composite.quarantined["length"] == 1, "counted once"
 
 
+def test_labels_that_a_resumed_run_does_not_find_are_named(human, tmp_path):
+    reward, _ = human()
+    call(reward, ["a", "b"])
+    kept = json.loads(json.dumps(reward.state_dict()))
+    reward.load_state_dict(kept)
+    assert reward.lost_labels() is None
+    other, _ = human(labels=str(tmp_path / "new.sqlite"))
+    call(other, ["b"])
+    other.load_state_dict(kept)
+    assert other.lost_labels() == (
+        f"'human': 1 of the last 2 labels of this run are not in its LABELS {other.labels}. Put "
+        "their file back, or set LABELS to it, and resume again"
+    )
+
+
+def test_a_run_that_goes_on_without_its_labels_says_so(
+    main, run_parts, settings, tmp_path, caplog, capsys
+):
+    def keys(labels: str, **more) -> dict:
+        spec = {"TYPE": "human", "WHERE": "web", "PORT": 0, "LABELS": str(tmp_path / labels)}
+        return settings | {"REWARDS": [spec | more], "RESUME": "auto"}
+
+    people = []
+
+    def answered(parts):
+        people.append(Robot(parts.scoring.rewards.rewards["human"].queue, lambda text: "+"))
+        return parts
+
+    assert run_parts(keys("labels.sqlite") | {"STEPS": 1}, answered) == 0
+    people[0].thread.join()
+    caplog.clear()
+    assert main(keys("new.sqlite", TIMEOUT=0.05) | {"STEPS": 2}) == 0
+    message = (
+        f"'human': 8 of the last 8 labels of this run are not in its LABELS "
+        f"{tmp_path / 'new.sqlite'}. Put their file back, or set LABELS to it, and resume again"
+    )
+    assert f"step 1: {message}" in caplog.messages
+    event = {"step": 1, "kind": "labels lost", "message": message, "action": "warn"}
+    assert event in read_jsonl(tmp_path / "run/events.jsonl")
+    assert f"\n   evidence: from step 2 on: {message}\n" in doctor(tmp_path / "run")[0]
+
+
 # The head
 
 
@@ -542,6 +602,23 @@ def test_a_question_that_goes_away_says_why(pseudo):
     assert os.read(master, 4096).decode() == "no answer within TIMEOUT\r\n"
 
 
+def test_who_answers_too_late_is_told(pseudo):
+    terminal, master = pseudo
+    terminal.start()
+    queue = terminal.queue
+    run = ThreadPoolExecutor(1).submit(queue.ask, questions(queue, "x"), None)
+    shown = ""
+    while "[u] undo" not in shown:
+        shown += os.read(master, 4096).decode()
+    queue.labels.add("p", "x", -1.0, "of another run")
+    os.write(master, b"5")
+    run.result(60)
+    queue.close()
+    terminal.close()
+    said = os.read(master, 4096).decode()
+    assert said == "5\r\nthat one was labelled already, or timed out\r\n"
+
+
 @pytest.mark.parametrize("when", ["before a question", "before a key"])
 def test_a_terminal_that_goes_away_stops_the_run_and_is_named(queue, when, monkeypatch):
     """Its window was closed, and the run does not end by that (nohup)."""
@@ -659,6 +736,12 @@ def test_labelling_on_the_terminal(typist, settings, tmp_path):
     assert person.shown.endswith("RESUME=auto tries again\n")
     assert "paused before step 2: stopped while people were asked. Saved in" in person.shown
     assert termios.tcgetattr(person.slave) == person.modes, "the terminal is as it was"
+    run = tmp_path / "run"
+    head, found = doctor(run)[0].split("\n", 1)
+    assert head == f"{run}: 1 step of 3, stopped by SIGINT after step 1"
+    assert "failed" not in found and re.findall(r"^\d\. .*", found, re.MULTILINE) == [
+        "1. the reward 'human' is missing for many completions: people skipped them"
+    ]
 
     samples = read_jsonl(tmp_path / "run/samples.jsonl")
     assert [row["rewards/human"] for row in samples] == [1.0, 1.0, None, -1.0]

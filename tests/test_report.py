@@ -11,7 +11,9 @@ import pytest
 from conftest import ENVIRONMENT, ROOT, read_jsonl, without_clock, written_run
 
 from adaptiverl.__main__ import main as adaptiverl
+from adaptiverl.commands.curves import read_run
 from adaptiverl.commands.report import write_report
+from adaptiverl.commands.report_charts import report_charts
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 needs_browser = pytest.mark.skipif(not CHROMIUM, reason="no chromium on this machine")
@@ -229,11 +231,28 @@ def test_the_page_is_one_file_that_names_no_other(tmp_path):
     page = write_report(a_run(tmp_path / "run")).read_text()
     assert not re.search(r"""(?:src|href)=["']?(?!["'#]|data:,)""", page), "nothing is loaded"
     assert not re.search(r"https?://", page)
-    assert "In 40 steps the reward rose from 0.5" in page
+    assert "In 40 steps the reward rose from a mean of 0.5" in page
     for title in ("Reward", "Held-out rewards", "Share of each component", "Entropy", "Length"):
         assert f"<h3>{title}</h3>" in page
     assert 'role="img" aria-label="Reward. reward: 0.4' in page, "told to who does not see it"
     assert "rewards were equal" in page and "× 5.5e+11 in 39 steps" in page
+
+
+@pytest.mark.parametrize(
+    ("steps", "said"),
+    [
+        ((), "0 of 40 updates."),
+        ((7,), "1 of 40 updates: step 7."),
+        ((1, 7), "2 of 40 updates: steps 1 and 7."),
+        ((1, 2, 5, 6, 7, 9), "6 of 40 updates: steps 1, 2, 5 to 7 and 9."),
+        ((1, 3, 5, 7, 9, 11, 13), "7 of 40 updates: first in steps 1, 3, 5, 7, 9 and 11."),
+    ],
+)
+def test_the_steps_that_the_line_search_scaled_are_named(tmp_path, steps, said):
+    rows = metrics(40, update_scale=lambda k: 0.5 if k in steps else 1.0)
+    charts = report_charts(read_run(written_run(tmp_path / "run", rows, CONFIG)))
+    (note,) = [chart.note for chart in charts if chart.title == "Learning rate"]
+    assert note == f"The line search scaled {said}"
 
 
 def test_what_a_model_writes_stays_text(tmp_path):

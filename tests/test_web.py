@@ -161,6 +161,22 @@ def test_a_second_answer_and_an_undo_too_many_change_nothing(reward):
     assert run.result == [-1.0, 1.0]
 
 
+def test_who_labels_what_another_run_has_had_labelled_is_told(reward):
+    run, client = Waiting(reward, "a", "b"), Client(reward)
+    client.enter()
+    item = json.loads(client.request("GET", "/next")[1])["item"]
+    assert item["completion"] == "a"
+    reward.queue.labels.add("Say ", "a", -1.0, "of another run")
+    answer = {"key": item["key"], "value": "+"}
+    text = client.request("POST", "/label", answer, Origin=f"http://{client.host}")[1]
+    view = json.loads(text)
+    assert view["message"] == "that one was labelled already, or timed out"
+    assert (view["done"], view["item"]["completion"]) == (0, "b")
+    assert client.post("/label", {"key": view["item"]["key"], "value": "+"}) == 200
+    run.join()
+    assert run.result == [-1.0, 1.0]
+
+
 def test_other_sites_and_names_get_nowhere(reward):
     run, client = Waiting(reward, "a"), Client(reward)
     cookie = client.enter()

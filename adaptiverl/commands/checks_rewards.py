@@ -3,7 +3,8 @@
 import statistics
 from collections.abc import Iterator
 
-from adaptiverl.commands.curves import Row, Run
+from adaptiverl.commands.checks_people import labels_lost, left_out_by_ask, unlabelled
+from adaptiverl.commands.curves import Run
 from adaptiverl.commands.finding import Finding
 from adaptiverl.commands.sample_facts import SampleFacts
 from adaptiverl.files.console import counted
@@ -18,6 +19,7 @@ FELL = 0.2  # and the share of its first value that a held-out reward lost: less
 
 
 def reward_findings(run: Run, facts: SampleFacts) -> Iterator[Finding]:
+    yield from labels_lost(run)
     yield from _missing(run)
     yield from _too_large(run, facts)
     yield from _flat(run, facts)
@@ -31,7 +33,7 @@ def _missing(run: Run) -> Iterator[Finding]:
         name = reward["NAME"]
         rows = [row.get(f"rewards/{name}/missing", 0.0) for row in run.metrics]
         share = statistics.mean(rows) if rows else 0.0
-        left_out = _left_out(run, reward)
+        left_out = left_out_by_ask(run, reward)
         if share - left_out < MISSING:
             continue
         odd = next((row for row in run.metrics if row.get(f"rewards/{name}/quarantined")), None)
@@ -39,13 +41,12 @@ def _missing(run: Run) -> Iterator[Finding]:
         if odd:
             why = f"it gives NaN, infinity or numbers beyond 1e16, first in step {odd['step']}"
         elif reward["TYPE"] == "human":
-            why = "people skipped them, or gave no label in time"
-            advice = f"raise TIMEOUT of {name!r}, or let a head fill in (REWARD_MODEL online)"
+            why, advice = unlabelled(run, reward)
         yield Finding(
             "reward missing",
             f"the reward {name!r} is missing for many completions: {why}",
             f"{share:.0%} of its scores in {counted(len(rows), 'step')}"
-            + (f", of which its ASK leaves out {left_out:.0%}" if left_out else ""),
+            + (f"; its ASK leaves out {left_out:.0%} of all scores" if left_out else ""),
             advice,
         )
 
@@ -96,13 +97,6 @@ def _largest_sum(run: Run) -> float:
         means = map(abs, run.values(f"rewards/{reward['NAME']}/mean"))
         total += max(map(abs, weights)) * max(means, default=0.0)
     return total
-
-
-def _left_out(run: Run, reward: Row) -> float:
-    """The share of the completions that nobody is asked about, because ASK says so."""
-    size = run.config.get("BATCH_SIZE", 0)
-    asked = reward.get("ASK") if reward["TYPE"] == "human" else None
-    return max(1 - asked / size, 0.0) if asked and size else 0.0
 
 
 def _flat(run: Run, facts: SampleFacts) -> Iterator[Finding]:

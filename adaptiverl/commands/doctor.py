@@ -18,7 +18,8 @@ from adaptiverl.files.console import counted
 ORDER = (
     "torn line", "no number", "config", "killed", "judge", "reward raises", "rate zero",
     "rate held",
-    "gradient not finite", "gradient zero", "rate too large", "reward missing", "hacked",
+    "gradient not finite", "gradient zero", "rate too large", "labels lost", "reward missing",
+    "hacked",
     "conflict", "one reward drowns", "dead reward", "prompts cut", "one prompt", "temperature",
     "wrong EOS", "empty completions",
     "KL_COEF too large", "rate too small", "KL explodes", "entropy collapse", "truncated",

@@ -48,14 +48,16 @@ def outcome(run: Run) -> str:
 
 
 def in_words(steps: Sequence[int]) -> str:
-    """`step 3`, `steps 3, 6 to 9`: rising numbers, of which neighbours are put together."""
+    """`step 3`, `steps 3, 4 and 6 to 9`: rising numbers, of which neighbours are put together."""
     parts: list[list[int]] = []
     for step in steps:
         if parts and parts[-1][-1] == step - 1:
             parts[-1].append(step)
         else:
             parts.append([step])
-    texts = [
-        ", ".join(map(str, part)) if len(part) < 3 else f"{part[0]} to {part[-1]}" for part in parts
+    *texts, last = [
+        text
+        for part in parts
+        for text in (map(str, part) if len(part) < 3 else [f"{part[0]} to {part[-1]}"])
     ]
-    return f"step{'s' * (len(steps) > 1)} {', '.join(texts)}"
+    return f"step{'s' * (len(steps) > 1)} " + ", ".join(texts) + " and " * bool(texts) + last

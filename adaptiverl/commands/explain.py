@@ -8,7 +8,7 @@ from adaptiverl.commands.charts import number
 from adaptiverl.commands.curves import SHORT, Row, Run, read_run, smoothed
 from adaptiverl.commands.doctor import findings
 from adaptiverl.commands.endings import in_words, lost, missing, outcome
-from adaptiverl.commands.verdict import ERRORS, verdict
+from adaptiverl.commands.verdict import ERRORS, spans, verdict
 from adaptiverl.config.schema import ConfigError
 from adaptiverl.files.console import counted
 from adaptiverl.optim.rules import reason
@@ -58,23 +58,15 @@ def _ends(run: Run, name: str) -> list[str]:
     known = run.series(name)
     if not known:
         return [f"{name:12} missing in all steps"]
-    steps = [step for step, _ in known]
     seen = run.change(name)
     if seen is None:
         ends = known[:1] + known[1:][-1:]
         return [f"{name:12} " + ", ".join(f"{value:.4g} in step {step}" for step, value in ends)]
-    size = min(10, len(known) // 3)
+    first, last = spans(run, name)
     return [
-        f"{name:12} {seen.first:.4g} in {_span(steps[:size])}, {seen.last:.4g} in "
-        f"{_span(steps[-size:])} (± {number(seen.error, 2)})"
+        f"{name:12} {seen.first:.4g} in {first}, {seen.last:.4g} in {last} "
+        f"(± {number(seen.error, 2)})"
     ]
-
-
-def _span(steps: list[int]) -> str:
-    """`steps 1 to 3`, or `3 steps from 2 to 6` where not each of them had a value."""
-    first, last = steps[0], steps[-1]
-    every = last - first == len(steps) - 1
-    return f"steps {first} to {last}" if every else f"{len(steps)} steps from {first} to {last}"
 
 
 def _rates(run: Run) -> list[str]:

@@ -2,6 +2,7 @@
 
 from adaptiverl.commands.charts import Chart, Points, Series, chart
 from adaptiverl.commands.curves import FIXED, Run
+from adaptiverl.commands.endings import in_words
 
 SHAPES = {
     "completions/distinct_1": "distinct tokens",
@@ -110,8 +111,9 @@ def _rate(run: Run) -> Chart | None:
     note = ""
     if run.series("update_scale"):
         note = f"The line search scaled {len(scaled)} of {len(run.metrics)} updates"
-        note += f": step {', '.join(map(str, scaled[:6]))}" if scaled else ""
-        note += ", …." if len(scaled) > 6 else "."
+        if scaled:
+            note += ": " + "first in " * (len(scaled) > 6) + in_words(scaled[:6])
+        note += "."
     return chart("Learning rate", [Series("rate", points, smooth=False)], log=True, note=note)
 
 

@@ -21,17 +21,20 @@ def verdict(run: Run, found: Sequence[Finding]) -> str:
         return "No step is finished." + wrong
     rose = run.change(run.reward)
     if rose:
-        said = moved("the reward", rose)
+        said = moved("the reward", rose, spans(run, run.reward))
     elif run.values(run.reward):
         said = "too few steps to say whether the reward moved"
     else:
         said = "no completion had a reward"
-    kl = run.late("kl_per_completion")
-    if kl is not None:
-        said += f", at a KL of {number(kl)} nats per completion to the first policy"
+    if known := run.series("kl_per_completion"):
+        (step, kl), seen = known[-1], run.change("kl_per_completion")
+        mean, when = "", f"step {step}"
+        if seen:
+            mean, kl, when = "mean ", seen.last, spans(run, "kl_per_completion")[1]
+        said += f", at a {mean}KL of {number(kl)} nats per completion to the first policy ({when})"
     for name in run.names("held_out/rewards/", "/mean"):
         if held := run.change(name):
-            said += "; " + moved(f"the held-out {name.split('/')[2]}", held)
+            said += "; " + moved(f"the held-out {name.split('/')[2]}", held, spans(run, name))
     begin = f"In {steps} steps "
     if steps < SHORT:
         begin = f"This is a short run, of {steps} step{'s' * (steps > 1)}, which says little: "
@@ -40,9 +43,26 @@ def verdict(run: Run, found: Sequence[Finding]) -> str:
     return begin + said + "." + errors + going + wrong
 
 
-def moved(what: str, seen: Change) -> str:
-    """Rose, fell, or neither beyond its noise."""
-    ends = f"from {number(seen.first)} to {number(seen.last)} (± {number(seen.error, 2)})"
+def moved(what: str, seen: Change, when: tuple[str, str]) -> str:
+    """Rose, fell, or neither beyond its noise; `when` are the steps of both means."""
+    ends = (
+        f"from a mean of {number(seen.first)} ({when[0]}) to {number(seen.last)} ({when[1]}), "
+        f"± {number(seen.error, 2)}"
+    )
     if abs(seen.z) <= SURE:
         return f"{what} did not move beyond its noise, {ends}"
     return f"{what} {'rose' if seen.z > 0 else 'fell'} {ends}"
+
+
+def spans(run: Run, name: str) -> tuple[str, str]:
+    """The first and the last steps that Run.change compares."""
+    steps = [step for step, _ in run.series(name)]
+    size = min(10, len(steps) // 3)
+    return _span(steps[:size]), _span(steps[-size:])
+
+
+def _span(steps: list[int]) -> str:
+    """`steps 1 to 3`, or `3 steps from 2 to 6` where not each of them had a value."""
+    first, last = steps[0], steps[-1]
+    every = last - first == len(steps) - 1
+    return f"steps {first} to {last}" if every else f"{len(steps)} steps from {first} to {last}"

@@ -78,6 +78,10 @@ class Paused(Exception):
     """The step cannot be finished now; a resumed run may finish it. The message says why."""
 
 
+class WaitEnded(Paused):
+    """Paused because the waiting for people or judges was ended, most often by a signal."""
+
+
 class Stopwatch:
     """Seconds between laps, by name; laps of one name add up."""
 

@@ -19,7 +19,7 @@ from adaptiverl.config.schema import ConfigError
 from adaptiverl.files import checkpoint
 from adaptiverl.files.console import counted, printable, say_at_once
 from adaptiverl.files.logs import Row, RunLog
-from adaptiverl.files.process import Paused, StopSignal
+from adaptiverl.files.process import Paused, StopSignal, WaitEnded
 from adaptiverl.training import state
 from adaptiverl.training.advice import bf16_advice, next_commands
 from adaptiverl.training.build import Parts
@@ -77,6 +77,7 @@ class RunFolder:
             self._begin_logs()
             if parts.resumed:
                 self._tell_missing_steps()
+                self._tell_lost_labels()
             if not (parts.resumed and parts.done):
                 resolved = c.model_dump_json(by_alias=True, indent=2)
                 (self.path / "config.json").write_text(resolved + "\n", "utf-8")
@@ -120,6 +121,13 @@ class RunFolder:
             what = f"steps {kept + 1} to {step} are" if step > kept + 1 else f"step {step} is"
             said = f"metrics.jsonl {has}, the checkpoint is of step {step}: {what} missing from it"
             self.parts.guards.event(step, "metrics lost", said, "warn")
+            self.log.replace(checkpoint.EVENTS, self.parts.guards.events)
+
+    def _tell_lost_labels(self) -> None:
+        """Warns where LABELS is not the file that it was: the scores go on as other ones."""
+        assert self.log is not None, "of the main process"
+        for said in self.parts.scoring.lost_labels():
+            self.parts.guards.event(self.parts.progress.step, "labels lost", said, "warn")
             self.log.replace(checkpoint.EVENTS, self.parts.guards.events)
 
     def record(self, metrics: Metrics, samples: list[Row]) -> None:
@@ -196,7 +204,7 @@ class RunFolder:
         step, done, why = self.parts.progress.step, self.parts.done, self.parts.best.why_stop
         name = "" if done else signal.Signals(stopped_by).name
         if not done:
-            self._event("stopped", f"stopped by {name} after step {step}")
+            self._stopped_event(name)
         elif why and step < self.parts.last_step:
             self._show_progress(ended=True)
             self._event("stopped early", f"stopped early after step {step}, {why}")
@@ -214,7 +222,11 @@ class RunFolder:
     def pause(self, reason: Paused, stop: StopSignal) -> int:
         """Saves the run as it was before the step that could not be finished; the exit status."""
         self.parts.progress.step -= 1
-        self._event("paused", str(reason))
+        stopped_by = self.parts.runtime.largest(stop.number)
+        if stopped_by and isinstance(reason, WaitEnded):
+            self._stopped_event(signal.Signals(stopped_by).name)
+        else:
+            self._event("paused", str(reason))
         folder = self.save()
         step = self.parts.progress.step + 1
         why = printable(str(reason))
@@ -228,6 +240,10 @@ class RunFolder:
         if self.log:
             self.log.close()
             self._report()
+
+    def _stopped_event(self, name: str) -> None:
+        """That the signal `name` stopped the run."""
+        self._event("stopped", f"stopped by {name} after step {self.parts.progress.step}")
 
     def _event(self, kind: str, message: str) -> None:
         """A line of events.jsonl on why the run ends; the console says it, too."""

@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 
 import rewards as package
-from adaptiverl.files.process import Paused
+from adaptiverl.files.process import Paused, WaitEnded
 from adaptiverl.rl.chat import completion_of
 from adaptiverl.rl.rollout import Rollout
 from adaptiverl.training.batches import Batch
 from adaptiverl.training.keys import RunConfig
 from adaptiverl.training.metrics import Metrics
 from adaptiverl.training.runtime import Runtime
-from rewards import CompositeReward, FatalJudgeError, Interrupted, Reward
+from rewards import CompositeReward, FatalJudgeError, HumanReward, Interrupted, Reward
 
 # Names that rewards are called with; a column of that name is not passed on.
 RESERVED = {
@@ -108,20 +108,20 @@ class Scoring:
         Raises Paused in all processes.
         """
         own: list[Scores] = []
-        failure = None
+        failure: Paused | None = None
         try:
             with own_settings(self.console):
                 own = [scores() for scores in pending]
         except Interrupted as stopped:
-            failure = str(stopped)
+            failure = WaitEnded(str(stopped))
         except Exception as error:
             name = getattr(error, "__notes__", ["a reward"])[0]
             if frames := _own_frames(error):
                 logging.error("%s failed", name, exc_info=(type(error), error, frames))
-            failure = f"{name} failed ({type(error).__name__}: {error})"
+            failure = Paused(f"{name} failed ({type(error).__name__}: {error})")
         gathered = self.runtime.gather_objects([(own, failure)])
         if failures := [failure for _, failure in gathered if failure]:
-            raise Paused(failures[0])
+            raise failures[0]
         parts = [scores for scores_of_one, _ in gathered for scores in scores_of_one]
         scores = Scores(
             torch.cat([part.trained for part in parts]),
@@ -140,6 +140,12 @@ class Scoring:
         result = self.rewards.report(scores.trained)
         result |= {f"held_out/{name}": value for name, value in held_out.items()}
         return {prefix + name: value for name, value in result.items()}
+
+    def lost_labels(self) -> list[str]:
+        """What a run that goes on has lost of people's labels, in words."""
+        every = [*self.rewards.rewards.values(), *self.held_out.rewards.values()]
+        said = [reward.lost_labels() for reward in every if isinstance(reward, HumanReward)]
+        return [each for each in said if each]
 
     def interrupt(self) -> None:
         """Ends the waiting for people and judges, so that a signal is heeded at once."""
