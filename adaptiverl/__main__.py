@@ -159,7 +159,11 @@ COMMANDS = {
         _evaluate,
         [
             RUN,
-            Argument("--prompts", type=Path, help="file of prompts; else EVAL_FILE or TRAIN_FILE"),
+            Argument(
+                "--prompts",
+                type=Path,
+                help="file of prompts; else EVAL_FILE, EVAL_SPLIT or TRAIN_FILE",
+            ),
             Argument("-n", "--n", type=_count, default=256, help="completions by each model; 256"),
             Argument("--json", type=_file, help="where to write; RUN/evaluation.json if absent"),
             CHECKPOINT,

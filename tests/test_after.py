@@ -379,7 +379,8 @@ def test_the_card_says_what_the_run_was_and_its_code_runs(trained, command, tmp_
     for row in read_jsonl(trained / "metrics.jsonl"):
         assert f"| {row['step']} | {row['reward']:.3f} | {row['kl_per_completion']:z.3f} |" in card
     assert "| regex | 1.0 |" in card and '`PATTERNS` ["th"]' in card
-    assert "`LRATE` | 0.02" in card and "| seen | Any function" in card
+    assert "`LRATE` | 0.02" in card
+    assert "| seen | What the Python function or class `seen_by_reward:seen` returns. |" in card
     assert ("| `LORA_R` | 8 |" in card) == (trained / "final/adapter_config.json").exists()
     assert str(trained.parent) not in card.replace(str(tmp_path), ""), "a path of this machine"
     code = re.search(r"```python\n(.*?)```", card, flags=re.DOTALL)
@@ -516,6 +517,19 @@ def test_a_damaged_checkpoint_is_not_used(copy, command, caplog):
     for name in ("step-000001", "step-000002"):
         damage(copy / name)
     assert used(command, copy) == (2, f"error: all checkpoints in {copy} are damaged\n")
+
+
+def test_a_best_checkpoint_that_is_damaged_is_told_with_the_one_that_is_used(copy, command, caplog):
+    (copy / "step-000001").rename(copy / "best")
+    damage(copy / "best")
+    wrong = f"{copy}/best is damaged ({{}}): using the newest checkpoint, final"
+    assert f"model  {copy}/final, after 2 steps" in used(command, copy)[1]
+    assert caplog.messages == [wrong.format("model.safetensors has changed")]
+    caplog.clear()
+    for file in (copy / "best").glob("*.json"):
+        file.unlink()
+    assert f"model  {copy}/final, after 2 steps" in used(command, copy)[1]
+    assert caplog.messages == [wrong.format("manifest.json is missing")]
 
 
 @pytest.mark.parametrize("name", ["generate", "evaluate", "export"])

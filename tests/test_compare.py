@@ -150,6 +150,45 @@ def test_a_file_that_is_no_page_is_not_replaced(tmp_path, capsys, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("lost", ["a", "b"])
+def test_keys_that_are_not_known_are_not_said_to_be_other_ones(tmp_path, capsys, lost):
+    runs = {name: a_run(tmp_path / name, 0.2, seed) for seed, name in enumerate("abc")}
+    (runs["c"] / "config.json").write_text(json.dumps(KEYS | {"KL_COEF": 0.1}))
+    (runs[lost] / "config.json").unlink()
+    (runs[lost] / "final/run_config.json").write_text("{}")
+    out = tmp_path / "page.html"
+    assert adaptiverl(["compare", *map(str, runs.values()), "--out", str(out)]) == 0
+    text, page = capsys.readouterr().out, out.read_text()
+    said = (
+        f"{runs[lost]}/config.json is missing; put {runs[lost]}/final/run_config.json in its "
+        "place: it has the same keys."
+    )
+    assert f"\n{said}\n" in text and f">{said}<" in page
+    known = "b" if lost == "a" else "a"
+    assert re.search(rf"^key +{known} +c$", text, re.M) and "null" not in text
+    assert re.search(r"^KL_COEF +0\.05 +0\.1$", text, re.M)
+    assert f"b is not compared step by step: the keys of {lost} are not known." in text
+    assert ("c is not compared step by step: the keys of a are not known." in text) == (lost == "a")
+    assert "other SEED" not in text
+    assert f">The rewards are not compared: the keys of {lost} are not known.<" in page
+
+
+def test_two_runs_whose_keys_are_lost_are_not_paired(tmp_path, capsys):
+    runs = [a_run(tmp_path / name, 0.2, seed) for seed, name in enumerate("ab")]
+    (runs[0] / "config.json").unlink()
+    (runs[1] / "config.json").write_text("{")
+    out = tmp_path / "page.html"
+    assert adaptiverl(["compare", *map(str, runs), "--out", str(out)]) == 0
+    text = capsys.readouterr().out
+    copy = "put it back from a copy."
+    assert text.startswith(
+        f"{runs[0]}/config.json is missing; {copy} {runs[1]}/config.json is no JSON object with "
+        f"keys; {copy}\n"
+    )
+    assert "b is not compared step by step: the keys of a and of b are not known." in text
+    assert "no key differs" not in text and "None but OUTPUT_DIR." not in out.read_text()
+
+
 # Curves
 
 

@@ -13,7 +13,7 @@ from tabulate import tabulate
 
 from adaptiverl.commands.charts import Chart, Series, chart, number
 from adaptiverl.commands.curves import Run, change, read_run, smoothed
-from adaptiverl.commands.endings import reached
+from adaptiverl.commands.endings import reached, without_config
 from adaptiverl.commands.pages import is_page, write_page
 from adaptiverl.commands.sample_facts import steps_of
 from adaptiverl.commands.written import check_writable
@@ -54,18 +54,20 @@ def compare(folders: list[Path], out: Path) -> str:
         raise ConfigError(f"{out} exists and was not written by adaptiverl: {hint}")
     names = _names(folders)
     keys, figures = differing_keys(runs), _figures(runs)
+    unknown = " ".join(f"{why}." for run in runs if (why := without_config(run)))
     short = [[_cut(text) for text in line] for line in keys]
     differences, note = _differences(runs, names)
     headers = {
         "figure_names": ["run", "steps", *(_label(name) for name in _shared(runs))],
         "difference_names": ["run", "figure", "steps", "difference", "95 % interval", "verdict"],
-        "key_names": ["key", *names],
+        "key_names": ["key", *(n for n, run in zip(names, runs, strict=True) if run.config)],
     }
     figures = [[name, *line] for name, line in zip(names, figures, strict=True)]
     values = {
         "names": names,
         "verdict": _verdict(runs, names),
         "keys": keys,
+        "keys_note": unknown or ("" if keys else "None but OUTPUT_DIR."),
         "figures": figures,
         "figures_note": FIGURES_NOTE,
         "differences": differences,
@@ -74,7 +76,10 @@ def compare(folders: list[Path], out: Path) -> str:
     }
     write_page("compare.html", out, headers | values)
     parts = [
-        tabulate(short, headers["key_names"], disable_numparse=True) if keys else "no key differs",
+        tabulate(short, headers["key_names"], disable_numparse=True)
+        if keys
+        else "no key differs" * (not unknown),
+        unknown,
         tabulate(figures, headers["figure_names"], disable_numparse=True) + f"\n{FIGURES_NOTE}",
         tabulate(differences, headers["difference_names"], disable_numparse=True)
         if differences
@@ -86,7 +91,8 @@ def compare(folders: list[Path], out: Path) -> str:
 
 
 def differing_keys(runs: list[Run]) -> Table:
-    """[key, its value in each run], of the keys that differ."""
+    """[key, its value in each run], of the keys that differ; without runs whose keys are lost."""
+    runs = [run for run in runs if run.config]
     every = dict.fromkeys(key for run in runs for key in run.config if key not in OWN)
     rows = []
     for key in every:
@@ -115,7 +121,7 @@ def paired(run: Run, other: Run, name: str) -> tuple[float, float, int] | None:
 def are_paired(run: Run, other: Run) -> bool:
     """Whether both see the same prompts in the same steps; a file may have changed in between."""
     same_keys = all(run.config.get(key) == other.config.get(key) for key in PAIRED_BY)
-    return same_keys and _have_same_prompts(run, other)
+    return bool(run.config and other.config) and same_keys and _have_same_prompts(run, other)
 
 
 def _have_same_prompts(run: Run, other: Run) -> bool:
@@ -216,6 +222,11 @@ def _differences(runs: list[Run], names: list[str]) -> tuple[Table, str]:
         )
     for name in unpaired:
         run = runs[names.index(name)]
+        lost = [own for own, each in ((names[0], runs[0]), (name, run)) if not each.config]
+        if lost:
+            of = " and of ".join(lost)
+            notes.append(f"{name} is not compared step by step: the keys of {of} are not known.")
+            continue
         keys = [key for key in PAIRED_BY if run.config.get(key) != runs[0].config.get(key)]
         other = ", ".join(keys) or "prompts"
         notes.append(f"{name} is not compared step by step: other {other}.")
@@ -224,6 +235,9 @@ def _differences(runs: list[Run], names: list[str]) -> tuple[Table, str]:
 
 def _verdict(runs: list[Run], names: list[str]) -> str:
     """Which run ends with the highest reward, where that is beyond the noise of its last steps."""
+    lost = [name for name, run in zip(names, runs, strict=True) if not run.config]
+    if lost:
+        return f"The rewards are not compared: the keys of {', '.join(lost)} are not known."
     if any(run.config.get("REWARDS") != runs[0].config.get("REWARDS") for run in runs):
         return "The runs have different REWARDS, so their rewards are not compared."
     reward = runs[0].reward if len({run.reward for run in runs}) == 1 else "reward"

@@ -36,6 +36,15 @@ def missing(run: Run) -> list[str]:
     return said
 
 
+def without_config(run: Run) -> str | None:
+    """Why the keys of the run are not known, and what to do; None where they are."""
+    if run.config:
+        return None
+    file = run.path / "config.json"
+    wrong = "is no JSON object with keys" if file.exists() else "is missing"
+    return f"{file} {wrong}; {mend_config(run.path) or 'put it back from a copy'}"
+
+
 def outcome(run: Run) -> str:
     """Its state, and what ended it before STEPS or stopped it, where that is known."""
     last = run.events[-1] if run.events else None

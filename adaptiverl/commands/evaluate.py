@@ -6,6 +6,7 @@ Both complete the same prompts from the same random numbers, so that their diffe
 import json
 import math
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,18 @@ from tqdm import tqdm
 
 from adaptiverl.commands.curves import json_object
 from adaptiverl.commands.paired import Estimate, compare, estimate
-from adaptiverl.commands.run_folder import RunReader
+from adaptiverl.commands.run_folder import Checkpoint, RunReader
+from adaptiverl.commands.run_prompts import prompts_of_run, to_evaluate
 from adaptiverl.commands.trained import RunRewards, TrainedModel
 from adaptiverl.commands.written import check_writable, write_whole
+from adaptiverl.config.schema import ConfigError
 from adaptiverl.files.console import counted
-from adaptiverl.rl.data import indices_at, load_prompts
+from adaptiverl.rl.data import indices_at
 from adaptiverl.rl.diversity import distinct
 from adaptiverl.rl.rollout import Rollout, uniforms
 from adaptiverl.training.batches import columns
-from adaptiverl.training.inputs import as_config_error
+from adaptiverl.training.inputs import as_config_error, as_given
+from adaptiverl.training.keys import RunConfig
 from adaptiverl.training.scoring import Scores
 
 Figures = dict[str, dict[str, Any]]  # by name in metrics.jsonl: trained, start, difference, …
@@ -36,28 +40,29 @@ def main(given: Namespace, run: RunReader) -> int:
     """Prints a table and writes it as JSON, into the run's folder unless told otherwise."""
     checkpoint = run.choose(given.checkpoint)
     c = run.config
-    source = str(given.prompts.resolve()) if given.prompts else c.EVAL_FILE or c.TRAIN_FILE
-    key = "--prompts" if given.prompts else "EVAL_FILE" if c.EVAL_FILE else "TRAIN_FILE"
     to = given.json.resolve() if given.json else run.path / "evaluation.json"
     check_writable(to, "name another file by --json")
     seed = c.SEED if given.seed is None else given.seed
     with run.as_started():
-        with as_config_error(key):
-            split = "test" if key == "EVAL_FILE" else "train"
-            prompts = load_prompts(source, c.PROMPT_COLUMN, split)
+        prompts, source = to_evaluate(c, given.prompts)
+        rows = indices_at(0, given.n, len(prompts), seed)
+        firsts: dict[str, int] = {}  # the first row of each prompt, which numbers its cluster
+        texts = (as_given(each, c.SYSTEM) for each in prompts.select(rows)[c.PROMPT_COLUMN])
+        clusters = [firsts.setdefault(text, row) for text, row in zip(texts, rows, strict=True)]
+        counts, said_of_run = _of_run({*firsts}, c, checkpoint)
         model = TrainedModel(c, checkpoint, start=True)
         rewards = RunRewards(model, prompts, source, given.all_rewards, several=False)
         try:
-            figures, missing = measure(model, rewards, prompts, given.n, seed)
+            figures, missing = measure(model, rewards, prompts, rows, clusters, seed)
         finally:
             rewards.close()
     about = {
         "checkpoint": checkpoint.path.name,
         "step": checkpoint.step,
         "prompts": Path(source).name if Path(source).is_absolute() else source,
-        "trained_on": key == "TRAIN_FILE",
         "completions": given.n,
-        "different_prompts": min(given.n, len(prompts)),
+        "different_prompts": len(firsts),
+        **counts,
         "seed": seed,
         "left_out": rewards.left_out,
         "missing": missing,
@@ -67,6 +72,7 @@ def main(given: Namespace, run: RunReader) -> int:
     after = f"after {counted(checkpoint.step, 'step')}"
     print(f"{run.path.name}/{checkpoint.path.name}, {after}: {said} of {about['prompts']}")
     print(table(figures))
+    print(f"trained on  {said_of_run}")
     for name, by in missing.items():
         who = ", ".join(f"{number} of {given.n} {model}" for model, number in by.items())
         print(f"missing   {name}: {who}")
@@ -79,12 +85,30 @@ def main(given: Namespace, run: RunReader) -> int:
     return 0
 
 
+def _of_run(
+    texts: set[str], c: RunConfig, checkpoint: Checkpoint
+) -> tuple[dict[str, int | None], str]:
+    """How many prompts of `texts` the run was trained and evaluated on; the first also in words."""
+    names = ("prompts_trained_on", "prompts_evaluated_on")
+    try:
+        trained, evaluated = prompts_of_run(c, checkpoint)
+    except ConfigError as error:
+        return dict.fromkeys(names), f"not known: {error}"
+    counts = len(texts & trained), len(texts & evaluated)
+    said = f"{counts[0]} of {counted(len(texts), 'prompt')}"
+    return dict(zip(names, counts, strict=True)), said
+
+
 def measure(
-    model: TrainedModel, rewards: RunRewards, prompts: Dataset, size: int, seed: int
+    model: TrainedModel,
+    rewards: RunRewards,
+    prompts: Dataset,
+    rows: list[int],
+    clusters: Sequence[int],
+    seed: int,
 ) -> tuple[Figures, Missing]:
-    """All figures of `size` completions by each model; of all prompts before one comes twice."""
-    c = model.config
-    rows = indices_at(0, size, len(prompts), seed)
+    """All figures of completions of `rows` by each model; `clusters` number their prompts."""
+    c, size = model.config, len(rows)
     numbers = uniforms(seed, 0, size, c.MAX_NEW_TOKENS)
     pending: dict[str, list] = {who: [] for who in MODELS}
     ids: dict[str, list[list[int]]] = {who: [] for who in MODELS}
@@ -110,9 +134,9 @@ def measure(
     figures: Figures = {}
     for name, column in both.items():
         trained, start = column.double().split(size)
-        figures[name] = {k: v._asdict() for k, v in compare(trained, start, rows).items()}
+        figures[name] = {k: v._asdict() for k, v in compare(trained, start, clusters).items()}
     del figures["completions/mean_length"]["win_rate"]
-    figures["kl_per_completion"] = {"trained": estimate(torch.cat(kl), rows)._asdict()}
+    figures["kl_per_completion"] = {"trained": estimate(torch.cat(kl), clusters)._asdict()}
     for n in (1, 2):
         values = {who: Estimate(distinct(ids[who], n), None) for who in MODELS}
         figures[f"completions/distinct_{n}"] = {who: v._asdict() for who, v in values.items()}

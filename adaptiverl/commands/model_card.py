@@ -1,6 +1,7 @@
 """README.md of an exported model: what a run's folder says of it, by a jinja2 template."""
 
 import json
+import logging
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -10,10 +11,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import adaptiverl
 from adaptiverl.commands.run_folder import Checkpoint, RunReader
+from adaptiverl.commands.run_prompts import prompts_of_run
+from adaptiverl.config.schema import ConfigError
+from adaptiverl.files.checkpoint import BEST
 from adaptiverl.files.console import counted
 from adaptiverl.training.inputs import LORA
 from adaptiverl.training.keys import RunConfig
-from rewards import Reward
+from rewards import PythonReward, Reward
 
 ROWS = 10  # of the table of the reward curve
 CURVE = {  # columns of that table, by name in metrics.jsonl
@@ -66,7 +70,7 @@ def model_card(
         chat=run.is_chat,
         checkpoint=checkpoint,
         data=_public(c.TRAIN_FILE),
-        eval_data=c.EVAL_FILE and _public(c.EVAL_FILE),
+        evaluated_on=_evaluated_on(c, checkpoint),
         rewards=[_reward(reward) for reward in c.REWARDS],
         held_out=[_reward(reward) for reward in c.HELD_OUT],
         keys=_keys(c),
@@ -97,7 +101,42 @@ def _reward(reward: Reward) -> dict[str, Any]:
     }
     keys = ", ".join(f"`{key}` {_cell(value)}" for key, value in given.items())
     meaning = " ".join((type(reward).__doc__ or "").split("\n\n")[0].split())
+    if isinstance(reward, PythonReward):
+        meaning = f"What the Python function or class `{reward.function}` returns."
     return {"name": reward.name, "meaning": meaning, "weight": own["WEIGHT"], "given": keys}
+
+
+def _evaluated_on(c: RunConfig, checkpoint: Checkpoint) -> str | None:
+    """Which prompts the run evaluated on, and how many of them it was trained on."""
+    if not c.has_evaluation_prompts:
+        return None
+    if c.EVAL_FILE:
+        said = f"Prompts of `{_public(c.EVAL_FILE)}` were evaluated on."
+    else:
+        said = f"The prompts that `EVAL_SPLIT` {c.EVAL_SPLIT:g} holds out were evaluated on."
+    try:
+        trained, evaluated = prompts_of_run(c, checkpoint)
+    except ConfigError as error:
+        what = "how many of the prompts that were evaluated on the model was trained on"
+        logging.warning("the card does not say %s. %s", what, error)
+        return f"{said} {_trained_on(None, 0)}"
+    return f"{said} {_trained_on(len(evaluated & trained), len(evaluated))}"
+
+
+def _trained_on(count: int | None, total: int) -> str:
+    """A sentence on `count` of `total` different prompts; None where that is not known."""
+    if count is None:
+        return "How many of these prompts the model was trained on is not known."
+    which = {0: "none of these prompts", total: "all of these prompts"}
+    return f"The model was trained on {which.get(count, f'{count} of these {total} prompts')}."
+
+
+def _chosen_on(count: int | None, total: int) -> str:
+    """A sentence on best/ where `count` of `total` prompts chose it; None: it is not known."""
+    if count is None:
+        return "It is not known whether this checkpoint was chosen by its score on these prompts."
+    which = "these prompts" if count == total else f"{count} of these {total} prompts"
+    return f"This checkpoint was chosen by its score on {which}, so its figures are optimistic."
 
 
 def _keys(c: RunConfig) -> dict[str, Any]:
@@ -134,4 +173,10 @@ def _evaluation(run: RunReader, checkpoint: Checkpoint) -> dict[str, Any] | None
     read = json.loads(file.read_text(encoding="utf-8"))
     if read["step"] != checkpoint.step:
         return None
-    return read | {"table": table(read["figures"], "github")}
+    total = read["different_prompts"]
+    # Earlier versions wrote neither of the two counts
+    said = [_trained_on(read.get("prompts_trained_on"), total)]
+    chosen = read.get("prompts_evaluated_on")
+    if checkpoint.path.name == BEST and chosen != 0:
+        said.append(_chosen_on(chosen, total))
+    return read | {"prompts_seen": " ".join(said), "table": table(read["figures"], "github")}

@@ -105,16 +105,16 @@ class RunReader:
                     f"{self.path / name} is damaged ({wrong}): choose another by --checkpoint"
                 )
             return Checkpoint(self.path / name, steps[name])
-        found, kind = None, "best"
-        if "best" in steps:
-            if (wrong := checkpoint.damage(self.path / "best")) is None:
-                found = self.path / "best", steps["best"]
-            else:
-                logging.warning("%s is damaged (%s): not used", self.path / "best", wrong)
-        if found is None:
-            found, kind = checkpoint.newest(self.path), "newest"
+        best = self.path / "best"
+        wrong = checkpoint.damage(best) if best.is_dir() else None
+        kind = "best" if "best" in steps and wrong is None else "newest"
+        found = (best, steps["best"]) if kind == "best" else checkpoint.newest(self.path)
         if found is None:
             raise ConfigError(f"all checkpoints in {self.path} are damaged")
+        if wrong:
+            logging.warning(
+                "%s is damaged (%s): using the newest checkpoint, %s", best, wrong, found[0].name
+            )
         if "final" not in steps:
             logging.warning(
                 "%s has not finished: using its %s checkpoint, %s", self.path, kind, found[0].name

@@ -236,6 +236,8 @@ def damage(folder: Path) -> str | None:
     """What is wrong with the checkpoint in `folder`; None if it is whole."""
     try:
         files = json.loads((folder / MANIFEST).read_text("utf-8"))["files"]
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
     except (OSError, ValueError, KeyError) as error:
         return f"{MANIFEST}: {error}"
     return _damage(folder, files)

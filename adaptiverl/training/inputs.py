@@ -157,18 +157,21 @@ def trained_on(c: RunConfig, train: Dataset, evaluated: Dataset | None) -> str |
     """What is to be said where prompts of EVAL_FILE are trained on, too."""
     if evaluated is None or not c.EVAL_FILE:  # an EVAL_SPLIT has none of them
         return None
-    column, here = c.PROMPT_COLUMN, set(map(_given, train[c.PROMPT_COLUMN]))
-    if not (count := sum(_given(prompt) in here for prompt in evaluated[column])):
+    here, there = (
+        {as_given(prompt, c.SYSTEM) for prompt in rows[c.PROMPT_COLUMN]}
+        for rows in (train, evaluated)
+    )
+    if not (count := len(here & there)):
         return None
     return (
-        f"{count} of {len(evaluated)} prompts of EVAL_FILE are also in TRAIN_FILE: what is "
+        f"{count} of {len(there)} prompts of EVAL_FILE are also in TRAIN_FILE: what is "
         "evaluated on is trained on"
     )
 
 
-def _given(prompt: Prompt) -> str:
-    """What the model is given of it, as one text."""
-    return json.dumps(given_prompt(prompt, None))
+def as_given(prompt: Prompt, system: str | None) -> str:
+    """One text for all prompts of which the model is given the same, after `system`."""
+    return json.dumps(given_prompt(prompt, system), sort_keys=True)
 
 
 def fingerprints(c: RunConfig, train: Dataset, evaluated: Dataset | None) -> dict[str, str]:
