@@ -255,5 +255,6 @@ def test_rewards_are_measured_since_their_code_changed(tmp_path):
     assert [step for step, _ in comparable(run, "kl")] == [*range(1, 21)]
     assert run.change("reward") == (6.0, 6.0, 0.0)
     said = explain(path)
+    assert "from a mean of 6 (steps 11 to 13) to 6 (steps 18 to 20), ± 0." in said
     assert "reward       6 in steps 11 to 13, 6 in steps 18 to 20 (± 0)" in said
     assert "highest      reward 6.000 around step 11, smoothed" in said
