@@ -1,20 +1,29 @@
 """Reward by any Python function with TRL's signature, or by an object that is made once."""
 
+import hashlib
 import importlib
 import inspect
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from types import ModuleType
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
 from rewards.base import Reward
 
 GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
+
+
+class Source(NamedTuple):
+    """The file of a module, and the SHA-256 of what stood in it when it was imported."""
+
+    file: str
+    fingerprint: str
 
 
 class PythonReward(Reward):
@@ -30,6 +39,7 @@ class PythonReward(Reward):
     args: dict[str, Any] = Field({}, description="Keyword arguments of the class or function")
     _function: Callable[..., Any]
     _with_each_call: Mapping[str, Any] = {}
+    _source: Source | None = None
 
     def _default_name(self) -> str:
         return self.function.split(":")[1]
@@ -48,6 +58,7 @@ class PythonReward(Reward):
         if not callable(found := getattr(source, name, None)):
             file = getattr(source, "__file__", None) or "built in"
             raise ValueError(f"module {module} ({file}) has no function {name}")
+        self._source = _source_of(_defining(found) or source)
         makes_rewards = isinstance(found, type) or not (_has_columns(found) or _reads(found))
         self._check_args(found, complete=makes_rewards)
         if makes_rewards:
@@ -104,6 +115,12 @@ class PythonReward(Reward):
             ) from error
 
     @property
+    def source(self) -> Source | None:
+        """Of the module that defines the function or class; None where it has no file."""
+        self.start()
+        return self._source
+
+    @property
     def after_others(self) -> bool:
         self.start()
         return isinstance(self._function, Reward) and self._function.after_others
@@ -136,6 +153,22 @@ def _place(error: BaseException) -> str:
     ]
     own = [frame for frame in frames if frame.filename == frames[0].filename]
     return f"{own[-1].filename}, line {own[-1].lineno}"
+
+
+def _defining(found: Any) -> ModuleType | None:
+    """The module of a function or class, which another may import it from; None of an object."""
+    named = inspect.isroutine(found) or isinstance(found, type)
+    name = getattr(found, "__module__", None) if named else None
+    return sys.modules.get(name or "")
+
+
+@cache
+def _source_of(module: ModuleType) -> Source | None:
+    """Read once: a process goes on with what it has imported, also where the file changes."""
+    file = Path(getattr(module, "__file__", None) or "")
+    if not file.is_file():  # built in, or in a zip file
+        return None
+    return Source(str(file), hashlib.sha256(file.read_bytes()).hexdigest())
 
 
 @contextmanager

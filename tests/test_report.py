@@ -166,7 +166,10 @@ def test_why_a_run_paused_is_in_its_folder_its_report_and_the_doctors_words(
     )
     sys.modules.pop("broken_in_step_three")
     assert main(keys | {"RESUME": "auto"}) == 0
-    assert adaptiverl(["doctor", str(out)]) == 0, "what was mended is not wrong"
+    assert adaptiverl(["doctor", str(out)]) == 1
+    text = capsys.readouterr().out
+    assert "1. the code of a reward has changed in the run" in text
+    assert "2. " not in text, "what was mended is not wrong"
 
 
 # From a folder alone

@@ -262,8 +262,8 @@ def test_killed_at_any_place_of_a_rollback_it_is_the_run_that_was_not(start, spi
     """SIGKILL while later checkpoints go, while the rolled-back one is written, and after."""
     killer = tmp_path / "killer.py"
     killer.write_text(KILLER.format(root=str(ROOT)))
-    # 0 to 2 remove step 6, 6 to 20 replace step 4 (18 is between the renames), 22 the events
-    places = ["0", "2", "9", "18", "20", "22"]
+    # 1 to 3 remove step 6, 8 to 24 replace step 4 (22 is between the renames), 26 the events
+    places = ["0", "2", "9", "22", "24", "26"]
     process = start(spiked, str(tmp_path), *places, program=str(killer))
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err

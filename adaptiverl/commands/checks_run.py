@@ -18,6 +18,7 @@ JUDGES = ("judge", "local_judge")
 
 def run_findings(run: Run, facts: SampleFacts) -> Iterator[Finding]:
     yield from _ended(run)
+    yield from _reward_code(run)
     yield from _taken_back(run)
     yield from _torn(run)
     yield from _odd(run)
@@ -79,6 +80,19 @@ def _start_again(every: int | None) -> str:
     if every == 0:
         return "start it again, with a SAVE_EVERY above 0, so that less is lost the next time"
     return "start it again" + (", with a smaller SAVE_EVERY" if every != 1 else "")
+
+
+def _reward_code(run: Run) -> Iterator[Finding]:
+    if told := [event for event in run.events if event["kind"] == "reward code"]:
+        again = in_words([event["step"] for event in told[1:]]) if told[1:] else ""
+        yield Finding(
+            "reward code",
+            "the code of a reward has changed in the run: rewards before and after cannot be "
+            "compared",
+            f"after step {told[0]['step']}: {told[0]['message']}"
+            + f"; again after {again}" * bool(again),
+            "for rewards that can be compared, a new run with another OUTPUT_DIR",
+        )
 
 
 def _taken_back(run: Run) -> Iterator[Finding]:

@@ -20,6 +20,7 @@ from adaptiverl.optim.rules import parse_rules
 
 Row = dict[str, Any]
 SHORT = 30  # steps; fewer say little
+REWARDS = {"reward", "reward_fixed_scale", "eval/reward", "eval/score"}  # sums of rewards
 FIXED = "on the scale of the first batch, with the last weights"  # what reward_fixed_scale is
 
 
@@ -87,8 +88,11 @@ class Run:
         return [name for name in every if name.startswith(prefix) and name.endswith(suffix)]
 
     def change(self, name: str) -> Change | None:
-        """Over the first and last third, of ten steps at most; None of fewer than three each."""
-        known = self.values(name)
+        """Over the first and last third, of ten steps at most; None of fewer than three each.
+
+        Of a reward whose code has changed, since then.
+        """
+        known = [value for _, value in comparable(self, name)]
         size = min(10, len(known) // 3)
         return change(known[:size], known[-size:]) if size >= 3 else None
 
@@ -138,6 +142,13 @@ class Run:
         from adaptiverl.files import checkpoint  # imports torch
 
         return checkpoint.damage(self.path / "final") is None
+
+
+def comparable(run: Run, name: str) -> list[tuple[int, float]]:
+    """(step, value) wherever the metric is known; of rewards, since the code of one has changed."""
+    since = max((row["step"] for row in run.events if row["kind"] == "reward code"), default=0)
+    is_reward = name in REWARDS or "rewards/" in name
+    return [each for each in run.series(name) if not is_reward or each[0] > since]
 
 
 def read_run(path: Path) -> Run:

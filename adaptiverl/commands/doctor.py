@@ -16,7 +16,8 @@ from adaptiverl.files.console import counted
 
 # What is likely to have caused what follows it here; a kind that is not here comes first
 ORDER = (
-    "torn line", "no number", "config", "killed", "judge", "reward raises", "rate zero",
+    "torn line", "no number", "config", "killed", "judge", "reward raises",
+    "reward code", "rate zero",
     "rate held",
     "gradient not finite", "gradient zero", "rate too large", "labels lost", "reward missing",
     "hacked",

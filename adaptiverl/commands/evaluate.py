@@ -4,6 +4,7 @@ Both complete the same prompts from the same random numbers, so that their diffe
 """
 
 import json
+import logging
 import math
 from argparse import Namespace
 from collections.abc import Sequence
@@ -23,13 +24,14 @@ from adaptiverl.commands.trained import RunRewards, TrainedModel
 from adaptiverl.commands.written import check_writable, write_whole
 from adaptiverl.config.schema import ConfigError
 from adaptiverl.files.console import counted
-from adaptiverl.rl.data import indices_at
+from adaptiverl.rl.data import fingerprint, indices_at
 from adaptiverl.rl.diversity import distinct
 from adaptiverl.rl.rollout import Rollout, uniforms
 from adaptiverl.training.batches import columns
 from adaptiverl.training.inputs import as_config_error, as_given
 from adaptiverl.training.keys import RunConfig
 from adaptiverl.training.scoring import Scores
+from adaptiverl.training.state import changed_rows
 
 Figures = dict[str, dict[str, Any]]  # by name in metrics.jsonl: trained, start, difference, …
 Missing = dict[str, dict[str, int]]  # scores that a reward did not give, by model
@@ -50,6 +52,7 @@ def main(given: Namespace, run: RunReader) -> int:
         texts = (as_given(each, c.SYSTEM) for each in prompts.select(rows)[c.PROMPT_COLUMN])
         clusters = [firsts.setdefault(text, row) for text, row in zip(texts, rows, strict=True)]
         counts, said_of_run = _of_run({*firsts}, c, checkpoint)
+        changed = [] if given.prompts else _changed_rows(c, checkpoint.path, prompts)
         model = TrainedModel(c, checkpoint, start=True)
         rewards = RunRewards(model, prompts, source, given.all_rewards, several=False)
         try:
@@ -65,6 +68,7 @@ def main(given: Namespace, run: RunReader) -> int:
         **counts,
         "seed": seed,
         "left_out": rewards.left_out,
+        "notes": [*changed, *rewards.notes],
         "missing": missing,
         "figures": {name: dict(row) for name, row in figures.items()},
     }
@@ -97,6 +101,19 @@ def _of_run(
     counts = len(texts & trained), len(texts & evaluated)
     said = f"{counts[0]} of {counted(len(texts), 'prompt')}"
     return dict(zip(names, counts, strict=True)), said
+
+
+def _changed_rows(c: RunConfig, checkpoint: Path, prompts: Dataset) -> list[str]:
+    """What is said, and warned of, where the run had other rows in the file of `prompts`."""
+    key = "EVAL_FILE" if c.EVAL_FILE else "EVAL_SPLIT" if c.EVAL_SPLIT else "TRAIN_FILE"
+    if not changed_rows(checkpoint, c, {key: fingerprint(prompts)}):
+        return []
+    said = (
+        f"{c.EVAL_FILE or c.TRAIN_FILE} has other rows than when the run wrote {checkpoint}: these "
+        "figures are not of the prompts that the run had"
+    )
+    logging.warning(said)
+    return [said]
 
 
 def measure(

@@ -5,7 +5,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from adaptiverl.commands.charts import number
-from adaptiverl.commands.curves import SHORT, Row, Run, read_run, smoothed
+from adaptiverl.commands.curves import SHORT, Row, Run, comparable, read_run, smoothed
 from adaptiverl.commands.doctor import findings
 from adaptiverl.commands.endings import in_words, lost, missing, outcome
 from adaptiverl.commands.verdict import ERRORS, spans, verdict
@@ -37,7 +37,7 @@ def explain(folder: Path) -> str:
     lines += ends
     if "±" not in lines[1] and any("±" in line for line in ends):
         lines.append(f"±            {ERRORS.removeprefix('± is ')}")
-    if known := run.series(run.reward):
+    if known := comparable(run, run.reward):
         smooth = smoothed([value for _, value in known])
         best = max(range(len(smooth)), key=smooth.__getitem__)
         lines.append(
@@ -55,7 +55,7 @@ def explain(folder: Path) -> str:
 
 def _ends(run: Run, name: str) -> list[str]:
     """Means over the first and the last steps that are known, with their standard error."""
-    known = run.series(name)
+    known = comparable(run, name)
     if not known:
         return [f"{name:12} missing in all steps"]
     seen = run.change(name)

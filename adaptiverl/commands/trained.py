@@ -21,7 +21,7 @@ from adaptiverl.files.process import Paused
 from adaptiverl.rl.chat import Prompt, PromptError, tokenize
 from adaptiverl.rl.rollout import Rollout
 from adaptiverl.rl.sampling.sampler import Sampler
-from adaptiverl.training import inputs
+from adaptiverl.training import inputs, reward_code
 from adaptiverl.training.build import make_accelerator, make_sampler
 from adaptiverl.training.keys import RunConfig
 from adaptiverl.training.metrics import is_own
@@ -113,6 +113,7 @@ class RunRewards:
     `left_out` says by name which cannot be used, and why: those that ask people or a paid service
     unless `ask_all`, those that compare completions unless there are `several` of each prompt, and
     those that cannot be started or miss a column of `prompts`. `source` names the prompts.
+    `notes` says which have other code than in the run, and so does a warning.
     """
 
     def __init__(
@@ -148,6 +149,14 @@ class RunRewards:
             made[key] = CompositeReward(rewards, reserved=is_own)
             made[key].load_state_dict(saved[state])
         self.step, self.trained, self.held_out = model.checkpoint.step, *made.values()
+        self.notes: list[str] = []
+        now = reward_code.sources(self.trained, self.held_out)
+        if other := reward_code.changed(model.checkpoint.path, now):
+            self.notes.append(
+                f"the code of {reward_code.in_words(c, other)} has changed since the run wrote "
+                f"{model.checkpoint.path}: these scores are not those of the run"
+            )
+            logging.warning(self.notes[0])
         self.scoring = Scoring(c, model.runtime, self.trained, self.held_out, self.step)
 
     def begin(

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from adaptiverl.commands.charts import number
-from adaptiverl.commands.curves import SHORT, Change, Run
+from adaptiverl.commands.curves import SHORT, Change, Run, comparable
 from adaptiverl.commands.finding import Finding
 
 SURE = 3.0  # standard errors
@@ -56,7 +56,7 @@ def moved(what: str, seen: Change, when: tuple[str, str]) -> str:
 
 def spans(run: Run, name: str) -> tuple[str, str]:
     """The first and the last steps that Run.change compares."""
-    steps = [step for step, _ in run.series(name)]
+    steps = [step for step, _ in comparable(run, name)]
     size = min(10, len(steps) // 3)
     return _span(steps[:size]), _span(steps[-size:])
 

@@ -201,12 +201,24 @@ def set_aside(output_dir: Path) -> None:
     Other files stay: labels, judgements and the folders of other runs may be beside it.
     """
     if holds_run(output_dir):
-        taken = [int(path.name[8:]) for path in output_dir.glob("earlier-[0-9][0-9][0-9]")]
-        place = output_dir / f"earlier-{max(taken, default=0) + 1:03d}"
-        place.mkdir()
+        place = _earlier(output_dir)
         for path in [path for name in WRITTEN for path in output_dir.glob(name)]:
             path.rename(place / path.name)
         log.warning("%s held an earlier run: it is now in %s", output_dir, place)
+
+
+def set_best_aside(output_dir: Path) -> Path | None:
+    """Moves best/ alone into the next of earlier-001, -002, …; where it is now, if there is one."""
+    best = output_dir / BEST
+    return best.rename(_earlier(output_dir) / BEST) if best.exists() else None
+
+
+def _earlier(output_dir: Path) -> Path:
+    """Makes the next of earlier-001, -002, …"""
+    taken = [int(path.name[8:]) for path in output_dir.glob("earlier-[0-9][0-9][0-9]")]
+    place = output_dir / f"earlier-{max(taken, default=0) + 1:03d}"
+    place.mkdir()
+    return place
 
 
 def prune(

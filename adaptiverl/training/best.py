@@ -40,6 +40,11 @@ class Best:
         elif score is not None:
             self.since += 1
 
+    def forget(self) -> None:
+        """Rewards are on another scale from here on: what comes is not compared with these."""
+        self.best_step, self.best_score, self.since = None, None, 0
+        self.recent.pop("reward", None)
+
     @property
     def why_stop(self) -> str | None:
         """The key that ends the run now, and its evidence; None if it goes on."""

@@ -37,6 +37,7 @@ from adaptiverl.training.guards import Guards
 from adaptiverl.training.inputs import as_config_error
 from adaptiverl.training.keys import RULE_KEYS, RunConfig
 from adaptiverl.training.probe import Precision
+from adaptiverl.training.reward_code import Sources, changed, sources, trains
 from adaptiverl.training.runtime import Runtime
 from adaptiverl.training.scoring import Scoring
 
@@ -74,7 +75,9 @@ class Parts:
     progress: state.Progress
     stateful: dict[str, state.Stateful]  # what a checkpoint holds
     prompts: dict[str, str]  # fingerprints of the rows, by the key that names them
+    reward_code: Sources  # of `python` rewards
     resumed: Path | None  # the checkpoint that the run continues
+    other_code: Sources  # those that have changed since the steps up to it
 
     @property
     def done(self) -> bool:
@@ -123,6 +126,7 @@ def build(
     )
     try_rules(c, last_step)
     marks = runtime.from_main(runtime.is_main and inputs.fingerprints(c, prompts, eval_prompts))
+    code = runtime.from_main(sources(rewards, held_out))
     resumed = resume(c, runtime)
     if resumed:
         try:
@@ -161,9 +165,10 @@ def build(
         state.restore(resumed, stateful, mapped=runtime.device.type != "cpu")
         # Loading has given `base` other groups, in which a rollback may have written another rate.
         optimizer.param_groups, optimizer.state = base.param_groups, base.state
+    other_code = changed(resumed, code) if resumed and progress.step else {}
     narrow(optimizer, progress.rollbacks)
     checked.check_at_start(files, precision.sampler_matches_policy)
-    return Parts(
+    parts = Parts(
         runtime=runtime,
         batches=Batches(c, prompts, rows, progress),
         eval_prompts=eval_prompts,
@@ -180,8 +185,15 @@ def build(
         progress=progress,
         stateful=stateful,
         prompts=marks,
+        reward_code=code,
         resumed=resumed,
+        other_code=other_code,
     )
+    if other_code and not parts.done:
+        guards.forget_rewards()
+        if trains(c, other_code):
+            best.forget()
+    return parts
 
 
 def make_accelerator(c: RunConfig, kind: Callable[..., Accelerator] = Accelerator) -> Accelerator:

@@ -20,7 +20,7 @@ from adaptiverl.files import checkpoint
 from adaptiverl.files.console import counted, printable, say_at_once
 from adaptiverl.files.logs import Row, RunLog
 from adaptiverl.files.process import Paused, StopSignal, WaitEnded
-from adaptiverl.training import state
+from adaptiverl.training import reward_code, state
 from adaptiverl.training.advice import bf16_advice, next_commands
 from adaptiverl.training.build import Parts
 from adaptiverl.training.collapse import Collapsed, sound_before
@@ -44,7 +44,9 @@ class RunFolder:
         self._parts: Parts | None = parts
         self.lock: filelock.BaseFileLock | None = None
         self.log: RunLog | None = None  # of the main process
-        self.newest = parts.resumed and self.shown / parts.resumed.name  # what RESUME=auto takes
+        # What RESUME=auto takes; `open` puts back one that a kill left moved away
+        name = parts.resumed and parts.resumed.name.removeprefix(".old-")
+        self.newest = self.shown / name if name else None
         self.interval: list[Metrics] = []  # steps since the last line on the console
 
     @property
@@ -61,7 +63,7 @@ class RunFolder:
                 self.lock = checkpoint.lock(self.path)
             checkpoint.put_back(self.path)
             if parts.resumed:
-                print(f"resumed after step {step} from {self.shown / parts.resumed.name}")
+                print(f"resumed after step {step} from {self.newest}")
                 self._tell_other_length()
                 if step >= c.STEPS:
                     print(f"nothing is left to do: it has {step} steps, and STEPS is {c.STEPS}")
@@ -78,6 +80,7 @@ class RunFolder:
             if parts.resumed:
                 self._tell_missing_steps()
                 self._tell_lost_labels()
+                self._tell_other_code()
             if not (parts.resumed and parts.done):
                 resolved = c.model_dump_json(by_alias=True, indent=2)
                 (self.path / "config.json").write_text(resolved + "\n", "utf-8")
@@ -93,8 +96,8 @@ class RunFolder:
     def _tell_other_length(self) -> None:
         """Says it where the trust region's target falls over other steps than before."""
         c, parts, region = self.config, self.parts, self.parts.optimizer.trust_region
-        assert parts.resumed is not None, "or there is no length before"
-        kept = json.loads((parts.resumed / "run_config.json").read_text("utf-8"))
+        assert self.newest is not None, "or there is no length before"
+        kept = json.loads((self.path / self.newest.name / "run_config.json").read_text("utf-8"))
         before = c.model_copy(update={key: kept[key] for key in ("STEPS", "EPOCHS") if key in kept})
         steps, last = last_step_of(before, len(parts.batches.prompts)), parts.last_step
         if region and region.steps and steps != last and not parts.done:
@@ -129,6 +132,26 @@ class RunFolder:
         for said in self.parts.scoring.lost_labels():
             self.parts.guards.event(self.parts.progress.step, "labels lost", said, "warn")
             self.log.replace(checkpoint.EVENTS, self.parts.guards.events)
+
+    def _tell_other_code(self) -> None:
+        """Warns where rewards have other code than before; a best/ of before is put aside."""
+        c, parts, step = self.config, self.parts, self.parts.progress.step
+        assert self.log is not None and self.newest is not None, "of the main process, resumed"
+        if not parts.other_code or parts.done:
+            return
+        said = (
+            f"the code of {reward_code.in_words(c, parts.other_code)} has changed since the "
+            f"checkpoint of step {step}: rewards up to this step and after it cannot be compared"
+        )
+        is_best = self.newest.name == checkpoint.BEST  # all that is left
+        place = None
+        if reward_code.trains(c, parts.other_code) and not is_best:
+            place = checkpoint.set_best_aside(self.path)
+        if place:
+            said += f". best/ is of before: it is now {self.shown / place.relative_to(self.path)}"
+        said += ". For rewards that can be compared, start a new run with another OUTPUT_DIR"
+        parts.guards.event(step, "reward code", said, "warn")
+        self.log.replace(checkpoint.EVENTS, parts.guards.events)
 
     def record(self, metrics: Metrics, samples: list[Row]) -> None:
         """Writes the step to the run's files and the trackers, and a line to the console."""
@@ -184,6 +207,8 @@ class RunFolder:
                 resolved = self.config.model_dump_json(by_alias=True)
                 (where / "run_config.json").write_text(resolved, "utf-8")
                 (where / state.PROMPTS).write_text(json.dumps(parts.prompts), "utf-8")
+                marks = {name: code.fingerprint for name, code in parts.reward_code.items()}
+                (where / reward_code.FILE).write_text(json.dumps(marks), "utf-8")
                 torch.save(saved, where / "trainer.pt")
                 if evaluation is not None:
                     shown = {k: v for k, v in evaluation.items() if k.startswith("eval/")}

@@ -111,6 +111,12 @@ class Guards:
         proven = sound_before(self.sound_steps, step)
         return {saved for saved in self.sound_steps if saved >= max(proven, default=0)}
 
+    def forget_rewards(self) -> None:
+        """Rewards are on another scale from here on: no trend goes across."""
+        for known in (self.first, self.series):
+            for name in filter(_is_reward, list(known)):
+                del known[name]
+
     def _found(self, reward: Tensor, advantage: Tensor, metrics: Metrics) -> Iterator[Finding]:
         self._remember(metrics)
         yield from self._of_update(advantage, metrics)

@@ -135,18 +135,26 @@ def refuse_changes(
             f"RESUME: {'; '.join(said)}. A resumed run continues as it was. For another run, start "
             f"a new one with MODEL={folder} and another OUTPUT_DIR"
         )
+    for key in changed_rows(folder, c, prompts):
+        name = now[key] if key.endswith("FILE") else c.TRAIN_FILE
+        also = ", or give the new ones another name" if key == "EVAL_FILE" else ""
+        raise ConfigError(
+            f"RESUME: {name} has other rows than when {folder} was written. A resumed run "
+            f"continues as it was: put its rows back{also}. For another run, start a new one "
+            f"with MODEL={folder} and another OUTPUT_DIR"
+        )
+
+
+def changed_rows(folder: Path, c: RunConfig, prompts: Mapping[str, str]) -> list[str]:
+    """The keys of `prompts`, which are fingerprints, that the checkpoint has otherwise."""
     file = folder / PROMPTS  # earlier versions wrote none
     rows = json.loads(file.read_text("utf-8")) if file.exists() else {}
-    for key in rows.keys() & prompts.keys():
-        # EVAL_FILE may be another one
-        if rows[key] != prompts[key] and before[key] == now[key]:
-            name = now[key] if key.endswith("FILE") else c.TRAIN_FILE
-            also = ", or give the new ones another name" if key == "EVAL_FILE" else ""
-            raise ConfigError(
-                f"RESUME: {name} has other rows than when {folder} was written. A resumed run "
-                f"continues as it was: put its rows back{also}. For another run, start a new one "
-                f"with MODEL={folder} and another OUTPUT_DIR"
-            )
+    before = json.loads((folder / "run_config.json").read_text("utf-8"))
+    return [
+        key
+        for key in rows.keys() & prompts.keys()
+        if rows[key] != prompts[key] and before[key] == getattr(c, key)  # EVAL_FILE may be another
+    ]
 
 
 def _changes(name: str, before: Any, now: Any) -> list[str]:
