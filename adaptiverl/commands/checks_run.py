@@ -91,7 +91,8 @@ def _reward_code(run: Run) -> Iterator[Finding]:
             "compared",
             f"after step {told[0]['step']}: {told[0]['message']}"
             + f"; again after {again}" * bool(again),
-            "for rewards that can be compared, a new run with another OUTPUT_DIR",
+            "for rewards that can be compared, a new run with another OUTPUT_DIR; nothing where "
+            "only an error was corrected",
         )
 
 

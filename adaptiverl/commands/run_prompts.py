@@ -3,7 +3,6 @@
 Leaves out which rows a step takes (rl/data.py).
 """
 
-import json
 from pathlib import Path
 
 from datasets import Dataset
@@ -13,7 +12,7 @@ from adaptiverl.config.schema import ConfigError
 from adaptiverl.rl.data import load_prompts
 from adaptiverl.training import inputs
 from adaptiverl.training.keys import RunConfig
-from adaptiverl.training.state import PROMPTS
+from adaptiverl.training.state import changed_rows
 
 
 def to_evaluate(c: RunConfig, given: Path | None) -> tuple[Dataset, str]:
@@ -36,11 +35,8 @@ def prompts_of_run(c: RunConfig, checkpoint: Checkpoint) -> tuple[set[str], set[
     rows are others than those that `checkpoint` was trained on.
     """
     train, evaluated = inputs.prompt_files(c)
-    file = checkpoint.path / PROMPTS  # earlier versions wrote none
-    before = json.loads(file.read_text("utf-8")) if file.exists() else {}
-    for key, mark in inputs.fingerprints(c, train, evaluated).items():
-        if before.get(key, mark) != mark:
-            raise ConfigError(f"{key}: the rows have changed since the run")
+    if keys := changed_rows(checkpoint.path, c, inputs.fingerprints(c, train, evaluated)):
+        raise ConfigError(f"{' and '.join(keys)}: the rows have changed since the run")
     both = (rows[c.PROMPT_COLUMN] if rows else [] for rows in (train, evaluated))
     trained, held_out = ({inputs.as_given(each, c.SYSTEM) for each in rows} for rows in both)
     return trained, held_out

@@ -20,12 +20,12 @@ from adaptiverl.files import checkpoint
 from adaptiverl.files.console import counted, printable, say_at_once
 from adaptiverl.files.logs import Row, RunLog
 from adaptiverl.files.process import Paused, StopSignal, WaitEnded
-from adaptiverl.training import reward_code, state
+from adaptiverl.training import resumed, reward_code, state
 from adaptiverl.training.advice import bf16_advice, next_commands
 from adaptiverl.training.build import Parts
 from adaptiverl.training.collapse import Collapsed, sound_before
 from adaptiverl.training.environment import add_environment
-from adaptiverl.training.inputs import adapters_own, as_config_error, last_step_of
+from adaptiverl.training.inputs import adapters_own, as_config_error
 from adaptiverl.training.keys import RunConfig
 from adaptiverl.training.metrics import Metrics, dynamics_lines, interval_means, step_line
 from adaptiverl.training.progress import progress_rows
@@ -62,9 +62,10 @@ class RunFolder:
             with as_config_error("OUTPUT_DIR"):
                 self.lock = checkpoint.lock(self.path)
             checkpoint.put_back(self.path)
-            if parts.resumed:
+            if self.newest:
                 print(f"resumed after step {step} from {self.newest}")
-                self._tell_other_length()
+                if said := resumed.other_length(c, parts, self.newest.name):
+                    print(said)
                 if step >= c.STEPS:
                     print(f"nothing is left to do: it has {step} steps, and STEPS is {c.STEPS}")
             else:
@@ -76,11 +77,12 @@ class RunFolder:
                 checkpoint.set_aside(self.path)
                 if advice := bf16_advice(c, parts):
                     print(advice)
-            self._begin_logs()
-            if parts.resumed:
-                self._tell_missing_steps()
-                self._tell_lost_labels()
-                self._tell_other_code()
+            log = self._begin_logs()
+            if self.newest:
+                known = log.kept["metrics.jsonl"]
+                for kind, said in resumed.warnings(c, parts, self.newest.name, known):
+                    parts.guards.event(step, kind, said, "warn")
+                log.replace(checkpoint.EVENTS, parts.guards.events)
             if not (parts.resumed and parts.done):
                 resolved = c.model_dump_json(by_alias=True, indent=2)
                 (self.path / "config.json").write_text(resolved + "\n", "utf-8")
@@ -93,20 +95,7 @@ class RunFolder:
                 parts.guards.note(step, kind, said, "warn")
             self._show_progress()
 
-    def _tell_other_length(self) -> None:
-        """Says it where the trust region's target falls over other steps than before."""
-        c, parts, region = self.config, self.parts, self.parts.optimizer.trust_region
-        assert self.newest is not None, "or there is no length before"
-        kept = json.loads((self.path / self.newest.name / "run_config.json").read_text("utf-8"))
-        before = c.model_copy(update={key: kept[key] for key in ("STEPS", "EPOCHS") if key in kept})
-        steps, last = last_step_of(before, len(parts.batches.prompts)), parts.last_step
-        if region and region.steps and steps != last and not parts.done:
-            print(
-                f"the run had {steps} steps and has {last} now: from here on the trust region's "
-                f"target falls over {last}"
-            )
-
-    def _begin_logs(self) -> None:
+    def _begin_logs(self) -> RunLog:
         """Cuts the logs after the step that the run goes on from."""
         parts = self.parts
         shows = self.config.REPORT or (self.path / PROGRESS).exists()  # of before: it is cut, too
@@ -114,44 +103,7 @@ class RunFolder:
         files = [name for name in checkpoint.FILES if used.get(name, True)]
         self.log = RunLog(self.path, parts.progress.step, parts.last_step, files)
         self.log.replace(checkpoint.EVENTS, parts.guards.events)
-
-    def _tell_missing_steps(self) -> None:
-        """Warns where metrics.jsonl, beside a checkpoint, has lost lines: nobody else would."""
-        assert self.log is not None, "of the main process"
-        kept, step = self.log.kept["metrics.jsonl"], self.parts.progress.step
-        if kept < step:
-            has = f"ends at step {kept}" if kept else "has no steps"
-            what = f"steps {kept + 1} to {step} are" if step > kept + 1 else f"step {step} is"
-            said = f"metrics.jsonl {has}, the checkpoint is of step {step}: {what} missing from it"
-            self.parts.guards.event(step, "metrics lost", said, "warn")
-            self.log.replace(checkpoint.EVENTS, self.parts.guards.events)
-
-    def _tell_lost_labels(self) -> None:
-        """Warns where LABELS is not the file that it was: the scores go on as other ones."""
-        assert self.log is not None, "of the main process"
-        for said in self.parts.scoring.lost_labels():
-            self.parts.guards.event(self.parts.progress.step, "labels lost", said, "warn")
-            self.log.replace(checkpoint.EVENTS, self.parts.guards.events)
-
-    def _tell_other_code(self) -> None:
-        """Warns where rewards have other code than before; a best/ of before is put aside."""
-        c, parts, step = self.config, self.parts, self.parts.progress.step
-        assert self.log is not None and self.newest is not None, "of the main process, resumed"
-        if not parts.other_code or parts.done:
-            return
-        said = (
-            f"the code of {reward_code.in_words(c, parts.other_code)} has changed since the "
-            f"checkpoint of step {step}: rewards up to this step and after it cannot be compared"
-        )
-        is_best = self.newest.name == checkpoint.BEST  # all that is left
-        place = None
-        if reward_code.trains(c, parts.other_code) and not is_best:
-            place = checkpoint.set_best_aside(self.path)
-        if place:
-            said += f". best/ is of before: it is now {self.shown / place.relative_to(self.path)}"
-        said += ". For rewards that can be compared, start a new run with another OUTPUT_DIR"
-        parts.guards.event(step, "reward code", said, "warn")
-        self.log.replace(checkpoint.EVENTS, parts.guards.events)
+        return self.log
 
     def record(self, metrics: Metrics, samples: list[Row]) -> None:
         """Writes the step to the run's files and the trackers, and a line to the console."""
