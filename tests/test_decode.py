@@ -273,6 +273,19 @@ def test_prompts_and_completions_are_measured_in_one_pass():
     assert shapes == [(1, rollout.prompt_ids.numel() + rows * (length - 1))] * 2
 
 
+def test_backward_keeps_no_queries_keys_and_values_of_all_tokens():
+    """They are 3 D numbers per token; what is needed of them is copied, or the rest stays, too."""
+    policy = Policy(small_gpt2(7))
+    rollout = sampled("decoder", policy.base, tokens(), PROMPTS, OF, uniforms(0, 1, len(OF), 20))
+    rows, length = rollout.completion_ids.shape
+    every, kept = rollout.prompt_ids.numel() + rows * (length - 1), set()
+    with saved_tensors_hooks(lambda x: kept.add(x.untyped_storage().nbytes()) or x, lambda x: x):
+        policy(rollout)
+    width = 4 * policy.base.config.n_embd
+    assert {every * width, 4 * every * width} <= kept, "of layer norm, and of GELU"
+    assert 3 * every * width not in kept
+
+
 def test_gelu_is_torchs():
     x = torch.cat([torch.linspace(-12, 12, 10_001), torch.tensor([0.0, 1e-30, 1e4, -1e4, 1e20])])
     want = torch.nn.functional.gelu(x, approximate="tanh")

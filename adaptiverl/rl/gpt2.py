@@ -68,6 +68,8 @@ class Packed(Cache):
     def attend(self, qkv: Tensor, attend: Any) -> Tensor:
         """As `Cache`'s, with an `attend` for the prompts and one for the completions."""
         (prompts, completions), cache = self.split(qkv), Cache()
+        if prompts.requires_grad:
+            prompts = prompts.clone()  # backward keeps its keys and values: views of all of qkv
         first = cache.attend(prompts, attend[0])
         rest = cache.take(self.prompt_of).attend(completions, attend[1])
         return torch.cat([first.flatten(0, 1), rest.flatten(0, 1)])[None]
