@@ -60,7 +60,7 @@ def scaling(device: str, rounds: int, tokenizer: Path) -> dict[str, Any]:
 
 
 def scaling_table(report: dict[str, Any]) -> str:
-    lines = ["| | | seconds a step | floor | memory increase, MiB | estimate |"]
+    lines = ["| | | seconds per step | floor | memory increase, MiB | estimate |"]
     lines.append("|---|---|---|---|---|---|")
     for field, points in report["lines"].items():
         for at in points:
@@ -92,7 +92,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
             ax.yaxis.set_minor_locator(NullLocator())
             ax.grid(alpha=0.3)
         axes[1, column].set_xlabel(names[field])
-    axes[0, 0].set_ylabel("seconds a step")
+    axes[0, 0].set_ylabel("seconds per step")
     axes[1, 0].set_ylabel("memory increase, MiB")
     axes[0, 0].legend()
     axes[1, 0].legend()

@@ -133,7 +133,7 @@ def test_the_config_of_the_first_readme_trains(main, tmp_path, record_property):
     assert len(rows) == number and rows[-1]["skipped"] < number // 2
     laps = ("rollout", "reward", "reference", "update")
     last = [sum(row[f"seconds/{lap}"] for lap in laps) for row in rows[number // 2 :]]
-    record_property("seconds a step", sorted(last)[len(last) // 2])
+    record_property("seconds per step", sorted(last)[len(last) // 2])
 
 
 @on_card("kill and resume")
