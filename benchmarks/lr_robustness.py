@@ -50,7 +50,7 @@ from rewards import ClassifierReward, LengthReward, RegexReward  # noqa: E402
 
 MODELS = {"small": HERE / "policy-small", "embedded": HERE.parent / "adaptiverl/assets/policy"}
 GROUP, TOKENS, TEMPERATURE, KL_COEF = 4, 24, 0.7, 0.02
-PROBE = 4  # completions on which an update's KL is measured, or an eighth of a larger batch
+PROBE = 2  # completions on which an update's KL is measured, or an eighth of a larger batch
 JUDGED = 32  # completions per batch by which the last policy is judged
 FRESH = 8  # batches that the last policy is judged by
 

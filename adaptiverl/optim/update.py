@@ -75,7 +75,8 @@ class LastUpdate:
 
     def _update(self, group: Group, p: Tensor, lr: float | Tensor) -> Tensor:
         """What the step subtracted from p: lr · (d + decay · p before the step)."""
-        direction, decay = _direction(self.optimizer, group, p)
+        vector, divisor, decay = _direction(self.optimizer, group, p)
+        direction = vector / divisor
         if not decay:
             return lr * direction
         moved = self.scale * lr  # p = p₀ − moved · (d + decay · p₀)
@@ -105,8 +106,10 @@ def alignment_and_finite(optimizer: Optimizer) -> tuple[float | None, bool]:
             shards |= is_shard
             g = _in_32_bits(grad.flatten())
             if keeps and optimizer.state.get(p):
-                d = _in_32_bits(_local(_direction(optimizer, group, p)[0])[0].flatten())
-                products.append(torch.stack([d.dot(g), d.dot(d), g.dot(g)]))
+                vector, divisor, _ = _direction(optimizer, group, p)
+                d = _in_32_bits(_local(vector)[0].flatten())
+                both, one = d.dot(g) / divisor, d.dot(d) / divisor / divisor
+                products.append(torch.stack([both, one, g.dot(g)]))
             else:
                 others.append(g.dot(g))
                 others[-1] = others[-1].to(others[0].device)  # of a model on several
@@ -184,21 +187,24 @@ def _torch_class(optimizer: Optimizer) -> type:
     return optimizer.torch_class if isinstance(optimizer, PerTensorOptimizer) else type(optimizer)
 
 
-def _direction(optimizer: Optimizer, group: Group, p: Tensor) -> tuple[Any, float]:
-    """d and the decoupled decay of the step p ← p − lr · (d + decay · p), by the state it left."""
+def _direction(optimizer: Optimizer, group: Group, p: Tensor) -> tuple[Any, Any, float]:
+    """v, a number n and the decoupled decay of the step p ← p − lr · (v / n + decay · p).
+
+    By the state that the step left. What one number divides is not copied.
+    """
     state = optimizer.state.get(p, {})  # [p] would make an entry
     kind = _torch_class(optimizer)
     if kind not in (torch.optim.AdamW, AdamMini):
-        return state["momentum_buffer"], 0.0
+        return state["momentum_buffer"], 1.0, 0.0
     if kind is AdamMini:
         (size,), (correction,) = denominators(group, [state])
-        return state["exp_avg"] / (size * correction), float(group["weight_decay"])
+        return state["exp_avg"], size * correction, float(group["weight_decay"])
     beta1, beta2 = (float(beta) for beta in group["betas"])
     step = state["step"]
     size = state["exp_avg_sq"].sqrt().div_(_correction(beta2, step).sqrt()).add_(group["eps"])
     size.mul_(_correction(beta1, step))
     direction = size.reciprocal_().mul_(state["exp_avg"])  # in one buffer
-    return direction, float(group["weight_decay"])
+    return direction, 1.0, float(group["weight_decay"])
 
 
 def _correction(beta: float, step: Tensor) -> Tensor:

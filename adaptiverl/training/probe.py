@@ -13,8 +13,8 @@ from adaptiverl.rl.rollout import Rollout
 from adaptiverl.training.runtime import Runtime
 
 EVERY = 8  # an update is measured on one completion in so many,
-LEAST = 4  # on at least so many, or on all,
-FEW_TOKENS = 64  # and where these have fewer tokens, over the whole vocabulary
+LEAST = 2  # on at least so many, or on all,
+FEW_TOKENS = 32  # and where these have fewer tokens, over the whole vocabulary
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class UpdateKL:
         rows = torch.arange(-first % stride, size, stride, device=rollout.prompt_of.device)
         self.probe = rollout.select(rows)
         # One sampled token says little: k3 of 8 of them is off by a factor of three either way. The
-        # tables [tokens, V] of more would fill memory, and k3 of 64 is near enough. Where precision
-        # is low, the comparison is with sampling, which has those of the sampled tokens alone.
+        # tables [tokens, V] of more would fill memory, and k3 of 32 is off by a third. Where
+        # precision is low, the comparison is with sampling, which knows the sampled tokens alone.
         (self.tokens,) = runtime.reduce(self.probe.completion_mask.sum()[None])
         self.exact = self.tokens < FEW_TOKENS and not precision.low_precision
         sampled = self.probe.logprobs
