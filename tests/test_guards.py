@@ -300,7 +300,7 @@ def test_a_rate_of_zero_is_warned_of_at_the_first_step(main, settings, caplog):
 def test_of_several_processes_the_main_one_warns(caplog):
     numbers = {"grad_norm": 0.0, "lr": 0.0, "reward": 1.0, "entropy": 1.0}
     numbers |= {"sampling/sampling_logp_difference/mean": 0.0, "completions/distinct_2": 1.0}
-    numbers["completions/clipped_ratio"] = 0.5
+    numbers |= {"completions/clipped_ratio": 0.5, **OWN_TEXTS}
     for is_main in (False, True):
         guards = Guards(RunConfig(), last_step=100, allowed_gap=1e-3, is_main=is_main)
         guards.look(1, torch.rand(32), torch.ones(32), numbers)
@@ -309,6 +309,9 @@ def test_of_several_processes_the_main_one_warns(caplog):
 
 
 # Figures that drift: by the step in which each guard first speaks
+
+OWN_TEXTS = {"completions/equal_within_prompts": 1.0, "completions/equal_across_prompts": 0.5}
+SAME_TEXT = {"completions/equal_across_prompts": 0.9}
 
 
 def told(rows: list[dict], **keys) -> list[tuple[int, str]]:
@@ -319,6 +322,7 @@ def told(rows: list[dict], **keys) -> list[tuple[int, str]]:
             "grad_norm": 1.0, "lr": 1e-4, "reward": 0.5, "entropy": 2.5, "kl": 0.1,
             "kl_per_completion": 3.2, "completions/distinct_2": 0.7,
             "completions/clipped_ratio": 0.8, "sampling/sampling_logp_difference/mean": 0.0,
+            **OWN_TEXTS,
         }  # fmt: skip
         rewards = torch.full((32,), 0.5) if row.pop("flat", False) else torch.arange(32.0)
         guards.look(step, rewards, torch.ones(32), sound | row)
@@ -332,7 +336,7 @@ def test_unsound_figures_tell_against_the_checkpoint_of_the_step_before():
     row = {
         "grad_norm": 1.0, "lr": 1e-4, "reward": 0.5, "entropy": 2.5, "kl": 0.1,
         "kl_per_completion": 3.2, "completions/distinct_2": 0.7, "completions/clipped_ratio": 0.8,
-        "sampling/sampling_logp_difference/mean": 0.0,
+        "sampling/sampling_logp_difference/mean": 0.0, **OWN_TEXTS,
     }  # fmt: skip
     for step, kl, left in ((5, 0.1, [2, 4]), (6, 9.0, [2, 4]), (5, 9.0, [2])):
         far = {"kl": kl, "kl_per_completion": 32 * kl}
@@ -355,6 +359,9 @@ def test_unsound_figures_tell_against_the_checkpoint_of_the_step_before():
         ([{"grad_norm": float("nan")}], [(1, "nan gradient")]),
         ([{}, {"flat": True, "entropy": 0.01}], [(2, "collapsed")]),
         ([{}, {"flat": True, "completions/distinct_2": 0.05}], [(2, "collapsed")]),
+        ([{}, {"flat": True, "entropy": 0.01, "reward": 0.9}], [(2, "solved")]),
+        ([{}, SAME_TEXT | {"flat": True, "entropy": 0.01, "reward": 0.9}], [(2, "collapsed")]),
+        ([{}, {"flat": True, "entropy": 0.01, "reward": 0.9, "kl": 6.0}], [(2, "collapsed")]),
         ([{"flat": True, "entropy": 0.05}] * 2, [(1, "deterministic")]),  # from the start
         ([{}] + [{"flat": True}] * 19, []),  # rare rewards
         ([{}] + [{"flat": True}] * 20, [(21, "constant")]),

@@ -7,7 +7,7 @@ import pytest
 from conftest import read_jsonl, without_clock
 
 from adaptiverl.commands.explain import explain
-from adaptiverl.rl.diversity import distinct, repetition
+from adaptiverl.rl.diversity import distinct, equal_pairs, repetition
 
 
 def test_distinct_and_repetition_by_hand():
@@ -17,6 +17,15 @@ def test_distinct_and_repetition_by_hand():
     assert repetition(rows, 2) == 1 - (2 + 2) / 6, "the first says 12 and 21 twice"
     assert repetition(rows) == 1 - (2 + 1) / 4
     assert (distinct([[1], []], 2), repetition([[1], []])) == (1.0, 0.0), "too short for any"
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 6])
+def test_texts_of_one_prompt_and_of_two_are_compared_pair_by_pair(group):
+    texts = [[1], [1], [1, 2], [1], [1, 2], []]
+    pairs = [(i // group == j // group, texts[i] == texts[j]) for j in range(6) for i in range(j)]
+    for same, share in zip((True, False), equal_pairs(texts, group), strict=True):
+        found = [equal for one, equal in pairs if one is same]
+        assert share == (sum(found) / len(found) if found else 0)
 
 
 def test_what_is_held_out_is_logged_and_changes_nothing(main, settings):

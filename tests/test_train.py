@@ -56,6 +56,7 @@ def test_a_run_leaves_all_it_says(run, settings):
         "seconds/reference", "seconds/update", "skipped", "updates_scaled", "update_kl",
         "update_kl_target", "update_scale", "update_signal_to_noise", "completions/distinct_1",
         "completions/distinct_2", "completions/repetition", "rewards/regex/share",
+        "completions/equal_within_prompts", "completions/equal_across_prompts",
         "rewards/length/share", "sampling/sampling_logp_difference/mean",
         "sampling/sampling_logp_difference/max",
     }  # fmt: skip

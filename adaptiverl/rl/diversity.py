@@ -1,5 +1,6 @@
 """How much a policy repeats itself, which shows early that it exploits a reward."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 Ids = Sequence[Sequence[int]]
@@ -16,6 +17,26 @@ def repetition(completions: Ids, n: int = 3) -> float:
     every = [_grams(ids, n) for ids in completions]
     count = sum(map(len, every))
     return 1 - sum(len(set(grams)) for grams in every) / count if count else 0.0
+
+
+def equal_pairs(completions: Ids, group_size: int) -> tuple[float, float]:
+    """The shares of equal pairs of completions of one prompt, and of two: 1 if all are equal.
+
+    `group_size` completions in a row are of one prompt. 0 where there are no such pairs.
+    """
+    texts = [tuple(ids) for ids in completions]
+    groups = [texts[k : k + group_size] for k in range(0, len(texts), group_size)]
+    within, all_within = (sum(map(count, groups)) for count in (_equal, _pairs))
+    across, all_across = _equal(texts) - within, _pairs(texts) - all_within
+    return within / max(all_within, 1), across / max(all_across, 1)
+
+
+def _equal(texts: Sequence[tuple[int, ...]]) -> int:
+    return sum(n * (n - 1) // 2 for n in Counter(texts).values())
+
+
+def _pairs(texts: Sequence[tuple[int, ...]]) -> int:
+    return len(texts) * (len(texts) - 1) // 2
 
 
 def _grams(ids: Sequence[int], n: int) -> list[tuple[int, ...]]:

@@ -48,6 +48,12 @@ COLLAPSED = (
     "first step; distinct-2 {distinct:.2f}, {start_distinct:.2f} in the first step), and {equal}: "
     "it has collapsed. {cause}"
 )
+SOLVED = (
+    "{equal}, after the reward has risen from {before:.3g} to {now:.3g}, and the policy answers "
+    "each prompt in its own way ({within:.0%} of two completions of one prompt are equal, "
+    "{across:.0%} of two prompts): it has learned one text per prompt. If the reward cannot rise "
+    "further, end the run here; else raise TEMPERATURE or KL_COEF, so that it tries other texts"
+)
 HACKED = (
     "The reward rose from {before:.3g} to {now:.3g}, so REWARDS pay for one text, which the policy "
     "now always writes (samples.jsonl). Likely cause: a reward that can be gamed. Change REWARDS, "

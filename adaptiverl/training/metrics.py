@@ -13,7 +13,7 @@ from torch import Tensor
 from adaptiverl.files.console import printable
 from adaptiverl.files.process import Stopwatch
 from adaptiverl.rl.chat import Prompt, readable
-from adaptiverl.rl.diversity import distinct, repetition
+from adaptiverl.rl.diversity import distinct, equal_pairs, repetition
 from adaptiverl.rl.policy import Measured
 from adaptiverl.rl.reinforce import zero_std_share
 from adaptiverl.rl.rollout import Rollout
@@ -75,6 +75,7 @@ def step_metrics(result: StepResult, group_size: int) -> Metrics:
     loss, entropy, gap, _ = result.sums.mean(0).tolist()
     tokens = result.lengths.sum().item() / len(result.sums)  # per process, as the sums are
     known = result.reward[~result.reward.isnan()]
+    within, across = equal_pairs(result.token_ids, group_size)
     return {
         "reward": known.mean().item() if len(known) else None,
         "reward_std": known.std().item() if len(known) > 1 else None,
@@ -89,6 +90,8 @@ def step_metrics(result: StepResult, group_size: int) -> Metrics:
         "completions/distinct_1": distinct(result.token_ids, 1),
         "completions/distinct_2": distinct(result.token_ids, 2),
         "completions/repetition": repetition(result.token_ids),
+        "completions/equal_within_prompts": within,
+        "completions/equal_across_prompts": across,
     }
 
 
