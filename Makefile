@@ -1,5 +1,5 @@
 # make train: the default run, from nothing.  make test: the whole suite.  make check: lint, types.
-# make docs: the generated parts of docs/.
+# make docs: the generated tables of docs/rules.md.
 # make gpu: what needs a CUDA card, and its table.  make gpu TORCH=2.11.0: the same with that torch.
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
@@ -42,9 +42,8 @@ config.schema.json: adaptiverl/config/schema.py adaptiverl/training/keys.py $(wi
 	$(PIP) -r requirements-dev.txt
 	touch $@
 
-# What is generated there: the table of keys, the tables of rules
+# What is generated there: the tables of rules
 docs: .venv/run
-	.venv/bin/python -m adaptiverl keys --markdown > docs/config.md
 	.venv/bin/python -m scripts.rules_tables
 
 .DELETE_ON_ERROR:

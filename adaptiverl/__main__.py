@@ -80,9 +80,9 @@ def _export(given: Namespace) -> int:
 
 
 def _keys(given: Namespace) -> int:
-    from adaptiverl.commands.keys import markdown, table
+    from adaptiverl.commands.keys import table
 
-    print(markdown() if given.markdown else table(), end="" if given.markdown else "\n")
+    print(table(given.words))
     return 0
 
 
@@ -204,7 +204,7 @@ COMMANDS = {
     "keys": Command(
         "all keys of config.json, with defaults and meanings",
         _keys,
-        [Argument("--markdown", action="store_true", help="as a page: docs/config.md")],
+        [Argument("words", nargs="*", help="only those with one of these words: kl, judge")],
     ),
     "schema": Command("the JSON schema of config.json, for editors", _schema, []),
 }

@@ -1,6 +1,6 @@
 """What every reward is: a declaration of its keys that can be called as TRL calls rewards.
 
-The class of a reward is its config schema, its constructor and its section of docs/config.md.
+The class of a reward is its config schema, its constructor and its part of `adaptiverl keys`.
 """
 
 import importlib.util

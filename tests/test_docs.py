@@ -21,7 +21,7 @@ from conftest import ROOT, in_this_process, read_jsonl
 from pydantic import ValidationError
 
 from adaptiverl.__main__ import main as adaptiverl
-from adaptiverl.commands.keys import SECTIONS, markdown
+from adaptiverl.commands.keys import SECTIONS, sections
 from adaptiverl.config.loading import load_config
 from adaptiverl.training.keys import RunConfig
 from rewards import REWARD_TYPES
@@ -181,21 +181,34 @@ def test_readme_is_short_and_leads_to_every_page():
         assert f"docs/{page.name}" in text, page.name
 
 
-def test_the_page_of_keys_is_that_of_the_declarations():
-    page = (ROOT / "docs/config.md").read_text(encoding="utf-8")
-    assert page == markdown(), "run `make docs`"
+def test_keys_shows_every_key_with_its_default_and_meaning(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    assert adaptiverl(["keys"]) == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 100
     assert SECTIONS.keys() <= RunConfig.model_fields.keys()
     for key in RunConfig.model_fields.keys() - {"SCHEMA"}:
-        assert f"\n| `{key}` | " in page
+        assert f"\n{key} " in text
     for kind in REWARD_TYPES:
-        section = page.split(f"\n### {kind.model_fields['type'].default}\n")[1].split("\n#")[0]
+        part = text.split(f'"TYPE": "{kind.model_fields["type"].default}". ')[1].split('"TYPE"')[0]
         for key in kind.model_fields.keys() - REWARD_TYPES[0].__base__.model_fields.keys():
-            assert f"\n| `{key.upper()}` | " in section, key
+            assert f"\n{key.upper()} " in part, key
+    assert re.search(r"\nLORA_R +8 +Rank of the adapter; one in MODEL keeps its own\n", text)
 
 
-def test_the_page_of_keys_says_what_held_out_refuses():
-    lines = [line for line in markdown().splitlines() if "; not in HELD_OUT" in line]
-    keys = [line.split("`")[1] for line in lines]
+def test_keys_finds_words_in_names_meanings_and_titles(capsys):
+    assert adaptiverl(["keys", "stop_kl", "Nucleus"]) == 0
+    names = re.findall("^[A-Z_]+(?=  )", capsys.readouterr().out, flags=re.MULTILINE)
+    assert names == ["TOP_P", "STOP_KL"]
+    assert adaptiverl(["keys", "judge"]) == 0
+    assert "\nCONCURRENCY " in capsys.readouterr().out, "a key of the section of that title"
+    assert adaptiverl(["keys", "nonsense"]) == 0
+    assert capsys.readouterr().out == "no key and no meaning has nonsense\n"
+
+
+def test_keys_says_what_held_out_refuses():
+    rows = [row for rows in sections().values() for row in rows]
+    keys = [key for key, _, meaning in rows if "; not in HELD_OUT" in meaning]
     assert keys == ["WEIGHT", "NORMALIZE", "CLIP", "MAX_MISSING"]
     for key, value in (("WEIGHT", 2), ("NORMALIZE", "rank"), ("CLIP", [0, 1]), ("MAX_MISSING", 0)):
         judge = {"TYPE": "judge", "MODEL": "m", "RUBRIC": "r", key: value}

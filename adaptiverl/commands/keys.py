@@ -1,7 +1,9 @@
-"""All keys of config.json: a table, docs/config.md, a JSON schema, from their one declaration."""
+"""All keys of config.json, as a table and as a JSON schema, from their one declaration."""
 
 import inspect
 import json
+import shutil
+import textwrap
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
@@ -11,24 +13,7 @@ from tabulate import tabulate
 from adaptiverl.training.keys import RunConfig
 from rewards import REWARD_TYPES, Reward
 
-
-def schema() -> str:
-    """The JSON schema of config.json."""
-    return json.dumps(RunConfig.model_json_schema(by_alias=True), indent=2)
-
-
-def table() -> str:
-    """Every key of config.json, then those of each reward, with default and meaning."""
-    shared = set(Reward.model_fields)
-    parts = ["Keys of config.json", _rows(RunConfig, {"SCHEMA"})]
-    parts += ["", "Keys of each entry of REWARDS and HELD_OUT", _rows(Reward, {"type"})]
-    for kind in REWARD_TYPES:
-        name = kind.model_fields["type"].default
-        parts += ["", f'Keys of "TYPE": "{name}"', _rows(kind, shared)]
-    return "\n".join(parts)
-
-
-SECTIONS = {  # of docs/config.md, by the first key of each
+SECTIONS = {  # by the first key of each
     "MODEL": "The model",
     "TRAIN_FILE": "Prompts",
     "REWARDS": "Rewards",
@@ -38,64 +23,71 @@ SECTIONS = {  # of docs/config.md, by the first key of each
     "STEPS": "The length of a run",
     "OUTPUT_DIR": "What a run writes",
 }
-PAGE = """# Config
-
-After this page you can look up any key. It is written by `python -m adaptiverl keys --markdown`,
-from the declarations that check a config. `config.json` sets some of these keys to other values
-than their defaults.
-
-- A config is JSON with comments, or YAML. Strings are read as what they stand for: `"5e-5"` is a
-  number.
-- A relative path begins in the folder in which the run is started, and `~` is your home folder.
-- `KEY=VALUE` on the command line wins over the file. Values there are JSON, or plain strings.
-- A required key that is missing, an unknown key, and keys that contradict each other are refused.
-- `config.schema.json`, which `make train` writes, lets editors complete and check a config.
-"""
+HEADS = ("key", "default", "meaning (and choices)")
+WIDEST = 26, 120  # characters of a default, and of the whole table
+Row = tuple[str, str, str]
 
 
-def markdown() -> str:
-    """docs/config.md: the same keys, in sections."""
-    lines = [PAGE.rstrip()]
+def schema() -> str:
+    """The JSON schema of config.json."""
+    return json.dumps(RunConfig.model_json_schema(by_alias=True), indent=2)
+
+
+def table(words: list[str] | None = None) -> str:
+    """All keys in sections, as wide as the terminal; with `words`, those that have one of them.
+
+    The name of a section, or of a type of reward, stands for all of its keys.
+    """
+    found = {
+        title: [row for row in rows if not words or _has((title.split(". ")[0], *row), words)]
+        for title, rows in sections().items()
+    }
+    width = min(shutil.get_terminal_size((WIDEST[1], 0)).columns, WIDEST[1])
+    names = [len(name) for rows in found.values() for name, *_ in rows]
+    if not names:
+        return f"no key and no meaning has {' or '.join(words or [])}"
+    left = width - max(names) - WIDEST[0] - 4  # two spaces between columns
+    parts = []
+    for title, rows in found.items():
+        if rows:
+            lines = [*textwrap.wrap(title, width), ""]
+            shown = tabulate(
+                rows, HEADS, "simple", disable_numparse=True,
+                maxcolwidths=[None, WIDEST[0], max(left, 20)],
+            )  # fmt: skip
+            parts.append("\n".join([*lines, shown]))
+    return "\n\n".join(parts)
+
+
+def sections() -> dict[str, list[Row]]:
+    """Key, default and meaning of every key, by the title of its section."""
+    result: dict[str, list[Row]] = {}
     for name in RunConfig.model_fields:
-        if name in SECTIONS:
-            lines += [f"## {SECTIONS[name]}", "", *_HEAD]
+        title = SECTIONS[name] if name in SECTIONS else next(reversed(result), "")
         if name != "SCHEMA":
-            lines.append(_line(RunConfig, name))
-    lines = [f"\n{line}" if line.startswith("## ") else line for line in lines]
-    lines += ["\n## Each entry of REWARDS and HELD_OUT", "", *_HEAD, "| `TYPE` | required | "]
-    lines[-1] += ", ".join(f"`{kind.model_fields['type'].default}`" for kind in REWARD_TYPES) + " |"
-    lines += [_line(Reward, name) for name in Reward.model_fields if name != "type"]
-    for kind in REWARD_TYPES:
-        own = [_line(kind, name) for name in kind.model_fields if name not in Reward.model_fields]
-        score = inspect.cleandoc(kind.__doc__ or "").split("\n\n")[0].replace("\n", " ")
-        lines += ["", f"### {kind.model_fields['type'].default}", "", score, "", *_HEAD, *own]
-    return "\n".join(lines) + "\n"
-
-
-BAR = "\\|"  # in a cell of a table
-_HEAD = ["| key | default | meaning |", "|---|---|---|"]
-
-
-def _line(model: type[BaseModel], name: str) -> str:
-    meaning, default = _meaning(model, name), default_text(model.model_fields[name])
-    return f"| `{name.upper()}` | `{default}` | {meaning.replace('|', BAR)} |"
-
-
-def _rows(model: type[BaseModel], without: set[str]) -> str:
-    rows = [
-        (name.upper(), default_text(field), _meaning(model, name))
-        for name, field in model.model_fields.items()
-        if name not in without
+            result.setdefault(title, []).append(_row(RunConfig, name))
+    kinds = ", ".join(kind.model_fields["type"].default for kind in REWARD_TYPES)
+    result["Each entry of REWARDS and HELD_OUT"] = [
+        ("TYPE", "required", f"What it is ({kinds})"),
+        *(_row(Reward, name) for name in Reward.model_fields if name != "type"),
     ]
-    return tabulate(
-        rows, ("key", "default", "meaning (and choices)"), tablefmt="simple", disable_numparse=True
-    )
+    for kind in REWARD_TYPES:
+        score = inspect.cleandoc(kind.__doc__ or "").split("\n\n")[0].replace("\n", " ")
+        own = [name for name in kind.model_fields if name not in Reward.model_fields]
+        title = f'"TYPE": "{kind.model_fields["type"].default}". {score}'
+        result[title] = [_row(kind, name) for name in own]
+    return result
 
 
-def _meaning(model: type[BaseModel], name: str) -> str:
+def _has(cells: tuple[str, ...], words: list[str]) -> bool:
+    return any(word.lower() in cell.lower() for word in words for cell in cells)
+
+
+def _row(model: type[BaseModel], name: str) -> Row:
     field = model.model_fields[name]
-    trains = issubclass(model, Reward) and name.upper() in model.training_keys
-    return f"{field.description}{'; not in HELD_OUT' * trains}{_choices(field.annotation)}"
+    only = issubclass(model, Reward) and name.upper() in model.training_keys
+    meaning = f"{field.description}{'; not in HELD_OUT' * only}{_choices(field.annotation)}"
+    return name.upper(), default_text(field), meaning
 
 
 def _choices(annotation: Any) -> str:
