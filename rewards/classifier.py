@@ -107,16 +107,11 @@ class ClassifierReward(Reward):
         whole = [len(ids) for ids in self._tokenizer(full, verbose=False)["input_ids"]]
         if long := [size for size in whole if size > limit]:
             self._warned = True
+            prompt = ", and with them the prompt (WITH_PROMPT)" if self.with_prompt else ""
             log.warning(
-                "reward %r: %d of %d texts have more tokens than the %d that %s can read, the "
-                "longest has %d: their beginnings are left out%s",
-                self.name,
-                len(long),
-                len(texts),
-                limit,
-                self.model,
-                max(long),
-                ", and with them the prompt (WITH_PROMPT)" if self.with_prompt else "",
+                f"reward {self.name!r}: {len(long)} of {len(texts)} texts have more tokens than "
+                f"the {limit} that {self.model} can read, the longest has {max(long)}: their "
+                f"beginnings are left out{prompt}"
             )
 
 

@@ -176,7 +176,7 @@ class JudgeReward(Reward):
         prompts, completions = transcripts_of(prompts), texts_of(completions)
         path = Path(self.cache).resolve()
         with self._interruptible(), closing(JudgeCache(path, self._account)) as cache:
-            batch = Batch(cache, path, account_of(path, self._account))
+            batch = Batch(cache, account_of(path, self._account))
             try:
                 if self.pairwise:
                     result = await self._compare(prompts, completions, batch)

@@ -42,15 +42,11 @@ def checked(name: str, answer: Any, completions: Sequence[Text]) -> tuple[list[f
     odd = [i for i, score in enumerate(given) if score is not None and not abs(score) <= LARGEST]
     scores = [None if i in odd else score for i, score in enumerate(given)]
     if odd:
+        first = odd[0]
         log.warning(
-            "reward %r is not finite, or beyond %g, for %d of %d completions and is left out "
-            "there; the first: %s for %r",
-            name,
-            LARGEST,
-            len(odd),
-            len(scores),
-            given[odd[0]],
-            text_of(completions[odd[0]])[:80],
+            f"reward {name!r} is not finite, or beyond {LARGEST:g}, for {len(odd)} of "
+            f"{len(scores)} completions and is left out there; the first: {given[first]} for "
+            f"{text_of(completions[first])[:80]!r}"
         )
     return scores, len(odd)
 

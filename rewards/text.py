@@ -78,11 +78,9 @@ class RegexReward(Reward):
             if not self._warned:
                 self._warned = True
                 log.warning(
-                    "pattern %r takes more than %g s on %r: completions like it are left out. "
-                    "Repetitions inside of a repetition are the usual cause",
-                    pattern,
-                    self.timeout,
-                    text[:80],
+                    f"pattern {pattern!r} takes more than {self.timeout:g} s on {text[:80]!r}: "
+                    "completions like it are left out. Repetitions inside of a repetition are the "
+                    "usual cause"
                 )
             raise
 
