@@ -40,10 +40,13 @@ def read_csv(path: Path, column: str) -> dict[str, list[Any]]:
     return {name: v if name == column else _as_numbers(v) for name, v in texts.items()}
 
 
-def other_separator(line: str) -> str | None:
-    """What seems to separate the columns of `line`, the names of a file, where it has no comma."""
+def separator_hint(line: str) -> str | None:
+    """What to say where no comma, but something else, seems to separate the names in `line`."""
     words = {";": ";", "\t": "tabs", "|": "|"}
-    return next((word for sign, word in words.items() if sign in line), None)
+    for sign, word in words.items():
+        if sign in line:
+            return f"columns are separated by commas, and this file seems to use {word}"
+    return None
 
 
 def _records(path: Path) -> Iterator[list[str]]:
@@ -70,8 +73,8 @@ def _records(path: Path) -> Iterator[list[str]]:
                 hint = "an empty field has its comma, too"
                 if len(fields) > named:
                     hint = 'put a text that has a comma in it into quotes, "like, this"'
-                if named == 1 and (sign := other_separator(first[0])):
-                    hint = f"columns are separated by commas, and this file seems to use {sign}"
+                if named == 1:
+                    hint = separator_hint(first[0]) or hint
                 count = f"{len(fields)} field" + "s" * (len(fields) != 1)
                 raise ValueError(
                     f"line {begin} has {count}, and the first line names {named}: {hint}"

@@ -19,7 +19,7 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.utils.logging import disable_progress_bar, get_verbosity, set_verbosity
 
 from adaptiverl.rl.chat import NO_MESSAGES, mistake
-from adaptiverl.rl.csv_rows import other_separator, read_csv
+from adaptiverl.rl.csv_rows import read_csv, separator_hint
 from adaptiverl.rl.exact import exact_dataset
 from adaptiverl.rl.formats import FORMATS, check_file, file_format
 from adaptiverl.rl.json_rows import read_json
@@ -46,13 +46,9 @@ def load_prompts(source: str, column: str, split: str = "train") -> Dataset:
         raise ValueError(f"{source} has no rows")
     if column not in rows.column_names:
         only = ", ".join(rows.column_names)
-        other = other_separator(only) if kind == "csv" and len(rows.column_names) == 1 else None
-        hint = (
-            f": columns are separated by commas, and this file seems to use {other}"
-            if other
-            else ""
-        )
-        raise ValueError(f"{source} has no column {column!r}, only {only}{hint}")
+        hint = separator_hint(only) if kind == "csv" and len(rows.column_names) == 1 else None
+        only += f": {hint}" if hint else ""
+        raise ValueError(f"{source} has no column {column!r}, only {only}")
     if holds_chats(rows, column):
         found = ((row, mistake(prompt, column)) for row, prompt in enumerate(rows[column]))
         if wrong := next(((row, why) for row, why in found if why), None):
