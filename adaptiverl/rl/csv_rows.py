@@ -33,9 +33,9 @@ def read_csv(path: Path, column: str) -> dict[str, list[Any]]:
     names = [name.strip() or f"Unnamed: {place}" for place, name in enumerate(records[0])]
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise ValueError(f"line 1: two columns have the name {twice[0]!r}")
-    fields = zip(*records[1:], strict=True) if len(records) > 1 else [()] * len(names)
     texts = {
-        name: [text or None for text in values] for name, values in zip(names, fields, strict=True)
+        name: [text or None for text in values]
+        for name, (_, *values) in zip(names, zip(*records, strict=True), strict=True)
     }
     return {name: v if name == column else _as_numbers(v) for name, v in texts.items()}
 
