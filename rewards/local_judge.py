@@ -85,22 +85,20 @@ class LocalJudgeReward(Reward):
     def _logprobs(self, texts: list[str], answer: list[int]) -> Any:
         """log P(answer) after each text [B]; padded on the right, where nothing looks at it."""
         import torch
+        from torch.nn.utils.rnn import pad_sequence
 
         rows = []
         for text in texts:
             own = self._ids(text)
             own = own[-self._room :] if self._room else own
-            rows.append([*self._before, *own, *self._after, *answer])
-        longest = max(map(len, rows))
-        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
-        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+            rows.append(torch.tensor([*self._before, *own, *self._after, *answer]))
+        ids = pad_sequence(rows, batch_first=True)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         inputs = {"input_ids": ids, "attention_mask": mask}
         inputs = {name: tensor.to(self._lm.device) for name, tensor in inputs.items()}
         with torch.no_grad():
             table = self._lm(**inputs).logits.float().log_softmax(-1).cpu()  # [B, T, V]
-        places = torch.tensor(
-            [[len(row) - len(answer) + k for k in range(len(answer))] for row in rows]
-        )
+        size = len(answer)
+        before = [each[: len(row) - 1][-size:] for each, row in zip(table, rows, strict=True)]
         wanted = torch.tensor(answer).expand(len(rows), -1)
-        before = table.gather(1, (places - 1)[..., None].expand(-1, -1, table.shape[-1]))
-        return before.gather(-1, wanted[..., None])[..., 0].sum(-1)
+        return torch.stack(before).gather(-1, wanted[..., None])[..., 0].sum(-1)
