@@ -8,9 +8,8 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, NoReturn
 
-from rewards.base import Reward
+from rewards.base import Column, Reward
 
-Column = list[float | None]
 SIGNALS_EVERY = 0.5  # seconds between looks for Ctrl-C, at most
 
 

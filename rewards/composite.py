@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from rewards.balance import BalanceMonitor, Scale, filled, shares, weight_at
-from rewards.base import Reward, Weight
+from rewards.base import Column, Reward, Weight
 from rewards.calling import begin_calls
-from rewards.messages import Text
+from rewards.messages import Texts
 from rewards.scores import LARGEST, as_list, as_tensor, checked, mean
 
 log = logging.getLogger(__name__)
@@ -85,9 +85,7 @@ class CompositeReward:
         """Of the rewards, in the order of the columns of scores."""
         return list(self.rewards)
 
-    def __call__(
-        self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any
-    ) -> list[float | None]:
+    def __call__(self, prompts: Texts, completions: Texts, **columns: Any) -> Column:
         """The weighted sums; completions of one prompt stand side by side, as in TRL's batches.
 
         Scheduled weights follow the global_step of `trainer_state`, which TRL passes.
@@ -99,13 +97,11 @@ class CompositeReward:
         scores = self.score(prompts, completions, **columns)
         return as_list(self.combine(scores, None if state is None else state.global_step, groups))
 
-    def score(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> Tensor:
+    def score(self, prompts: Texts, completions: Texts, **columns: Any) -> Tensor:
         """[B, R]: what each reward gives, raw; NaN where it is missing."""
         return self.begin(prompts, completions, **columns)()
 
-    def begin(
-        self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any
-    ) -> Callable[[], Tensor]:
+    def begin(self, prompts: Texts, completions: Texts, **columns: Any) -> Callable[[], Tensor]:
         """Starts to score; what is returned waits for the rest and gives the scores.
 
         Rewards that are coroutine functions run at once and together in a thread of their own, so
@@ -121,7 +117,7 @@ class CompositeReward:
         given = self._reports(len(completions)) | columns
         given |= {"prompts": prompts, "completions": completions}
 
-        def check(name: str, answer: Any) -> list[float | None]:
+        def check(name: str, answer: Any) -> Column:
             scores, odd = checked(name, answer, completions)
             self.quarantined[name] += odd
             return scores

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
-from rewards.base import FatalJudgeError
+from rewards.base import Column, FatalJudgeError
 from rewards.endpoint import Reply, ask, secret
 from rewards.judge_account import Account, Hold, Outcome
 from rewards.judge_cache import JudgeCache
@@ -73,7 +73,7 @@ class Asker:
 
     async def answers(
         self, keys: Sequence[str], cases: Sequence[dict[str, str]], batch: Batch
-    ) -> list[float | None]:
+    ) -> Column:
         """The answer to each case, under its key in the cache; None where there is none."""
         from openai import AsyncOpenAI
 

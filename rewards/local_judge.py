@@ -1,12 +1,11 @@
 """Reward by a judge in this process: a causal LM, asked yes or no about each completion."""
 
-from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from rewards.base import Place, Reward
-from rewards.messages import Text, joined, texts_of, transcript
+from rewards.base import Column, Place, Reward
+from rewards.messages import Texts, joined, texts_of, transcript
 from rewards.whole import load_whole
 
 TEMPLATE = "{rubric}\n\nText:\n{text}\n\nAnswer (yes or no):"
@@ -68,14 +67,12 @@ class LocalJudgeReward(Reward):
     def _ids(self, text: str) -> list[int]:
         return self._tokenizer(text, add_special_tokens=False).input_ids
 
-    def __call__(
-        self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any
-    ) -> list[float | None]:
+    def __call__(self, prompts: Texts, completions: Texts, **columns: Any) -> Column:
         self.start()
         texts = texts_of(completions)
         if self.with_prompt:
             texts = [joined(transcript(p), c) for p, c in zip(prompts, completions, strict=True)]
-        result: list[float | None] = []
+        result: Column = []
         for start in range(0, len(texts), self.batch_size):
             some = texts[start : start + self.batch_size]
             yes, no = (self._logprobs(some, answer) for answer in self._answers)
