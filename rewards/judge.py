@@ -250,13 +250,6 @@ class JudgeReward(Reward):
         return await self._asker.answers([self._key(case) for case in cases], cases, batch)
 
     def _key(self, case: dict[str, str]) -> str:
-        asked = [
-            self.model,
-            self.base_url,
-            self.rubric,
-            self.low,
-            self.high,
-            self._examples(),
-            case,
-        ]
-        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+        scale = [self.low, self.high, self._examples()]
+        asked = json.dumps([self.model, self.base_url, self.rubric, *scale, case], sort_keys=True)
+        return hashlib.sha256(asked.encode()).hexdigest()
