@@ -55,31 +55,28 @@ def _records(path: Path) -> Iterator[list[str]]:
     end = 0
     with path.open(newline="", encoding="utf-8-sig") as file:
         lines = csv.reader(file, strict=True)
-        while True:
-            begin = end + 1
-            try:
-                fields = next(lines, None)
-            except csv.Error as error:
-                why = SAID.get(str(error), str(error))
-                raise ValueError(f"line {begin}: {why}") from error
-            if fields is None:
-                return
-            end = lines.line_num
-            if len(fields) < 2 and not "".join(fields).strip():
-                continue
-            first = first or fields
-            named = len(first)
-            if len(fields) != named:
-                hint = "an empty field has its comma, too"
-                if len(fields) > named:
-                    hint = 'put a text that has a comma in it into quotes, "like, this"'
-                if named == 1:
-                    hint = separator_hint(first[0]) or hint
-                count = f"{len(fields)} field" + "s" * (len(fields) != 1)
-                raise ValueError(
-                    f"line {begin} has {count}, and the first line names {named}: {hint}"
-                )
-            yield fields
+        try:
+            for fields in lines:
+                begin, end = end + 1, lines.line_num
+                if len(fields) < 2 and not "".join(fields).strip():
+                    continue
+                first = first or fields
+                if len(fields) != len(first):
+                    raise ValueError(f"line {begin} has {_misfit(fields, first)}")
+                yield fields
+        except csv.Error as error:
+            raise ValueError(f"line {end + 1}: {SAID.get(str(error), str(error))}") from error
+
+
+def _misfit(fields: list[str], first: list[str]) -> str:
+    """How many `fields` there are, for how many names in the `first` record, and what to do."""
+    count, named = len(fields), len(first)
+    hint = "an empty field has its comma, too"
+    if count > named:
+        hint = 'put a text that has a comma in it into quotes, "like, this"'
+    if named == 1:
+        hint = separator_hint(first[0]) or hint
+    return f"{count} field{'s' * (count != 1)}, and the first line names {named}: {hint}"
 
 
 def _as_numbers(texts: list[str | None]) -> list[Any]:
