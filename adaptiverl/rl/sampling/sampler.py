@@ -106,10 +106,10 @@ class Sampler:
         number = {text: i for i, text in enumerate(distinct)}
         device = self.policy.device
         chat = not isinstance(prompts[0], str)
-        how: dict[str, Any] = {"padding": True, "return_tensors": "pt"}
+        options: dict[str, Any] = {"padding": True, "return_tensors": "pt"}
         if self.max_prompt is not None and not chat:
-            how |= {"truncation": True, "max_length": self.max_prompt}
-        batch = tokenize(self.tokenizer, list(distinct.values()), **how)
+            options |= {"truncation": True, "max_length": self.max_prompt}
+        batch = tokenize(self.tokenizer, list(distinct.values()), **options)
         self._check_tokens(list(number), batch.input_ids, batch.attention_mask)
         if chat and self.max_prompt and batch.input_ids.shape[1] > self.max_prompt:
             raise PromptError(too_long(batch.input_ids.shape[1], self.max_prompt))
