@@ -90,7 +90,4 @@ def _as_numbers(texts: list[str | None]) -> list[Any]:
 
 def _is_exact(text: str) -> bool:
     """Whether it is a decimal that a float keeps all digits of."""
-    if not DECIMAL.fullmatch(text):
-        return False
-    kept = repr(float(text))
-    return kept == text or Decimal(kept) == Decimal(text)
+    return bool(DECIMAL.fullmatch(text)) and Decimal(repr(float(text))) == Decimal(text)
