@@ -5,8 +5,7 @@ import importlib
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
@@ -46,15 +45,18 @@ class PythonReward(Reward):
 
     def _load(self, device: Any) -> None:
         module, _, name = self.function.partition(":")
+        here = str(Path.cwd())  # whose modules hide those of the program's own folder
+        sys.path.insert(0, here)
         try:
-            with _working_directory_first():
-                source = importlib.import_module(module)
+            source = importlib.import_module(module)
         except SyntaxError as error:
             raise ValueError(f"{error.filename}, line {error.lineno}: {error.msg}") from error
         except ImportError:
             raise
         except (Exception, SystemExit) as error:
             raise ValueError(f"{_place(error)}: {type(error).__name__}: {error}") from error
+        finally:
+            sys.path.remove(here)  # the first one
         if not callable(found := getattr(source, name, None)):
             file = getattr(source, "__file__", None) or "built in"
             raise ValueError(f"module {module} ({file}) has no function {name}")
@@ -168,17 +170,6 @@ def _source_of(module: ModuleType) -> Source | None:
     if not file.is_file():  # built in, or in a zip file
         return None
     return Source(str(file), hashlib.sha256(file.read_bytes()).hexdigest())
-
-
-@contextmanager
-def _working_directory_first() -> Iterator[None]:
-    """Within this, modules of the working directory hide those of the program's own folder."""
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    try:
-        yield
-    finally:
-        sys.path.remove(here)  # the first one
 
 
 def _signature(function: Callable[..., Any]) -> inspect.Signature:
