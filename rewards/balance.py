@@ -75,7 +75,10 @@ class Scale:
             return state["first_mean"], state["first_deviation"]
         if "weight" in state and (deviation := _deviation(state["mean"], state["square"])):
             return state["mean"], deviation
-        return _spread(known)
+        if not len(known):
+            return 0.0, 0.0
+        mean = known.mean().item()
+        return mean, _deviation(mean, known.square().mean().item())
 
     def _clipped(self, column: Tensor) -> Tensor:
         return column if self.clip is None else column.clamp(*self.clip)
@@ -90,12 +93,6 @@ class Scale:
             "mean": old["mean"] + (mean - old["mean"]) / weight,
             "square": old["square"] + (square - old["square"]) / weight,
         }
-
-
-def _spread(known: Tensor) -> tuple[float, float]:
-    """Mean and deviation of some values, 0 and 0 of none."""
-    mean = known.mean().item() if len(known) else 0.0
-    return mean, _deviation(mean, known.square().mean().item()) if len(known) else 0.0
 
 
 def _deviation(mean: float, square: float) -> float:

@@ -18,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+Column = list[float | None]  # what a reward gives: a score for each completion, None is missing
 Weight = float | list[tuple[int, float]]
 Place = Annotated[str, AfterValidator(os.path.expanduser)]  # a file, or a folder or hub id
 

@@ -8,9 +8,8 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, NoReturn
 
-from rewards.base import Reward
+from rewards.base import Column, Reward
 
-Column = list[float | None]
 SIGNALS_EVERY = 0.5  # seconds between looks for Ctrl-C, at most
 
 
@@ -123,17 +122,14 @@ class _Named:
     def __exit__(self, kind: Any, error: BaseException | None, frames: Any) -> None:
         if os.getpid() != self.process:
             _end_child(self.name, error)
+        # A run has a handler of its own for Ctrl-C, which then raises nothing
+        handled = signal.getsignal(signal.SIGINT) is not signal.default_int_handler
         if isinstance(error, SystemExit | GeneratorExit | StopIteration) or (
-            isinstance(error, KeyboardInterrupt) and not _ctrl_c_raises()
+            isinstance(error, KeyboardInterrupt) and handled
         ):
             raise _as_failure(error, self.name) from error
         if isinstance(error, Exception):
             error.add_note(_note(self.name))
-
-
-def _ctrl_c_raises() -> bool:
-    """Whether a KeyboardInterrupt may be a Ctrl-C: a run has a handler of its own."""
-    return signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def _end_child(name: str, error: BaseException | None) -> NoReturn:

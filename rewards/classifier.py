@@ -1,13 +1,12 @@
 """Reward by a sequence classifier: sentiment, toxicity, helpfulness."""
 
 import logging
-from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from rewards.base import Place, Reward
-from rewards.messages import Text, joined, texts_of
+from rewards.base import Column, Place, Reward
+from rewards.messages import Texts, joined, texts_of
 from rewards.whole import load_whole
 
 log = logging.getLogger(__name__)
@@ -67,9 +66,7 @@ class ClassifierReward(Reward):
         self._max_length = min((n for n in limits if n and n < 10**9), default=None)
         self._tokenizer, self._classifier = tokenizer, model
 
-    def __call__(
-        self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any
-    ) -> list[float | None]:
+    def __call__(self, prompts: Texts, completions: Texts, **columns: Any) -> Column:
         import torch
 
         self.start()
@@ -78,7 +75,7 @@ class ClassifierReward(Reward):
             texts = [
                 joined(prompt, text) for prompt, text in zip(prompts, completions, strict=True)
             ]
-        result: list[float | None] = [None] * len(texts)  # nothing written: nothing to judge
+        result: Column = [None] * len(texts)  # nothing written: nothing to judge
         rows = [i for i, text in enumerate(texts) if text.strip()]
         if not rows:
             return result
@@ -107,16 +104,11 @@ class ClassifierReward(Reward):
         whole = [len(ids) for ids in self._tokenizer(full, verbose=False)["input_ids"]]
         if long := [size for size in whole if size > limit]:
             self._warned = True
+            prompt = ", and with them the prompt (WITH_PROMPT)" if self.with_prompt else ""
             log.warning(
-                "reward %r: %d of %d texts have more tokens than the %d that %s can read, the "
-                "longest has %d: their beginnings are left out%s",
-                self.name,
-                len(long),
-                len(texts),
-                limit,
-                self.model,
-                max(long),
-                ", and with them the prompt (WITH_PROMPT)" if self.with_prompt else "",
+                f"reward {self.name!r}: {len(long)} of {len(texts)} texts have more tokens than "
+                f"the {limit} that {self.model} can read, the longest has {max(long)}: their "
+                f"beginnings are left out{prompt}"
             )
 
 

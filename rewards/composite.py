@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from rewards.balance import BalanceMonitor, Scale, filled, shares, weight_at
-from rewards.base import Reward, Weight
+from rewards.base import Column, Reward, Weight
 from rewards.calling import begin_calls
-from rewards.messages import Text
+from rewards.messages import Texts
 from rewards.scores import LARGEST, as_list, as_tensor, checked, mean
 
 log = logging.getLogger(__name__)
@@ -61,11 +61,12 @@ class CompositeReward:
                 raise ValueError(
                     f"weights for rewards that are not there: {', '.join(sorted(unknown))}"
                 )
-        declared = {name: r for name, r in self.rewards.items() if isinstance(r, Reward)}
+        # Other callables have no state, and nothing to end or give back
+        self.declared = {name: r for name, r in self.rewards.items() if isinstance(r, Reward)}
         self.weights: dict[str, Weight] = dict.fromkeys(self.rewards, 1.0)
-        self.weights |= {name: r.weight for name, r in declared.items()} | dict(weights or {})
+        self.weights |= {name: r.weight for name, r in self.declared.items()} | dict(weights or {})
         self.scales = {name: Scale() for name in self.rewards}
-        self.scales |= {name: Scale(r.normalize, r.clip) for name, r in declared.items()}
+        self.scales |= {name: Scale(r.normalize, r.clip) for name, r in self.declared.items()}
         self.scales |= scales or {}
         self.monitor = BalanceMonitor()
         self.quarantined = dict.fromkeys(self.rewards, 0)
@@ -84,9 +85,7 @@ class CompositeReward:
         """Of the rewards, in the order of the columns of scores."""
         return list(self.rewards)
 
-    def __call__(
-        self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any
-    ) -> list[float | None]:
+    def __call__(self, prompts: Texts, completions: Texts, **columns: Any) -> Column:
         """The weighted sums; completions of one prompt stand side by side, as in TRL's batches.
 
         Scheduled weights follow the global_step of `trainer_state`, which TRL passes.
@@ -98,13 +97,11 @@ class CompositeReward:
         scores = self.score(prompts, completions, **columns)
         return as_list(self.combine(scores, None if state is None else state.global_step, groups))
 
-    def score(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> Tensor:
+    def score(self, prompts: Texts, completions: Texts, **columns: Any) -> Tensor:
         """[B, R]: what each reward gives, raw; NaN where it is missing."""
         return self.begin(prompts, completions, **columns)()
 
-    def begin(
-        self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any
-    ) -> Callable[[], Tensor]:
+    def begin(self, prompts: Texts, completions: Texts, **columns: Any) -> Callable[[], Tensor]:
         """Starts to score; what is returned waits for the rest and gives the scores.
 
         Rewards that are coroutine functions run at once and together in a thread of their own, so
@@ -120,7 +117,7 @@ class CompositeReward:
         given = self._reports(len(completions)) | columns
         given |= {"prompts": prompts, "completions": completions}
 
-        def check(name: str, answer: Any) -> list[float | None]:
+        def check(name: str, answer: Any) -> Column:
             scores, odd = checked(name, answer, completions)
             self.quarantined[name] += odd
             return scores
@@ -136,8 +133,7 @@ class CompositeReward:
 
     def over_batches(self, reports: Sequence[Mapping[str, float]]) -> dict[str, float]:
         """The metrics that rewards reported of several batches, as one: counts are added up."""
-        own = {n: r.counts for n, r in self.rewards.items() if isinstance(r, Reward)}
-        counts = {f"{name}/{what}" for name, every in own.items() for what in every}
+        counts = {f"{name}/{what}" for name, r in self.declared.items() for what in r.counts}
         result = {}
         for name in dict.fromkeys(name for report in reports for name in report):
             values = [report[name] for report in reports if name in report]
@@ -222,7 +218,7 @@ class CompositeReward:
     def state_dict(self) -> dict[str, Any]:
         """What running scales, warnings and rewards have learned and what was counted, plainly."""
         scales = {name: dict(scale.state) for name, scale in self.scales.items()}
-        own = {name: r.state_dict() for name, r in self.rewards.items() if isinstance(r, Reward)}
+        own = {name: reward.state_dict() for name, reward in self.declared.items()}
         state = {"scales": scales, "monitor": self.monitor.state, "quarantined": self.quarantined}
         return copy.deepcopy(state | {"rewards": {k: kept for k, kept in own.items() if kept}})
 
@@ -232,21 +228,20 @@ class CompositeReward:
             self.scales[name].state = dict(state["scales"][name])
             self.quarantined[name] = state["quarantined"][name]
         self.monitor.state = copy.deepcopy(state["monitor"])
-        for name, kept in state.get("rewards", {}).items():  # an earlier version has none
-            if isinstance(reward := self.rewards.get(name), Reward):
-                reward.load_state_dict(copy.deepcopy(kept))
+        kept = state.get("rewards", {})  # an earlier version has none
+        for name, reward in self.declared.items():
+            if name in kept:
+                reward.load_state_dict(copy.deepcopy(kept[name]))
 
     def interrupt(self) -> None:
         """Ends the waiting of rewards that wait for people; safe in a signal handler."""
-        for reward in self.rewards.values():
-            if isinstance(reward, Reward):
-                reward.interrupt()
+        for reward in self.declared.values():
+            reward.interrupt()
 
     def close(self) -> None:
         """Gives back what rewards hold: a terminal, a port."""
-        for reward in self.rewards.values():
-            if isinstance(reward, Reward):
-                reward.close()
+        for reward in self.declared.values():
+            reward.close()
 
     def _reports(self, rows: int) -> dict[str, Callable]:
         """TRL's log_metric and log_extra, for a batch of `rows` completions."""

@@ -5,8 +5,7 @@ import importlib
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
@@ -46,20 +45,23 @@ class PythonReward(Reward):
 
     def _load(self, device: Any) -> None:
         module, _, name = self.function.partition(":")
+        here = str(Path.cwd())  # whose modules hide those of the program's own folder
+        sys.path.insert(0, here)
         try:
-            with _working_directory_first():
-                source = importlib.import_module(module)
+            source = importlib.import_module(module)
         except SyntaxError as error:
             raise ValueError(f"{error.filename}, line {error.lineno}: {error.msg}") from error
         except ImportError:
             raise
         except (Exception, SystemExit) as error:
             raise ValueError(f"{_place(error)}: {type(error).__name__}: {error}") from error
+        finally:
+            sys.path.remove(here)  # the first one
         if not callable(found := getattr(source, name, None)):
             file = getattr(source, "__file__", None) or "built in"
             raise ValueError(f"module {module} ({file}) has no function {name}")
         self._source = _source_of(_defining(found) or source)
-        makes_rewards = isinstance(found, type) or not (_has_columns(found) or _reads(found))
+        makes_rewards = isinstance(found, type) or not _is_reward(found)
         self._check_args(found, complete=makes_rewards)
         if makes_rewards:
             found = found(**self.args)
@@ -75,8 +77,9 @@ class PythonReward(Reward):
     def _check_args(self, function: Callable[..., Any], complete: bool) -> None:
         """Raises ValueError where the call with ARGS would fail; `complete`: with them alone."""
         declared = isinstance(function, type) and issubclass(function, Reward)  # checks by itself
-        if declared or (signature := _signature(function)) is None:
+        if declared:
             return
+        signature = _signature(function)
         try:
             (signature.bind if complete else signature.bind_partial)(**self.args)
         except TypeError as error:
@@ -94,9 +97,7 @@ class PythonReward(Reward):
             self._refuse_hidden(
                 columns, f"the function gets {source}'s column of that name instead"
             )
-        if (signature := _signature(self._function)) is None:
-            return
-        known = {*GIVEN, *columns}
+        signature, known = _signature(self._function), {*GIVEN, *columns}
         wanted = [
             name
             for name, parameter in signature.parameters.items()
@@ -171,34 +172,15 @@ def _source_of(module: ModuleType) -> Source | None:
     return Source(str(file), hashlib.sha256(file.read_bytes()).hexdigest())
 
 
-@contextmanager
-def _working_directory_first() -> Iterator[None]:
-    """Within this, modules of the working directory hide those of the program's own folder."""
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    try:
-        yield
-    finally:
-        sys.path.remove(here)  # the first one
-
-
-def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    """What it takes: anything, where that cannot be known."""
     try:
         return inspect.signature(function)
     except (TypeError, ValueError):  # written in C
-        return None
+        return inspect.signature(lambda *args, **kwargs: None)
 
 
-def _has_columns(function: Callable[..., Any]) -> bool:
-    """Whether it takes keyword arguments of any name; also where that cannot be known."""
-    signature = _signature(function)
-    if signature is None:
-        return True
-    kinds = {parameter.kind for parameter in signature.parameters.values()}
-    return inspect.Parameter.VAR_KEYWORD in kinds
-
-
-def _reads(function: Callable[..., Any]) -> bool:
-    """Whether it names something that rewards are called with."""
-    signature = _signature(function)
-    return signature is not None and any(name in signature.parameters for name in GIVEN)
+def _is_reward(function: Callable[..., Any]) -> bool:
+    """Whether it takes arguments of any name, or some that rewards are called with."""
+    taken = _signature(function).parameters
+    return any(name in GIVEN or taken[name].kind == taken[name].VAR_KEYWORD for name in taken)

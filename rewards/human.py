@@ -17,7 +17,7 @@ from pydantic import Field, PrivateAttr, model_validator
 from rewards.base import Place, Reward, require
 from rewards.label_queue import FrontEnd, LabelQueue, Question
 from rewards.labels import Labels
-from rewards.messages import Text, encodable, texts_of, transcripts_of
+from rewards.messages import Texts, encodable, texts_of, transcripts_of
 
 if TYPE_CHECKING:  # numpy, which a config is validated without
     from rewards.head import RidgeHead
@@ -117,8 +117,8 @@ class HumanReward(Reward):
 
     async def __call__(
         self,
-        prompts: Sequence[Text],
-        completions: Sequence[Text],
+        prompts: Texts,
+        completions: Texts,
         *,
         scores: Mapping[str, Column] | None = None,
         log_metric: Callable[[str, float], Any] | None = None,

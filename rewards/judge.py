@@ -17,14 +17,14 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
-from rewards.base import KEYS, Interrupted, Place, Reward, require
+from rewards.base import KEYS, Column, Interrupted, Place, Reward, require
 from rewards.endpoint import KEY_ENV, PATH, secret
 from rewards.judge_account import account_of
 from rewards.judge_asking import Asker, Batch
 from rewards.judge_cache import JudgeCache
 from rewards.judge_limits import Budget, Gate, RateLimiter, money
 from rewards.judge_prompt import JudgePrompt
-from rewards.messages import Text, texts_of, transcripts_of
+from rewards.messages import Texts, texts_of, transcripts_of
 
 
 class JudgeExample(BaseModel):
@@ -162,12 +162,12 @@ class JudgeReward(Reward):
 
     async def __call__(
         self,
-        prompts: Sequence[Text],
-        completions: Sequence[Text],
+        prompts: Texts,
+        completions: Texts,
         *,
         log_metric: Callable[[str, float], Any] | None = None,
         **columns: Any,
-    ) -> list[float | None]:
+    ) -> Column:
         """One request for each different completion that the cache does not have.
 
         Raises FatalJudgeError, and Interrupted once `interrupt` is called.
@@ -176,7 +176,7 @@ class JudgeReward(Reward):
         prompts, completions = transcripts_of(prompts), texts_of(completions)
         path = Path(self.cache).resolve()
         with self._interruptible(), closing(JudgeCache(path, self._account)) as cache:
-            batch = Batch(cache, path, account_of(path, self._account))
+            batch = Batch(cache, account_of(path, self._account))
             try:
                 if self.pairwise:
                     result = await self._compare(prompts, completions, batch)
@@ -231,7 +231,7 @@ class JudgeReward(Reward):
 
     async def _compare(
         self, prompts: Sequence[str], completions: Sequence[str], batch: Batch
-    ) -> list[float | None]:
+    ) -> Column:
         groups: dict[str, list[int]] = {}
         for row, prompt in enumerate(prompts):
             groups.setdefault(prompt, []).append(row)
@@ -246,17 +246,10 @@ class JudgeReward(Reward):
                 points[b].append(1 - first)
         return [sum(own) / len(own) if own else None for own in points]
 
-    async def _answers(self, cases: list[dict[str, str]], batch: Batch) -> list[float | None]:
+    async def _answers(self, cases: list[dict[str, str]], batch: Batch) -> Column:
         return await self._asker.answers([self._key(case) for case in cases], cases, batch)
 
     def _key(self, case: dict[str, str]) -> str:
-        asked = [
-            self.model,
-            self.base_url,
-            self.rubric,
-            self.low,
-            self.high,
-            self._examples(),
-            case,
-        ]
-        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+        scale = [self.low, self.high, self._examples()]
+        asked = json.dumps([self.model, self.base_url, self.rubric, *scale, case], sort_keys=True)
+        return hashlib.sha256(asked.encode()).hexdigest()

@@ -10,11 +10,10 @@ import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from random import Random
 from typing import Any
 
-from rewards.base import FatalJudgeError
+from rewards.base import Column, FatalJudgeError
 from rewards.endpoint import Reply, ask, secret
 from rewards.judge_account import Account, Hold, Outcome
 from rewards.judge_cache import JudgeCache
@@ -32,7 +31,6 @@ class Batch:
     """What one call of a judge has asked, and what came of it."""
 
     cache: JudgeCache
-    cache_path: Path
     account: Account
     under_way: dict[str, asyncio.Task] = field(default_factory=dict)  # tries, by key
     shared: set[str] = field(default_factory=set)  # keys that somebody else asked meanwhile
@@ -75,7 +73,7 @@ class Asker:
 
     async def answers(
         self, keys: Sequence[str], cases: Sequence[dict[str, str]], batch: Batch
-    ) -> list[float | None]:
+    ) -> Column:
         """The answer to each case, under its key in the cache; None where there is none."""
         from openai import AsyncOpenAI
 
@@ -150,7 +148,7 @@ class Asker:
         request, account = self.prompt.request(self.model, case), batch.account
         about = token_count(request), ANSWER_TOKENS
         for attempt in range(self.retries + 1):
-            hold = self.budget.hold(account, batch.cache, about, batch.cache_path)
+            hold = self.budget.hold(account, batch.cache, about)
             if hold is None:
                 self.trouble = "its budget is spent"
                 return "dropped"
@@ -177,10 +175,8 @@ class Asker:
                 break
         if account.is_hopeless and account.first_time("hopeless"):
             log.warning(
-                "the judge %r has given no answer yet that can be read: such answers are not asked "
-                "for again; the last: %s",
-                self.budget.name,
-                self.trouble,
+                f"the judge {self.budget.name!r} has given no answer yet that can be read: such "
+                f"answers are not asked for again; the last: {self.trouble}"
             )
         return "failed"
 
@@ -211,9 +207,8 @@ class Asker:
         return reply.kind == "answer" and account.is_hopeless
 
     def _unreadable(self, text: str) -> str:
-        change = (
-            "the server may ignore STRUCTURED;" if self.prompt.structured else "set STRUCTURED,"
-        )
+        asked = self.prompt.structured
+        change = "the server may ignore STRUCTURED;" if asked else "set STRUCTURED,"
         return (
             f"its answer was {text[:60]!r}, and nothing but {self.prompt.form} is read: {change} "
             "say so in RUBRIC, or choose another MODEL"
@@ -226,10 +221,8 @@ class Asker:
         if reply.wait > LONG_WAIT and not batch.warned:
             batch.warned = True
             log.warning(
-                "the judge asks for %.0f s before it is asked again, and gets %.0f: %s",
-                reply.wait,
-                wait,
-                self.trouble,
+                f"the judge asks for {reply.wait:.0f} s before it is asked again, and gets "
+                f"{wait:.0f}: {self.trouble}"
             )
         return wait
 
@@ -244,9 +237,8 @@ class Asker:
         tokens_in, tokens_out = reply.tokens
         if None in reply.tokens and any(self.budget.prices) and account.first_time("estimated"):
             log.warning(
-                "the server of the judge %r does not say how many tokens it took: its cost is "
-                "estimated, at four letters a token",
-                self.budget.name,
+                f"the server of the judge {self.budget.name!r} does not say how many tokens it "
+                "took: its cost is estimated, at four letters a token"
             )
         if tokens_in is None:
             tokens_in = math.ceil(hold.tokens[0])

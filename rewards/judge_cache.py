@@ -12,7 +12,7 @@ class JudgeCache:
     """
 
     def __init__(self, path: Path, judge: str):
-        self.judge = judge
+        self.path, self.judge = path, judge
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.base = sqlite3.connect(path, isolation_level=None, timeout=60)  # each line at once

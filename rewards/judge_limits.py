@@ -88,7 +88,7 @@ class Budget:
         max_calls: int | None,
         max_cost: float | None,
         prices: tuple[float, float],
-        name: str = "judge",
+        name: str,
     ):
         self.max_calls, self.max_cost, self.prices = max_calls, max_cost, prices
         self.name, self.warned = name, False
@@ -96,9 +96,7 @@ class Budget:
     def cost(self, tokens_in: float, tokens_out: float) -> float:
         return (tokens_in * self.prices[0] + tokens_out * self.prices[1]) / 1e6
 
-    def hold(
-        self, account: Account, cache: JudgeCache, tokens: tuple[float, float], where: object
-    ) -> Hold | None:
+    def hold(self, account: Account, cache: JudgeCache, tokens: tuple[float, float]) -> Hold | None:
         """A hold on one more answer; None where the budget is spent, which is warned of once.
 
         Answers had count, and those that anybody in this process awaits.
@@ -117,16 +115,12 @@ class Budget:
                 return hold
         if not self.warned:
             self.warned = True
+            paid = f" that cost {money(cost)}" if any(self.prices) else ""
+            under_way = f" ({len(awaited)} of them under way)" if awaited else ""
             log.warning(
-                "the budget of the judge %r is spent: %s is used up by %d answers%s%s. "
-                "What is not in %s is missing from here on; raise %s to go on asking",
-                self.name,
-                " and ".join(over),
-                calls,
-                f" that cost {money(cost)}" if any(self.prices) else "",
-                f" ({len(awaited)} of them under way)" if awaited else "",
-                where,
-                " and ".join(limit.split()[0] for limit in over),
+                f"the budget of the judge {self.name!r} is spent: {' and '.join(over)} is used up "
+                f"by {calls} answers{paid}{under_way}. What is not in {cache.path} is missing from "
+                f"here on; raise {' and '.join(limit.split()[0] for limit in over)} to go on asking"
             )
         return None
 

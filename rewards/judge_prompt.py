@@ -47,9 +47,16 @@ class JudgePrompt:
         messages.append({"role": "user", "content": _framed(case, mark)})
         request = {"model": model, "messages": messages, "temperature": 0.0}
         if self.structured:
+            value = {"enum": ["A", "B", "tie"]} if self.pairwise else {"type": "number"}
+            schema = {
+                "type": "object",
+                "properties": {self._name: value},
+                "required": [self._name],
+                "additionalProperties": False,
+            }
             request["response_format"] = {
                 "type": "json_schema",
-                "json_schema": {"name": self._name, "schema": self._schema(), "strict": True},
+                "json_schema": {"name": self._name, "schema": schema, "strict": True},
             }
         return request
 
@@ -61,16 +68,6 @@ class JudgePrompt:
     @property
     def _name(self) -> str:
         return "better" if self.pairwise else "score"
-
-    def _schema(self) -> dict[str, Any]:
-        return {
-            "type": "object",
-            "properties": {
-                self._name: {"enum": ["A", "B", "tie"]} if self.pairwise else {"type": "number"}
-            },
-            "required": [self._name],
-            "additionalProperties": False,
-        }
 
     def parse(self, text: str | None) -> float | None:
         """The score, or A's points; None unless the text is exactly the object asked for.

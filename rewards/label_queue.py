@@ -18,7 +18,6 @@ SCALES: dict[str, dict[str, float]] = {
 }
 NAMES = {"-": "bad", "+": "good", "1": "worst", "5": "best"}  # of answers, as people read them
 
-
 ABSENCE_TIMEOUT = 10.0  # seconds without a request from somebody's page: they have gone
 IDLE_TIMEOUT = 60.0  # seconds without a key or a movement: the page is open, and nobody is at it
 TOO_LATE = "that one was labelled already, or timed out"
@@ -43,15 +42,9 @@ class LabelQueue:
     key or movement for `idle_timeout` seconds) is shown to others.
     """
 
-    def __init__(
-        self,
-        labels: Labels,
-        scale: str,
-        absence_timeout: float = ABSENCE_TIMEOUT,
-        idle_timeout: float = IDLE_TIMEOUT,
-    ):
+    def __init__(self, labels: Labels, scale: str):
         self.labels, self.values = labels, SCALES[scale]
-        self.absence_timeout, self.idle_timeout = absence_timeout, idle_timeout
+        self.absence_timeout, self.idle_timeout = ABSENCE_TIMEOUT, IDLE_TIMEOUT
         self.changed = threading.Condition()
         self.open: dict[str, Question] = {}
         self.awaited: set[str] = set()  # open, or answered in a batch that still waits for others

@@ -1,12 +1,11 @@
 """Reward by a judge in this process: a causal LM, asked yes or no about each completion."""
 
-from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from rewards.base import Place, Reward
-from rewards.messages import Text, joined, texts_of, transcript
+from rewards.base import Column, Place, Reward
+from rewards.messages import Texts, joined, texts_of, transcript
 from rewards.whole import load_whole
 
 TEMPLATE = "{rubric}\n\nText:\n{text}\n\nAnswer (yes or no):"
@@ -68,14 +67,12 @@ class LocalJudgeReward(Reward):
     def _ids(self, text: str) -> list[int]:
         return self._tokenizer(text, add_special_tokens=False).input_ids
 
-    def __call__(
-        self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any
-    ) -> list[float | None]:
+    def __call__(self, prompts: Texts, completions: Texts, **columns: Any) -> Column:
         self.start()
         texts = texts_of(completions)
         if self.with_prompt:
             texts = [joined(transcript(p), c) for p, c in zip(prompts, completions, strict=True)]
-        result: list[float | None] = []
+        result: Column = []
         for start in range(0, len(texts), self.batch_size):
             some = texts[start : start + self.batch_size]
             yes, no = (self._logprobs(some, answer) for answer in self._answers)
@@ -85,22 +82,20 @@ class LocalJudgeReward(Reward):
     def _logprobs(self, texts: list[str], answer: list[int]) -> Any:
         """log P(answer) after each text [B]; padded on the right, where nothing looks at it."""
         import torch
+        from torch.nn.utils.rnn import pad_sequence
 
         rows = []
         for text in texts:
             own = self._ids(text)
             own = own[-self._room :] if self._room else own
-            rows.append([*self._before, *own, *self._after, *answer])
-        longest = max(map(len, rows))
-        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
-        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+            rows.append(torch.tensor([*self._before, *own, *self._after, *answer]))
+        ids = pad_sequence(rows, batch_first=True)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         inputs = {"input_ids": ids, "attention_mask": mask}
         inputs = {name: tensor.to(self._lm.device) for name, tensor in inputs.items()}
         with torch.no_grad():
             table = self._lm(**inputs).logits.float().log_softmax(-1).cpu()  # [B, T, V]
-        places = torch.tensor(
-            [[len(row) - len(answer) + k for k in range(len(answer))] for row in rows]
-        )
+        size = len(answer)
+        before = [each[: len(row) - 1][-size:] for each, row in zip(table, rows, strict=True)]
         wanted = torch.tensor(answer).expand(len(rows), -1)
-        before = table.gather(1, (places - 1)[..., None].expand(-1, -1, table.shape[-1]))
-        return before.gather(-1, wanted[..., None])[..., 0].sum(-1)
+        return torch.stack(before).gather(-1, wanted[..., None])[..., 0].sum(-1)

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 Text = str | Sequence[dict[str, Any]]  # messages are {"role": …, "content": …}
+Texts = Sequence[Text]
 
 
 def text_of(item: Text) -> str:
@@ -17,7 +18,7 @@ def text_of(item: Text) -> str:
     return "\n".join(_content(message) for message in item if message.get("role") != "tool")
 
 
-def texts_of(items: Sequence[Text]) -> list[str]:
+def texts_of(items: Texts) -> list[str]:
     """Raises TypeError for a single text, whose letters would be scored."""
     if isinstance(items, str):
         raise TypeError(f"{items!r:.60} is one text; give a list of texts, such as ['a text']")
@@ -31,7 +32,7 @@ def transcript(prompt: Text) -> str:
     return "\n".join(f"{message.get('role')}: {_content(message)}" for message in prompt)
 
 
-def transcripts_of(prompts: Sequence[Text]) -> list[str]:
+def transcripts_of(prompts: Texts) -> list[str]:
     return [transcript(prompt) for prompt in prompts]
 
 

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewards.messages import Text, text_of
+from rewards.base import Column
+from rewards.messages import Texts, text_of
 
 log = logging.getLogger(__name__)
 LARGEST = 1e16  # training computes in float32, which holds no sum of squares of larger ones
 
 
-def checked(name: str, answer: Any, completions: Sequence[Text]) -> tuple[list[float | None], int]:
+def checked(name: str, answer: Any, completions: Texts) -> tuple[Column, int]:
     """The scores that the reward `name` answered, and how many cannot be used: now None.
 
     These are logged in one line. Raises ValueError for what is not one score per completion.
@@ -30,7 +31,7 @@ def checked(name: str, answer: Any, completions: Sequence[Text]) -> tuple[list[f
         raise ValueError(
             f"reward {name!r} returned {len(values)} scores for {len(completions)} completions"
         )
-    given: list[float | None] = []
+    given: Column = []
     for i, value in enumerate(values):
         try:
             given.append(None if value is None else _number(value))
@@ -42,15 +43,11 @@ def checked(name: str, answer: Any, completions: Sequence[Text]) -> tuple[list[f
     odd = [i for i, score in enumerate(given) if score is not None and not abs(score) <= LARGEST]
     scores = [None if i in odd else score for i, score in enumerate(given)]
     if odd:
+        first = odd[0]
         log.warning(
-            "reward %r is not finite, or beyond %g, for %d of %d completions and is left out "
-            "there; the first: %s for %r",
-            name,
-            LARGEST,
-            len(odd),
-            len(scores),
-            given[odd[0]],
-            text_of(completions[odd[0]])[:80],
+            f"reward {name!r} is not finite, or beyond {LARGEST:g}, for {len(odd)} of "
+            f"{len(scores)} completions and is left out there; the first: {given[first]} for "
+            f"{text_of(completions[first])[:80]!r}"
         )
     return scores, len(odd)
 
@@ -74,7 +71,7 @@ def as_tensor(columns: Sequence[Sequence[float | None]], count: int) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64).reshape(len(rows), count).T.contiguous()
 
 
-def as_list(column: Tensor) -> list[float | None]:
+def as_list(column: Tensor) -> Column:
     """One column or sum [B], with None for what is missing."""
     return [None if x != x else x for x in column.tolist()]
 

@@ -1,12 +1,12 @@
 """Reward by meaning: cosine similarity of sentence embeddings to a reference text."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from rewards.base import Place, Reward
-from rewards.messages import Text, texts_of
+from rewards.base import Column, Place, Reward
+from rewards.messages import Texts, texts_of
 
 
 class CosineReward(Reward):
@@ -41,15 +41,13 @@ class CosineReward(Reward):
                     "(counted from 0): a reference is a text"
                 )
 
-    def __call__(
-        self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any
-    ) -> list[float | None]:
+    def __call__(self, prompts: Texts, completions: Texts, **columns: Any) -> Column:
         self.start()
         if self.column not in columns:
             raise ValueError(f"the prompts have no column {self.column!r} to compare with")
         references = columns[self.column]
         rows = [i for i, text in enumerate(references) if text]
-        result: list[float | None] = [None] * len(completions)
+        result: Column = [None] * len(completions)
         if rows:
             texts = texts_of([completions[i] for i in rows] + [references[i] for i in rows])
             embedded = self._encoder.encode(

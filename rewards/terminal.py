@@ -142,4 +142,4 @@ def printable(text: str) -> str:
 
 def _wrapped(text: str, width: int) -> str:
     lines = printable(text).split("\n")
-    return "\n".join(textwrap.fill(line, width, subsequent_indent="") for line in lines)
+    return "\n".join(textwrap.fill(line, width) for line in lines)

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 import regex  # searches as `re` does, and can be told when to give up
 from pydantic import BeforeValidator, Field, model_validator
 
-from rewards.base import Reward
-from rewards.messages import Text, texts_of
+from rewards.base import Column, Reward
+from rewards.messages import Texts, texts_of
 
 log = logging.getLogger(__name__)
 # A brace that is no repetition is a plain character to `re`; `regex` would match approximately.
@@ -58,9 +58,7 @@ class RegexReward(Reward):
     def _load(self, device: Any) -> None:
         self._compiled = [(pattern, self._compile(pattern)) for pattern in self.patterns]
 
-    def __call__(
-        self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any
-    ) -> list[float | None]:
+    def __call__(self, prompts: Texts, completions: Texts, **columns: Any) -> Column:
         self.start()
         return [self._score(text) for text in texts_of(completions)]
 
@@ -78,11 +76,9 @@ class RegexReward(Reward):
             if not self._warned:
                 self._warned = True
                 log.warning(
-                    "pattern %r takes more than %g s on %r: completions like it are left out. "
-                    "Repetitions inside of a repetition are the usual cause",
-                    pattern,
-                    self.timeout,
-                    text[:80],
+                    f"pattern {pattern!r} takes more than {self.timeout:g} s on {text[:80]!r}: "
+                    "completions like it are left out. Repetitions inside of a repetition are the "
+                    "usual cause"
                 )
             raise
 
@@ -110,8 +106,8 @@ class LengthReward(Reward):
 
     def __call__(
         self,
-        prompts: Sequence[Text],
-        completions: Sequence[Text],
+        prompts: Texts,
+        completions: Texts,
         completion_ids: Sequence[Sequence[int]] | None = None,
         **columns: Any,
     ) -> list[float]:

@@ -27,7 +27,7 @@ from rewards.label_queue import NAMES, TOO_LATE, UNDO_EXPIRED, LabelQueue
 
 PAGE = Path(__file__).with_name("page.html")
 EVERYWHERE = {"0.0.0.0", "::"}  # the machine's names are then not known
-LOOPBACK = {"127.0.0.1", "localhost", "[::1]"}
+LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 HEADERS = {
     "Cache-Control": "no-store",
     "Referrer-Policy": "no-referrer",
@@ -169,8 +169,7 @@ class Page:
     def _refusal(self, request: Request) -> str | None:
         """Why a request is refused; None: it is answered."""
         host = request.headers.get("host", "")
-        known = self.hosts and {name.strip("[]") for name in self.hosts}
-        if known and _part("hostname", f"//{host}") not in known:
+        if self.hosts and _part("hostname", f"//{host}") not in self.hosts:
             return "this host name is not the page's"
         if request.method != "GET":
             origin = request.headers.get("origin")

@@ -27,8 +27,9 @@ from transformers import (
 from adaptiverl.rl.gpt2 import Cache, gelu, read_prompts
 from adaptiverl.rl.policy import Policy
 from adaptiverl.rl.rollout import Rollout, uniforms
-from adaptiverl.rl.sampling.decode import Decoder, side_stream
+from adaptiverl.rl.sampling.decode import Decoder
 from adaptiverl.rl.sampling.generate import GenerateBackend
+from adaptiverl.rl.sampling.graphs import Recorder, side_stream
 from adaptiverl.rl.sampling.tokens import TokenSampler
 
 EOS = 3
@@ -386,21 +387,23 @@ def test_a_kept_decoder_samples_from_the_weights_as_they_are():
     assert not torch.equal(before.logprobs, after.logprobs)
 
 
-class WithGraphs(Decoder):
-    """Takes each step, and the prompts, from a graph, as on CUDA.
-
-    What stands for a graph computes again, from the same tensors.
-    """
-
-    def __init__(self, *given, **options) -> None:
-        super().__init__(*given, **options, static=True)
-        if self.sizes:
-            with torch.no_grad():
-                self._capture_steps()
+class StandIn(Recorder):
+    """What stands for a graph computes again, from the same tensors."""
 
     def _captured(self, action):
         action()  # the warm-up
         return SimpleNamespace(replay=action)
+
+
+class WithGraphs(Decoder):
+    """Takes each step, and the prompts, from a graph, as on CUDA."""
+
+    def __init__(self, *given, **options) -> None:
+        super().__init__(*given, **options, static=True)
+        self.recorder = StandIn(self.row.device)
+        if self.sizes:
+            with torch.no_grad():
+                self._capture_steps()
 
 
 @pytest.mark.parametrize("length", [1, 2, 3])

@@ -49,7 +49,7 @@ def mistake(prompt: Any, column: str) -> str | None:
     """Why `prompt`, a value of `column`, is no conversation to complete; None if it is one."""
     if prompt == []:
         return NO_MESSAGES
-    if not _is_conversation(prompt):
+    if not isinstance(prompt, list) or not all(map(_is_message, prompt)):
         return f'is {prompt!r}, not a list of messages {{"role": …, "content": …}}'
     for message in prompt:
         content = message.get("content")
@@ -119,11 +119,8 @@ def _by_template(tokenizer: Any, turns: list[Message], **options: Any) -> str:
         raise PromptError(f"the chat template refuses a conversation of {roles}: {said}") from error
 
 
-def _is_conversation(prompt: Any) -> bool:
-    """Whether it is a list of messages, each with a role."""
-    messages = prompt if isinstance(prompt, list) else []
-    roles = [each.get("role") if isinstance(each, dict) else None for each in messages]
-    return bool(roles) and all(isinstance(role, str) for role in roles)
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("role"), str)
 
 
 def _text(message: Message) -> str:

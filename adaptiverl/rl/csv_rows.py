@@ -33,17 +33,20 @@ def read_csv(path: Path, column: str) -> dict[str, list[Any]]:
     names = [name.strip() or f"Unnamed: {place}" for place, name in enumerate(records[0])]
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise ValueError(f"line 1: two columns have the name {twice[0]!r}")
-    fields = zip(*records[1:], strict=True) if len(records) > 1 else [()] * len(names)
     texts = {
-        name: [text or None for text in values] for name, values in zip(names, fields, strict=True)
+        name: [text or None for text in values]
+        for name, (_, *values) in zip(names, zip(*records, strict=True), strict=True)
     }
     return {name: v if name == column else _as_numbers(v) for name, v in texts.items()}
 
 
-def other_separator(line: str) -> str | None:
-    """What seems to separate the columns of `line`, the names of a file, where it has no comma."""
+def separator_hint(line: str) -> str | None:
+    """What to say where no comma, but something else, seems to separate the names in `line`."""
     words = {";": ";", "\t": "tabs", "|": "|"}
-    return next((word for sign, word in words.items() if sign in line), None)
+    for sign, word in words.items():
+        if sign in line:
+            return f"columns are separated by commas, and this file seems to use {word}"
+    return None
 
 
 def _records(path: Path) -> Iterator[list[str]]:
@@ -52,31 +55,28 @@ def _records(path: Path) -> Iterator[list[str]]:
     end = 0
     with path.open(newline="", encoding="utf-8-sig") as file:
         lines = csv.reader(file, strict=True)
-        while True:
-            begin = end + 1
-            try:
-                fields = next(lines, None)
-            except csv.Error as error:
-                why = SAID.get(str(error), str(error))
-                raise ValueError(f"line {begin}: {why}") from error
-            if fields is None:
-                return
-            end = lines.line_num
-            if len(fields) < 2 and not "".join(fields).strip():
-                continue
-            first = first or fields
-            named = len(first)
-            if len(fields) != named:
-                hint = "an empty field has its comma, too"
-                if len(fields) > named:
-                    hint = 'put a text that has a comma in it into quotes, "like, this"'
-                if named == 1 and (sign := other_separator(first[0])):
-                    hint = f"columns are separated by commas, and this file seems to use {sign}"
-                count = f"{len(fields)} field" + "s" * (len(fields) != 1)
-                raise ValueError(
-                    f"line {begin} has {count}, and the first line names {named}: {hint}"
-                )
-            yield fields
+        try:
+            for fields in lines:
+                begin, end = end + 1, lines.line_num
+                if len(fields) < 2 and not "".join(fields).strip():
+                    continue
+                first = first or fields
+                if len(fields) != len(first):
+                    raise ValueError(f"line {begin} has {_misfit(fields, first)}")
+                yield fields
+        except csv.Error as error:
+            raise ValueError(f"line {end + 1}: {SAID.get(str(error), str(error))}") from error
+
+
+def _misfit(fields: list[str], first: list[str]) -> str:
+    """How many `fields` there are, for how many names in the `first` record, and what to do."""
+    count, named = len(fields), len(first)
+    hint = "an empty field has its comma, too"
+    if count > named:
+        hint = 'put a text that has a comma in it into quotes, "like, this"'
+    if named == 1:
+        hint = separator_hint(first[0]) or hint
+    return f"{count} field{'s' * (count != 1)}, and the first line names {named}: {hint}"
 
 
 def _as_numbers(texts: list[str | None]) -> list[Any]:
@@ -90,7 +90,4 @@ def _as_numbers(texts: list[str | None]) -> list[Any]:
 
 def _is_exact(text: str) -> bool:
     """Whether it is a decimal that a float keeps all digits of."""
-    if not DECIMAL.fullmatch(text):
-        return False
-    kept = repr(float(text))
-    return kept == text or Decimal(kept) == Decimal(text)
+    return bool(DECIMAL.fullmatch(text)) and Decimal(repr(float(text))) == Decimal(text)

@@ -4,8 +4,6 @@ import glob
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.utils.logging import disable_progress_bar, get_verbosity, set_verbosity
 
 from adaptiverl.rl.chat import NO_MESSAGES, mistake
-from adaptiverl.rl.csv_rows import other_separator, read_csv
+from adaptiverl.rl.csv_rows import read_csv, separator_hint
 from adaptiverl.rl.exact import exact_dataset
 from adaptiverl.rl.formats import FORMATS, check_file, file_format
 from adaptiverl.rl.json_rows import read_json
@@ -46,13 +44,9 @@ def load_prompts(source: str, column: str, split: str = "train") -> Dataset:
         raise ValueError(f"{source} has no rows")
     if column not in rows.column_names:
         only = ", ".join(rows.column_names)
-        other = other_separator(only) if kind == "csv" and len(rows.column_names) == 1 else None
-        hint = (
-            f": columns are separated by commas, and this file seems to use {other}"
-            if other
-            else ""
-        )
-        raise ValueError(f"{source} has no column {column!r}, only {only}{hint}")
+        hint = separator_hint(only) if kind == "csv" and len(rows.column_names) == 1 else None
+        only += f": {hint}" if hint else ""
+        raise ValueError(f"{source} has no column {column!r}, only {only}")
     if holds_chats(rows, column):
         found = ((row, mistake(prompt, column)) for row, prompt in enumerate(rows[column]))
         if wrong := next(((row, why) for row, why in found if why), None):
@@ -79,14 +73,15 @@ def _why_no_text(value: Any, row: int, column: str) -> str:
 
 def _read(path: Path, kind: str, column: str) -> Dataset:
     """The rows of a file; raises ValueError where it cannot be read as what its name says."""
+    level = get_verbosity()
     try:
         if kind == "csv":
             return exact_dataset(read_csv(path, column))
         if kind == "json":
             return exact_dataset(read_json(path, column))
-        with _silent():
-            name = glob.escape(str(path))
-            rows = datasets.load_dataset(kind, data_files=name, split="train")
+        set_verbosity(logging.CRITICAL)  # `datasets` logs the errors that it raises
+        name = glob.escape(str(path))
+        rows = datasets.load_dataset(kind, data_files=name, split="train")
         rows.data.validate(full=True)  # its text is UTF-8
         return rows
     except (DatasetGenerationError, ValueError) as error:
@@ -99,6 +94,8 @@ def _read(path: Path, kind: str, column: str) -> Dataset:
             raise ValueError(f"{path} is not UTF-8 ({reason}): save it as UTF-8") from error
         ending = path.suffix[1:].lower()
         raise ValueError(f"{path} cannot be read as {ending}: {reason}") from error
+    finally:
+        set_verbosity(level)
 
 
 def holds_chats(rows: Dataset, column: str) -> bool:
@@ -130,17 +127,6 @@ def fingerprint(rows: Dataset) -> str:
         part = stored[start : start + 10_000].to_pydict()
         digest.update(json.dumps(part, default=str).encode())
     return digest.hexdigest()
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Within this, `datasets` does not log the errors that it raises."""
-    level = get_verbosity()
-    set_verbosity(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        set_verbosity(level)
 
 
 def _not_text(rows: Dataset, column: str) -> int | None:

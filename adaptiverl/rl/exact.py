@@ -29,10 +29,11 @@ def exact_dataset(columns: dict[str, list[Any]]) -> Dataset:
         try:
             arrays[name] = _array(values)
         except UnicodeEncodeError as error:
-            row = next(row for row, value in enumerate(values) if not _is_whole(value))
+            half = error.object[error.start]
+            texts = (json.dumps(value, ensure_ascii=False) for value in values)
+            row = next(row for row, text in enumerate(texts) if half in text)
             raise ValueError(
-                f"row {row} (counted from 0) of column {name!r} has half of a character, "
-                f"{error.object[error.start]!a}"
+                f"row {row} (counted from 0) of column {name!r} has half of a character, {half!a}"
             ) from error
     features = Features(
         {
@@ -53,11 +54,3 @@ def _array(values: list[Any]) -> pyarrow.Array:
             pass
     texts = [None if value is None else json.dumps(value, ensure_ascii=False) for value in values]
     return pyarrow.ExtensionArray.from_storage(pyarrow.json_(), pyarrow.array(texts, "string"))
-
-
-def _is_whole(value: Any) -> bool:
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True

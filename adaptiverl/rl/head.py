@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptiverl.rl.projection import Projection, exponentials_, fp32_product
+from adaptiverl.rl.projection import Projection, exponentials_, fp32_product, logprobs_
 
 CHUNK = 256  # tokens; with fewer the products are slower, more only take memory
 CHUNK_ON_GPU = 1024  # tokens; a GPU would wait for the launches of smaller ones
@@ -24,14 +24,9 @@ def plain_logprobs(
     hidden: Tensor, head: torch.nn.Linear, tokens: Tensor, temperature: float = 1.0
 ) -> Tensor:
     """log π of `tokens` [N] after `hidden` [N, D], without gradient."""
-    projection, chunks = Projection(head, temperature), []
-    chunk = _chunk(hidden)
-    for states, chosen in zip(hidden.split(chunk), tokens.split(chunk), strict=True):
-        logits = projection.logits(states)
-        own = logits.gather(0, chosen[None])[0]
-        relative, largest = exponentials_(logits)
-        chunks.append(own - (largest + relative.sum(0).log()))
-    return torch.cat(chunks)
+    projection, chunk = Projection(head, temperature), _chunk(hidden)
+    chunks = zip(hidden.split(chunk), tokens.split(chunk), strict=True)
+    return torch.cat([logprobs_(projection.logits(states), own) for states, own in chunks])
 
 
 def token_logprobs(

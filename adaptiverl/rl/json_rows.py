@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-SPACE = re.compile(r"[ \t\r\n]*")
+NO_SPACE = re.compile(r"[^ \t\r\n]")
 
 
 def read_json(path: Path, column: str) -> dict[str, list[Any]]:
@@ -35,8 +35,9 @@ def read_json(path: Path, column: str) -> dict[str, list[Any]]:
 def _values(text: str) -> Iterator[Any]:
     """The JSON values in `text`, between which there is nothing but space."""
     decoder = json.JSONDecoder(object_pairs_hook=_object)
-    place = _after_space(text, 0)
-    while place < len(text):
+    end = 0
+    while begin := NO_SPACE.search(text, end):
+        place = begin.start()
         try:
             value, end = decoder.raw_decode(text, place)
         except (ValueError, RecursionError) as error:
@@ -48,12 +49,6 @@ def _values(text: str) -> Iterator[Any]:
                     line = error.lineno
             raise ValueError(f"line {line}: {why}") from error
         yield value
-        place = _after_space(text, end)
-
-
-def _after_space(text: str, place: int) -> int:
-    found = SPACE.match(text, place)
-    return found.end() if found else place
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -78,12 +78,12 @@ class Policy(nn.Module):
         tokens, score = rollout.completion_ids[mask], None
         weights = None if rollout.weights is None else rollout.weights[mask]
         if self.plain_head:
-            states, head = self._states(self.base, rollout), self.base.get_output_embeddings()
+            states, head = self._states(rollout), self.base.get_output_embeddings()
             score, logprobs, entropy = token_logprobs(
                 states, head, tokens, weights, self.temperature
             )
         else:
-            table = self._log_softmax(self.base, rollout)
+            table = self._log_softmax(rollout)
             logprobs = table.gather(-1, tokens[:, None])[:, 0]
             entropy = -(table.detach().exp() * table.detach()).sum(-1)
             if weights is not None:
@@ -98,18 +98,18 @@ class Policy(nn.Module):
         mask = rollout.completion_mask.bool()
         tokens = rollout.completion_ids[mask]
         if self.plain_head:
-            states, head = self._states(self.base, rollout), self.base.get_output_embeddings()
+            states, head = self._states(rollout), self.base.get_output_embeddings()
             result = plain_logprobs(states, head, tokens, self.temperature)
         else:
-            result = self._log_softmax(self.base, rollout).gather(-1, tokens[:, None])[:, 0]
+            result = self._log_softmax(rollout).gather(-1, tokens[:, None])[:, 0]
         return result.new_zeros(mask.shape).masked_scatter(mask, result)
 
     @torch.no_grad()
     def distributions(self, rollout: Rollout) -> Tensor:
         """log π of the whole vocabulary at each of the completions' N unmasked tokens, [N, V]."""
         if not self.plain_head:
-            return self._log_softmax(self.base, rollout)
-        logits = self.base.get_output_embeddings()(self._states(self.base, rollout))
+            return self._log_softmax(rollout)
+        logits = self.base.get_output_embeddings()(self._states(rollout))
         return (logits.float() / self.temperature).log_softmax(-1)
 
     @torch.no_grad()
@@ -149,17 +149,18 @@ class Policy(nn.Module):
         finally:
             self.lm.set_adapter(TRAINED)
 
-    def _states(self, base: Any, rollout: Rollout) -> Tensor:
+    def _states(self, rollout: Rollout) -> Tensor:
         """The hidden states [N, D] that predict the completions' N unmasked tokens."""
         mask = rollout.completion_mask.bool()
         if self.gpt2:
-            return predicting_states(base.transformer, rollout)[mask]
-        start = rollout.prompt_ids.shape[1]
-        return base.base_model(**_inputs(base, rollout)).last_hidden_state[:, start - 1 : -1][mask]
+            return predicting_states(self.base.transformer, rollout)[mask]
+        start, inputs = rollout.prompt_ids.shape[1], _inputs(self.base, rollout)
+        return self.base.base_model(**inputs).last_hidden_state[:, start - 1 : -1][mask]
 
-    def _log_softmax(self, base: Any, rollout: Rollout) -> Tensor:
+    def _log_softmax(self, rollout: Rollout) -> Tensor:
         """[N, V] by the model's own head, for heads that do more than a projection."""
-        inputs, length = _inputs(base, rollout), rollout.completion_ids.shape[1]
+        base, length = self.base, rollout.completion_ids.shape[1]
+        inputs = _inputs(base, rollout)
         if "logits_to_keep" in inspect.signature(base.forward).parameters:  # else of prompts, too
             inputs["logits_to_keep"] = length + 1
         logits = base(**inputs).logits[:, -length - 1 : -1]

@@ -87,6 +87,13 @@ def exponentials_(logits: Tensor) -> tuple[Tensor, Tensor]:
     return logits.sub_(largest).exp_(), largest
 
 
+def logprobs_(logits: Tensor, tokens: Tensor) -> Tensor:
+    """log π of `tokens` [n], one for each column of `logits` [V, n], which it overwrites."""
+    own = logits.gather(0, tokens[None])[0]
+    relative, largest = exponentials_(logits)
+    return own - (largest + relative.sum(0).log())
+
+
 def _largest(logits: Tensor) -> Tensor:
     """logits.amax(0), which on a CPU is up to 20 × slower where n is no multiple of 32."""
     vocabulary, n = logits.shape

@@ -4,8 +4,7 @@ FSDP gathers a layer's weights when the layer is called, and frees them afterwar
 the sharding itself.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -30,25 +29,16 @@ def run_gathered(policy: nn.Module, work: Callable[[], T]) -> T:
     """
     setattr(policy, "gathered_work", work)  # noqa: B010
     register_fsdp_forward_method(policy, "gathered_work")  # replaces it by one that gathers
-    try:
-        with no_reshard(policy):
-            return policy.gathered_work()  # type: ignore[operator]
-    finally:
-        delattr(policy, "gathered_work")
-
-
-@contextmanager
-def no_reshard(policy: nn.Module) -> Iterator[None]:
-    """Keeps each layer gathered after its first call: sampling calls it once per token."""
     layers = [module for module in policy.modules() if isinstance(module, FSDPModule)]
-    for layer in layers:
+    for layer in layers:  # stays gathered after its first call: sampling calls it once per token
         layer.set_reshard_after_forward(False, recurse=False)
     try:
-        yield
+        return policy.gathered_work()  # type: ignore[operator]
     finally:
         for layer in layers:
             layer.reshard()
             layer.set_reshard_after_forward(True, recurse=False)
+        delattr(policy, "gathered_work")
 
 
 def local(weights: list[Any]) -> list[Tensor]:

@@ -18,9 +18,11 @@ from torch.nn.functional import pad
 from transformers import GPT2Model
 from transformers.pytorch_utils import Conv1D
 
-from adaptiverl.rl.gpt2 import AddNorm, Cache, add_norm, hidden_states, read_prompts
+from adaptiverl.rl.gpt2 import AddNorm, add_norm, hidden_states, read_prompts
 from adaptiverl.rl.projection import Projection, computed_in
 from adaptiverl.rl.rollout import Rollout
+from adaptiverl.rl.sampling.graphs import Recorder
+from adaptiverl.rl.sampling.slots import PromptCache, SlotCache
 from adaptiverl.rl.sampling.stop import NO_TOKEN
 from adaptiverl.rl.sampling.tokens import TokenSampler
 
@@ -28,50 +30,6 @@ COMPACT_EVERY = 16  # tokens
 ROUND_TO = 8  # slots; an odd number of columns makes products up to 1.6 times as slow on a CPU
 PROMPT_COLUMNS = 64  # prompts in graphs are padded to a multiple of it
 PROMPT_TOKENS = 2**13  # more are read without a graph: they take longer than their launches
-
-
-@functools.cache
-def side_stream(device: torch.device) -> torch.cuda.Stream:
-    """The one stream of captures: cuBLAS keeps a workspace for each, 32 MiB and more on Hopper."""
-    return torch.cuda.Stream(device)
-
-
-class SlotCache(Cache):
-    """A cache [2, B, H, S, D / H] that is written in place, in the first `live` rows.
-
-    New keys and values go to `column` (a tensor on the device, so that a graph can move it), or
-    without it to the last of the `width` columns that a step uses.
-    """
-
-    def __init__(self, held: Tensor, column: Tensor | None, kernels: Any = None):
-        super().__init__(held)
-        self.column, self.kernels = column, kernels
-        self.live, self.width = held.shape[1], held.shape[3]
-
-    def attend(self, qkv: Tensor, attend: Tensor) -> Tensor:
-        if self.kernels is None:
-            return super().attend(qkv, attend)
-        return self.kernels.attention(qkv, self.held, attend, self.column)
-
-    def extend(self, new: Tensor) -> Tensor:
-        rows = self.held[:, : self.live]
-        if self.column is None:
-            rows[:, :, :, self.width - 1 : self.width] = new
-        else:
-            rows.index_copy_(3, self.column, new.to(rows.dtype))
-        return rows[:, :, :, : self.width]
-
-
-class PromptCache(Cache):
-    """What reads prompts, and copies each one's keys and values to its slots as it goes."""
-
-    def __init__(self, slots: SlotCache, prompt_of: Tensor):
-        super().__init__(slots.held)
-        self.prompt_of = prompt_of
-
-    def extend(self, new: Tensor) -> Tensor:
-        self.held[:, :, :, : new.shape[3]] = new.index_select(1, self.prompt_of)
-        return new
 
 
 class Decoder:
@@ -144,10 +102,9 @@ class Decoder:
             self.by_slot.append(self.recent)
         # Numbers of slots that graphs have. The first token needs no step, and may be the only one.
         self.sizes = [max(1, rows >> k) for k in range(4)] if length > 1 else []
-        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self.pool: Any = None  # the memory of all graphs, once there is one
-        # By the shape of the prompts, with the buffers that they are read from
-        self.prompt_graphs: dict[torch.Size, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self.graphs: dict[int, Callable[[], None]] = {}
+        self.prompt_graphs: dict[torch.Size, Callable[[Tensor, Tensor], None]] = {}  # by shape
+        self.recorder = Recorder(device)
         # bitsandbytes' int8 product synchronises with the host, which a graph cannot
         synchronises = any(p.dtype == torch.int8 for p in transformer.parameters())
         if static and device.type == "cuda" and self.sizes and not synchronises:
@@ -167,7 +124,7 @@ class Decoder:
                     if live == 0:
                         break
                 if self.graphs:
-                    self.graphs[live].replay()
+                    self.graphs[live]()
                 else:
                     self._step(live, None if self.static else columns + t)
         width = max(1, int(self.mask.sum(-1).max()))
@@ -183,18 +140,16 @@ class Decoder:
             left = max(0, min(rounded, self.width - length) - columns)
             below = max(0, self._size(size) - size)
             ids, mask = (pad(x, (left, 0, 0, below)) for x in (ids, mask))
-        read: Callable[[], None] = functools.partial(self._read, ids, mask)
+        read: Callable[[Tensor, Tensor], None] = self._read
         if self.graphs and ids.numel() <= PROMPT_TOKENS:
             if ids.shape not in self.prompt_graphs:
-                self._capture_prompts(ids, mask)
-            graph, *own = self.prompt_graphs[ids.shape]
-            for buffer, given in zip(own, (ids, mask), strict=True):
-                buffer.copy_(given)
-            read = graph.replay
+                self.prompt_of.zero_()  # of another call, which may have had more prompts
+                self.prompt_graphs[ids.shape] = self.recorder.record(self._read, ids, mask)
+            read = self.prompt_graphs[ids.shape]
         self.uniform[:rows, :length] = uniform
         self.live.zero_()[:rows] = True  # unused slots have ended already
         self.prompt_of.zero_()[:rows] = prompt_of
-        read()
+        read(ids, mask)
         return ids.shape[1]
 
     def _read(self, ids: Tensor, mask: Tensor) -> None:
@@ -286,30 +241,4 @@ class Decoder:
         for n in self.sizes:  # the largest first: it makes the largest buffer of logits
             for place in (self.time, self.column, self.position):  # each step adds one
                 place.zero_()
-            self.graphs[n] = self._captured(functools.partial(self._step, n))
-
-    def _capture_prompts(self, ids: Tensor, mask: Tensor) -> None:
-        """Captures the reading of prompts of this shape, from buffers of their own."""
-        self.prompt_of.zero_()  # of another call, which may have had more prompts
-        own = ids.clone(), mask.clone()
-        self.prompt_graphs[ids.shape] = self._captured(functools.partial(self._read, *own)), *own
-
-    def _captured(self, action: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        """`action` as a graph, after it ran once, which makes the libraries' workspaces."""
-        device, graph = self.row.device, torch.cuda.CUDAGraph()
-        on = torch.is_autocast_enabled("cuda")
-        # Autocast's cache would stay in the graph, with the weights as they are now.
-        with torch.no_grad(), torch.autocast("cuda", enabled=on, cache_enabled=False):
-            side = side_stream(device)
-            side.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(side):
-                action()
-            torch.cuda.current_stream(device).wait_stream(side)
-            # One pool: nothing in it outlives a replay. Other threads may use the device
-            # meanwhile: rewards do.
-            with torch.cuda.graph(
-                graph, pool=self.pool, stream=side, capture_error_mode="thread_local"
-            ):
-                action()
-        self.pool = graph.pool()
-        return graph
+            self.graphs[n] = self.recorder.record(functools.partial(self._step, n))

@@ -1,7 +1,7 @@
 """From texts to rollouts and back, and the choice of the backend that samples."""
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -106,14 +106,10 @@ class Sampler:
         number = {text: i for i, text in enumerate(distinct)}
         device = self.policy.device
         chat = not isinstance(prompts[0], str)
-        cut = (
-            {}
-            if chat
-            else {"truncation": self.max_prompt is not None, "max_length": self.max_prompt}
-        )
-        batch = tokenize(
-            self.tokenizer, list(distinct.values()), padding=True, return_tensors="pt", **cut
-        )
+        options: dict[str, Any] = {"padding": True, "return_tensors": "pt"}
+        if self.max_prompt is not None and not chat:
+            options |= {"truncation": True, "max_length": self.max_prompt}
+        batch = tokenize(self.tokenizer, list(distinct.values()), **options)
         self._check_tokens(list(number), batch.input_ids, batch.attention_mask)
         if chat and self.max_prompt and batch.input_ids.shape[1] > self.max_prompt:
             raise PromptError(too_long(batch.input_ids.shape[1], self.max_prompt))

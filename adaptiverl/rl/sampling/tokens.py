@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
-from adaptiverl.rl.projection import exponentials_
+from adaptiverl.rl.projection import exponentials_, logprobs_
 from adaptiverl.rl.sampling.stop import StopStrings
 
 BLOCK = 256  # tokens of the vocabulary
@@ -54,9 +54,7 @@ class TokenSampler:
             return draw(logits, uniform)
         filtered = filters(None, logits.t()).t().contiguous()
         token, _ = draw(filtered, uniform)
-        own = logits.gather(0, token[None])[0]
-        relative, largest = exponentials_(logits)
-        return token, own - (largest + relative.sum(0).log())
+        return token, logprobs_(logits, token)
 
 
 def inverse_cdf_sample_(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
