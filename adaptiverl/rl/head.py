@@ -8,15 +8,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from adaptiverl.rl.projection import Projection, exponentials_, fp32_product, logprobs_
 
 CHUNK = 256  # tokens; with fewer the products are slower, more only take memory
 CHUNK_ON_GPU = 1024  # tokens; a GPU would wait for the launches of smaller ones
+EVEN = 8  # tokens are padded to a multiple of it: else products take up to 1.6 times as long
 
 
 def _chunk(hidden: Tensor) -> int:
     return CHUNK_ON_GPU if hidden.is_cuda else CHUNK
+
+
+def _even(x: Tensor) -> Tensor:
+    """[N, …] with zeros below, up to the next multiple of EVEN."""
+    return pad(x, (0, 0) * (x.ndim - 1) + (0, -len(x) % EVEN))
 
 
 @torch.no_grad()
@@ -25,8 +32,9 @@ def plain_logprobs(
 ) -> Tensor:
     """log π of `tokens` [N] after `hidden` [N, D], without gradient."""
     projection, chunk = Projection(head, temperature), _chunk(hidden)
-    chunks = zip(hidden.split(chunk), tokens.split(chunk), strict=True)
-    return torch.cat([logprobs_(projection.logits(states), own) for states, own in chunks])
+    chunks = zip(_even(hidden).split(chunk), _even(tokens).split(chunk), strict=True)
+    result = [logprobs_(projection.logits(states), own) for states, own in chunks]
+    return torch.cat(result)[: len(tokens)]
 
 
 def token_logprobs(
@@ -102,7 +110,9 @@ def _in_chunks(
     The gradient is that of `hidden`, and of the head's weight and bias if they are `trained`; None
     without `scales` [N].
     """
-    size = len(project.weight)
+    size, count = len(project.weight), len(tokens)
+    hidden, tokens = _even(hidden), _even(tokens)
+    scales = None if scales is None else _even(scales)  # 0 below: no gradient
     by_weight = hidden.new_zeros(project.weight.shape, dtype=torch.float32) if trained[0] else None
     by_bias = hidden.new_zeros(size, dtype=torch.float32) if trained[1] else None
     by_hidden, logprobs, entropy = [], [], []
@@ -144,5 +154,5 @@ def _in_chunks(
         if by_bias is not None:
             by_bias.index_add_(0, chosen, scale)
             by_bias.addmv_(relative, scale / total, alpha=-1)
-    by_states = torch.cat(by_hidden).to(hidden.dtype) if by_hidden else None
-    return torch.cat(logprobs), torch.cat(entropy), by_states, by_weight, by_bias
+    by_states = torch.cat(by_hidden)[:count].to(hidden.dtype) if by_hidden else None
+    return torch.cat(logprobs)[:count], torch.cat(entropy)[:count], by_states, by_weight, by_bias
