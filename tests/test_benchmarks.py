@@ -3,12 +3,13 @@
 import itertools
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, in_this_process, read_jsonl
 
-from examples.random_walks import END, Graph, ShortestPath, pretrain, reinforce, score
+from examples.random_walks import END, RUNS, Graph, ShortestPath, pretrain, reinforce, score
 
 sys.path.append(str(ROOT / "benchmarks"))  # whose files import each other by name
 
@@ -63,7 +64,7 @@ def test_the_graphs_of_trlx():
 
 
 def test_the_example_trains_on_the_optimality(tmp_path, monkeypatch):
-    """Two steps of train.py: each sample's reward is the brute force's."""
+    """Two steps of both runs of train.py: each sample's reward is the brute force's."""
     monkeypatch.chdir(ROOT)
     graph, first, run = Graph(**SMALL), tmp_path / "first", tmp_path / "run"
     pretrain(graph, first, layers=1, width=24, steps=60)
@@ -73,8 +74,10 @@ def test_the_example_trains_on_the_optimality(tmp_path, monkeypatch):
             graph, first, run, "STEPS=2", "BATCH_SIZE=64", "MAX_NEW_TOKENS=4", "SAMPLES_EVERY=1"
         )
     expected = brute_force(graph)
-    rows = read_jsonl(run / "samples.jsonl")
-    assert len(rows) == 128
+    rows = [row for name in RUNS for row in read_jsonl(run / name / "samples.jsonl")]
+    assert len(rows) == 256
+    started = json.loads((run / "sharpen/config.json").read_text())["MODEL"]
+    assert Path(started) == run / "explore/final" and trained == run / "sharpen/final"
     for row in rows:
         walk = (row["prompt"] + row["completion"]).ljust(graph.longest, row["prompt"])
         assert row["reward"] == pytest.approx(expected[walk] if "a" in walk else 0.0)
