@@ -271,20 +271,21 @@ def base_optimizer(
         raise ConfigError(f"OPTIM {c.OPTIM} reads whole tensors, and FSDP has them in shards")
     named: list[Any] = parameters if online else [p for _, p in parameters]
     auto = max(c.MIN_LR or 0.0, min(AUTO_LR[kind], c.MAX_LR or math.inf))
-    common: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "lr": auto if c.LRATE == "auto" else c.LRATE,
         "weight_decay": c.WEIGHT_DECAY,
     }
     if kind in ("sgd", "rmsprop"):
-        return OPTIMIZERS[c.OPTIM](named, momentum=c.MOMENTUM, **common)
-    common["betas"] = (c.MOMENTUM, 0.999)
-    if kind == "adam_mini":
-        return AdamMini(named, **common)
-    if kind == "adamw":  # fused: one pass over the weights, a quarter of the time, no temporaries
-        return OPTIMIZERS[c.OPTIM](named, fused=True, **common)
-    from bitsandbytes.optim import AdamW8bit  # seconds to import
+        arguments["momentum"] = c.MOMENTUM
+    else:
+        arguments["betas"] = (c.MOMENTUM, 0.999)
+    if kind == "adamw":  # one pass over the weights, a quarter of the time, no temporaries
+        arguments["fused"] = True
+    if kind == "adamw_8bit":
+        from bitsandbytes.optim import AdamW8bit  # seconds to import
 
-    return AdamW8bit(named, **common)
+        return AdamW8bit(named, **arguments)
+    return OPTIMIZERS[c.OPTIM](named, **arguments)
 
 
 def adaptive(
@@ -298,12 +299,10 @@ def adaptive(
         raise ConfigError(str(error).replace("betas_rule", "BETAS_RULE")) from error
 
 
-def narrow(optimizer: AdaptiveOptimizer, rollbacks: int) -> str | None:
-    """Halves the trust region for each rollback; its size in words, None if there is none."""
-    if optimizer.trust_region is None:
-        return None
-    optimizer.trust_region.kl = optimizer.kl * 0.5**rollbacks
-    return f"half of the trust region, TRUST_REGION_KL {optimizer.trust_region.kl:.3g}"
+def narrow(optimizer: AdaptiveOptimizer, rollbacks: int) -> None:
+    """Halves the trust region, if there is one, for each rollback."""
+    if optimizer.trust_region:
+        optimizer.trust_region.kl = optimizer.kl * 0.5**rollbacks
 
 
 def try_rules(c: RunConfig, last_step: int) -> None:
