@@ -28,7 +28,7 @@ from adaptiverl.training.environment import add_environment
 from adaptiverl.training.inputs import adapters_own, as_config_error
 from adaptiverl.training.keys import RunConfig
 from adaptiverl.training.metrics import Metrics, dynamics_lines, interval_means, step_line
-from adaptiverl.training.progress import progress_rows
+from adaptiverl.training.samples import progress_rows
 from adaptiverl.training.trackers import end_trackers, log_step, start_trackers
 
 PROGRESS = "progress.jsonl"
