@@ -3,7 +3,6 @@
 What the config names outside of the model is made by inputs.py. Each function raises ConfigError.
 """
 
-import json
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -33,6 +32,7 @@ from adaptiverl.training.batches import Batches
 from adaptiverl.training.best import Best
 from adaptiverl.training.chats import check_chats, use_chat_template
 from adaptiverl.training.checked import CheckedPolicy
+from adaptiverl.training.doubts import doubts
 from adaptiverl.training.guards import Guards
 from adaptiverl.training.inputs import as_config_error
 from adaptiverl.training.keys import RULE_KEYS, RunConfig
@@ -106,19 +106,7 @@ def build(
         files[c.EVAL_FILE] = eval_prompts
     inputs.check_names(c, files, runtime)
     last_step = inputs.last_step_of(c, len(prompts))
-    if eval_prompts and last_step < c.EVAL_EVERY and runtime.is_main:
-        steps = f"EVAL_EVERY {c.EVAL_EVERY} is above the {last_step} steps of the run"
-        logging.warning("%s: nothing is evaluated", steps)
-    for name, length in c.cycles().items():
-        if length > last_step and runtime.is_main:
-            logging.warning(
-                "LR_RULE %s: its cycle has %g steps and the run %d, so the rate goes only a part "
-                "of the way. %s is as long as the run",
-                name, length, last_step, json.dumps({"name": name, "cycle_length": last_step}),
-            )  # fmt: skip
-    if runtime.is_main and (said := inputs.trained_on(c, prompts, eval_prompts)):
-        logging.warning(said)
-    for said in inputs.out_of_reach(c) if runtime.is_main else ():
+    for said in doubts(c, prompts, eval_prompts, last_step) if runtime.is_main else ():
         logging.warning(said)
     max_prompt = inputs.max_prompt_tokens(c)
     rewards, held_out = (
