@@ -94,7 +94,7 @@ def build(
 
     `accelerator` is that of the config if it is None.
     """
-    inputs.output_folder(c)
+    inputs.check_output_folder(c)
     runtime = Runtime(accelerator or make_accelerator(c))
     set_seed(c.SEED)
     transformers_logging.disable_progress_bar()

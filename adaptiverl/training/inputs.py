@@ -97,8 +97,8 @@ def use_hub(c: RunConfig) -> None:
             break
 
 
-def output_folder(c: RunConfig) -> Path:
-    """OUTPUT_DIR, which may not exist yet but must be possible."""
+def check_output_folder(c: RunConfig) -> None:
+    """OUTPUT_DIR may not exist yet, but must be possible."""
     path = Path(c.OUTPUT_DIR)
     with as_config_error("OUTPUT_DIR"):  # a name that is too long
         nearest = next(p for p in (path, *path.absolute().parents) if p.exists() or p.is_symlink())
@@ -117,7 +117,6 @@ def output_folder(c: RunConfig) -> Path:
         raise ConfigError(f"OUTPUT_DIR: {nearest} cannot be written to: {why}") from error
     if (path / "config.json").exists() and not checkpoint.holds_run(path):
         raise ConfigError(f"OUTPUT_DIR: {path} has a config.json of its own: name another folder")
-    return path
 
 
 def prompt_files(c: RunConfig) -> tuple[Dataset, Dataset | None]:
