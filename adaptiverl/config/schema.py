@@ -122,9 +122,7 @@ class Config(BaseModel, Generic[RewardT]):
         "auto", description="What samples here; auto: static_cache for GPT-2, else generate"
     )
     VLLM_SERVER: str | None = Field(
-        None,
-        pattern="^https?://",
-        description="URL of a vLLM server that samples; null: none",
+        None, pattern="^https?://", description="URL of a vLLM server that samples; null: none"
     )
 
     BASELINE: Literal["none", "ema", "batch", "rloo"] = Field(
