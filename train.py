@@ -108,10 +108,12 @@ def train(c: RunConfig, parts: Parts, folder: RunFolder, stop: StopSignal) -> No
         )
 
         # Step within the trust region, with the hyperparameters that loss and reward ask for.
+        lengths = runtime.gather(rollout.completion_mask.sum(-1)).float()
+        metrics = log.reward_metrics(reward, c.NUM_GENERATIONS)
+        metrics |= log.loss_metrics(runtime.gather(sums[None]), lengths, grad_norm)
         truncated = sampler.truncated(rollout)
-        result = log.gathered(runtime, rollout, truncated, reward, kl, sums, grad_norm)
-        metrics = log.step_metrics(result, c.NUM_GENERATIONS)
-        metrics |= log.kl_metrics(result, progress.kl_coef) if c.KL_COEF else {}
+        metrics |= log.completion_metrics(runtime, rollout, truncated, lengths, c.NUM_GENERATIONS)
+        metrics |= log.kl_metrics(kl, lengths, progress.kl_coef) if c.KL_COEF else {}
         informative = is_informative(reward, c.BASELINE, c.NUM_GENERATIONS)
         metrics |= update(c, parts, rollout, metrics, informative)
         clock.lap("update")
@@ -122,7 +124,7 @@ def train(c: RunConfig, parts: Parts, folder: RunFolder, stop: StopSignal) -> No
         # Write down what happened.
         metrics |= scoring.metrics(scores)
         metrics |= scoring.rewards.balance(scores.trained, step, c.NUM_GENERATIONS)
-        metrics |= log.time_metrics(runtime, clock, result.lengths.sum().item())
+        metrics |= log.time_metrics(runtime, clock, lengths.sum().item())
         samples = sample_rows(c, parts, batch, rollout, completions, reward, scores)
         if parts.eval_prompts and c.EVAL_EVERY and step % c.EVAL_EVERY == 0:
             metrics |= evaluate(c, parts, parts.eval_prompts)

@@ -4,6 +4,7 @@ import difflib
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -27,7 +28,11 @@ def load_config(
         raise ConfigError(f"cannot read the config {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from error
-    values = _read_yaml(path, text) if Path(path).suffix in (".yaml", ".yml") else _read(path, text)
+    is_yaml = Path(path).suffix in (".yaml", ".yml")
+    values = _read_yaml(path, text) if is_yaml else _read_json(path, text)
+    if not isinstance(values, dict):
+        what = "keys with their values, KEY: value" if is_yaml else "one JSON object, { ... }"
+        raise ConfigError(f"{path} must hold {what}")
     typed: dict[str, Any] = {}
     for override in overrides:
         key, equals, value = override.partition("=")
@@ -58,26 +63,10 @@ def load_config(
         raise ConfigError("; ".join(parts)) from error
 
 
-def _read(path: str | Path, text: str) -> dict[str, Any]:
-    """The object of a file of JSON with comments."""
-    try:  # a config without them, as a program writes it, is read a hundred times faster
-        values = json.loads(text, object_pairs_hook=_distinct)
-    except ValueError:
-        values = None
-    if values is None:
-        values = _read_json5(path, text)
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold one JSON object, {{ ... }}")
-    return values
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(values := dict(pairs)) < len(pairs):
-        raise ValueError("json5 says which key is given twice")
-    return values
-
-
-def _read_json5(path: str | Path, text: str) -> Any:
+def _read_json(path: str | Path, text: str) -> Any:
+    """What a file of JSON with comments holds."""
+    with suppress(ValueError):  # without them, as a program writes it: a hundred times faster
+        return json.loads(text, object_pairs_hook=_distinct)
     import json5  # 20 ms, which a config without comments need not wait for
 
     try:
@@ -87,17 +76,20 @@ def _read_json5(path: str | Path, text: str) -> Any:
         raise ConfigError(f"{path}{_said_by_json5(str(error))}") from error
 
 
-def _read_yaml(path: str | Path, text: str) -> dict[str, Any]:
-    """The mapping of a YAML file."""
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(values := dict(pairs)) < len(pairs):
+        raise ValueError("json5 says which key is given twice")
+    return values
+
+
+def _read_yaml(path: str | Path, text: str) -> Any:
+    """What a YAML file holds."""
     from adaptiverl.config.yaml12 import loads  # 30 ms, which a config in JSON need not wait for
 
     try:
-        values = json.loads(json.dumps(loads(text)))  # an alias may stand inside of what it names
+        return json.loads(json.dumps(loads(text)))  # an alias may stand inside of what it names
     except ValueError as error:
         raise ConfigError(f"{path}, {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold keys with their values, KEY: value")
-    return values
 
 
 def _said_by_json5(message: str) -> str:
@@ -149,49 +141,48 @@ def _is_of_another_kind(error: Any) -> bool:
 def _explain(error: Any, schema: type[Config]) -> str:
     """One of pydantic's errors in the words of the config file."""
     where = [str(part) for part in error["loc"] if part not in KINDS]
-    kinds = _kinds(schema)
+    rewards = _kinds(schema)
     owner: type[BaseModel] = schema
-    if len(where) > 2 and where[0] in ("REWARDS", "HELD_OUT") and where[2] in kinds:
-        owner = kinds[where.pop(2)]  # REWARDS, 0, regex, PATTERNS
-    name = ".".join(where)
-    if error["type"] == "extra_forbidden":
+    if len(where) > 2 and where[0] in ("REWARDS", "HELD_OUT") and where[2] in rewards:
+        owner = rewards[where.pop(2)]  # REWARDS, 0, regex, PATTERNS
+    kind, name = error["type"], ".".join(where)
+    given = f"{name} is {json.dumps(error['input'])}"
+    if kind == "extra_forbidden":
         if owner is schema and name in RENAMED:
             return f"{name} is now {RENAMED[name]}"
         fields = owner.model_fields.items()
         keys = {(f.alias or key).upper(): f.alias or key for key, f in fields if key != "type"}
         near = difflib.get_close_matches(where[-1].upper(), keys, n=1, cutoff=0)
         return f"unknown key {name}; the nearest is {keys[near[0]]}"
-    if error["type"] == "union_tag_invalid":
-        return f"{name}: TYPE is one of {', '.join(kinds)}, not {error['ctx']['tag']!r}"
-    if error["type"] == "union_tag_not_found":
-        return f"{name}: a reward needs a TYPE, one of {', '.join(kinds)}"
-    if error["type"] == "model_attributes_type":
-        return (
-            f"{name} is {json.dumps(error['input'])}: each reward is an object, for example {ENTRY}"
-        )
-    if error["type"] == "list_type" and name in ("REWARDS", "HELD_OUT"):
-        return f"{name} is {json.dumps(error['input'])}: it must be a list, for example [{ENTRY}]"
-    is_pair = error["type"] in ("tuple_type", "too_long", "missing")
+    if kind == "union_tag_invalid":
+        return f"{name}: TYPE is one of {', '.join(rewards)}, not {error['ctx']['tag']!r}"
+    if kind == "union_tag_not_found":
+        return f"{name}: a reward needs a TYPE, one of {', '.join(rewards)}"
+    if kind == "model_attributes_type":
+        return f"{given}: each reward is an object, for example {ENTRY}"
+    if kind == "list_type" and name in ("REWARDS", "HELD_OUT"):
+        return f"{given}: it must be a list, for example [{ENTRY}]"
+    is_pair = kind in ("tuple_type", "too_long", "missing")
     if is_pair and (hint := PAIRS.get(".".join(where[2:3]))):
-        place = where[:-1] if error["type"] == "missing" else where
+        place = where[:-1] if kind == "missing" else where
         return f"{'.'.join(place)} is {json.dumps(error['input'])}: {hint}"
-    if error["type"] == "missing":
+    if kind == "missing":
         return f"{name} is missing"
     message = error["msg"].removeprefix("Value error, ")
     if not name:
         return message
-    if error["type"] == "value_error":
+    if kind == "value_error":
         return f"{name}: {message}"
-    if error["type"] == "empty":
+    if kind == "empty":
         return f"{name} is empty"
-    if error["type"] == "string_pattern_mismatch" and (hint := PATTERNS.get(where[-1])):
-        return f"{name} is {json.dumps(error['input'])}: write {hint}"
+    if kind == "string_pattern_mismatch" and (hint := PATTERNS.get(where[-1])):
+        return f"{given}: write {hint}"
     message = re.sub(", unable to parse string as an? [a-z]+", "", message)
     message = message.replace("Input should be", "it must be").replace("String should", "it must")
-    if error["type"] == "list_type" and isinstance(error["input"], str):
+    if kind == "list_type" and isinstance(error["input"], str):
         typed = error["input"].replace("\\n", "\n")  # a shell passes \n as two characters
         message += f", such as {json.dumps([typed] if typed else [])}"
-    return f"{name} is {json.dumps(error['input'])}: {message}"
+    return f"{given}: {message}"
 
 
 def _kinds(schema: type[Config]) -> dict[str, type[BaseModel]]:

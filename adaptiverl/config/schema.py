@@ -7,6 +7,7 @@ FP16 on a CPU) is checked by training/build.py.
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
@@ -121,9 +122,7 @@ class Config(BaseModel, Generic[RewardT]):
         "auto", description="What samples here; auto: static_cache for GPT-2, else generate"
     )
     VLLM_SERVER: str | None = Field(
-        None,
-        pattern="^https?://",
-        description="URL of a vLLM server that samples; null: none",
+        None, pattern="^https?://", description="URL of a vLLM server that samples; null: none"
     )
 
     BASELINE: Literal["none", "ema", "batch", "rloo"] = Field(
@@ -261,74 +260,54 @@ class Config(BaseModel, Generic[RewardT]):
 
     @model_validator(mode="after")
     def _contradictions(self) -> "Config":
-        for wrong, message in self._mistakes():
-            if wrong:
-                raise ValueError(message)
-        for keys, read, needs in self._readers():
-            if not read and (unread := self.changed() & keys):
-                raise ValueError(f"{', '.join(sorted(unread))} needs {needs}")
-        for tracker in self.TRACKERS:
-            if importlib.util.find_spec(tracker) is None:
-                raise ValueError(f"TRACKERS: {tracker} is not installed: pip install {tracker}")
+        if mistake := next(self._mistakes(), None):
+            raise ValueError(mistake)
         return self
 
-    def _mistakes(self) -> list[tuple[bool, str]]:
-        return [
-            (
-                self.FP16 and self.BF16,
-                "FP16 and BF16 exclude each other; BF16 needs no gradient scaler",
-            ),
-            (self.LOAD_4BIT and self.LOAD_8BIT, "LOAD_4BIT and LOAD_8BIT exclude each other"),
-            (
-                self.FULLTUNE and (self.LOAD_4BIT or self.LOAD_8BIT),
-                "a quantised model cannot be fully tuned: FULLTUNE false is LoRA",
-            ),
-            (
-                "all-linear" in (self.LORA_TARGETS or ()) and self.LORA_TARGETS != "all-linear",
-                'LORA_TARGETS "all-linear" stands alone, without brackets: it is no module',
-            ),
-            (
-                bool(self.VLLM_SERVER) and not self.FULLTUNE,
-                "VLLM_SERVER needs FULLTUNE: adapters are not sent to the server",
-            ),
-            (
-                self.BATCH_SIZE % self.NUM_GENERATIONS > 0,
+    def _mistakes(self) -> Iterator[str]:
+        if self.FP16 and self.BF16:
+            yield "FP16 and BF16 exclude each other; BF16 needs no gradient scaler"
+        if self.LOAD_4BIT and self.LOAD_8BIT:
+            yield "LOAD_4BIT and LOAD_8BIT exclude each other"
+        if self.FULLTUNE and (self.LOAD_4BIT or self.LOAD_8BIT):
+            yield "a quantised model cannot be fully tuned: FULLTUNE false is LoRA"
+        if isinstance(self.LORA_TARGETS, list) and "all-linear" in self.LORA_TARGETS:
+            yield 'LORA_TARGETS "all-linear" stands alone, without brackets: it is no module'
+        if self.VLLM_SERVER and not self.FULLTUNE:
+            yield "VLLM_SERVER needs FULLTUNE: adapters are not sent to the server"
+        if self.BATCH_SIZE % self.NUM_GENERATIONS:
+            yield (
                 f"BATCH_SIZE {self.BATCH_SIZE} counts completions: it must be a multiple of "
-                f"NUM_GENERATIONS {self.NUM_GENERATIONS}",
-            ),
-            (
-                self.BATCH_SIZE % self.GRAD_ACCUM > 0,
-                f"BATCH_SIZE {self.BATCH_SIZE} must be a multiple of GRAD_ACCUM {self.GRAD_ACCUM}",
-            ),
-            (
-                self.MAXSEQ is not None and self.MAXSEQ <= self.MAX_NEW_TOKENS,
-                "MAXSEQ leaves no room for a prompt before MAX_NEW_TOKENS",
-            ),
-            (
-                self.BASELINE == "rloo" and self.BATCH_SIZE == 1,
-                "BASELINE rloo compares completions: BATCH_SIZE 1 has only one",
-            ),
-            (
-                self.EVAL_SPLIT > 0 and self.EVAL_FILE is not None,
-                "EVAL_SPLIT and EVAL_FILE exclude each other: both name what to evaluate on",
-            ),
-            (self.MIN_MOMENTUM > self.MAX_MOMENTUM, "MIN_MOMENTUM is above MAX_MOMENTUM"),
-        ]
+                f"NUM_GENERATIONS {self.NUM_GENERATIONS}"
+            )
+        if self.BATCH_SIZE % self.GRAD_ACCUM:
+            yield f"BATCH_SIZE {self.BATCH_SIZE} must be a multiple of GRAD_ACCUM {self.GRAD_ACCUM}"
+        if self.MAXSEQ is not None and self.MAXSEQ <= self.MAX_NEW_TOKENS:
+            yield "MAXSEQ leaves no room for a prompt before MAX_NEW_TOKENS"
+        if self.BASELINE == "rloo" and self.BATCH_SIZE == 1:
+            yield "BASELINE rloo compares completions: BATCH_SIZE 1 has only one"
+        if self.EVAL_SPLIT > 0 and self.EVAL_FILE is not None:
+            yield "EVAL_SPLIT and EVAL_FILE exclude each other: both name what to evaluate on"
+        if self.MIN_MOMENTUM > self.MAX_MOMENTUM:
+            yield "MIN_MOMENTUM is above MAX_MOMENTUM"
+        for keys, read, needs in self._readers():
+            if not read and (unread := self.changed() & keys):
+                yield f"{', '.join(sorted(unread))} needs {needs}"
+        for tracker in self.TRACKERS:
+            if importlib.util.find_spec(tracker) is None:
+                yield f"TRACKERS: {tracker} is not installed: pip install {tracker}"
 
     def _readers(self) -> list[tuple[set[str], bool, str]]:
         """Keys, whether something reads them, and what would: none may be ignored in silence."""
+        evaluates = self.has_evaluation_prompts and self.EVAL_EVERY > 0
         return [
             ({"LORA_R", "LORA_ALPHA", "LORA_TARGETS"}, not self.FULLTUNE, "FULLTUNE false"),
             ({"KL_COEF_TARGET", "KL_ESTIMATOR"}, self.KL_COEF > 0, "a KL_COEF above 0"),
-            (
-                {"EVAL_EVERY"},
-                not self.EVAL_EVERY or self.has_evaluation_prompts,
-                "an EVAL_FILE or EVAL_SPLIT",
-            ),
-            ({"EVAL_SPLIT"}, not self.EVAL_SPLIT or self.EVAL_EVERY > 0, "an EVAL_EVERY above 0"),
+            ({"EVAL_EVERY"}, evaluates or not self.EVAL_EVERY, "an EVAL_FILE or EVAL_SPLIT"),
+            ({"EVAL_SPLIT"}, evaluates or not self.EVAL_SPLIT, "an EVAL_EVERY above 0"),
             (
                 {"STOP_PATIENCE"},
-                self.has_evaluation_prompts and self.EVAL_EVERY > 0,
+                evaluates,
                 "evaluations: an EVAL_FILE or EVAL_SPLIT, and EVAL_EVERY",
             ),
             ({"STOP_KL"}, self.KL_COEF > 0, "a KL_COEF above 0: there is no KL to measure"),

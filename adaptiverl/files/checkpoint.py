@@ -38,27 +38,23 @@ WRITTEN = (  # all that a run leaves in its folder
 
 def save(folder: Path, step: int, write: Callable[[Path], None]) -> None:
     """Makes `folder` the checkpoint of `step`, filled by `write(temporary_folder)`."""
-    with naming(folder):
-        _save(folder, step, write)
-
-
-def _save(folder: Path, step: int, write: Callable[[Path], None]) -> None:
     temporary = folder.with_name(f".new-{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    write(temporary)
-    open_to_umask(temporary)
-    files = {file.relative_to(temporary).as_posix(): _sha256(file) for file in _files(temporary)}
-    manifest = {"step": step, "files": files}
-    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2), "utf-8")
-    for path in [*_files(temporary), temporary]:
-        _sync(path)
-    replaced = folder.with_name(f".old-{folder.name}")
-    if folder.exists():  # a longer run's final/; a kill between the renames leaves .old-, found
-        folder.rename(replaced)
-    temporary.rename(folder)
-    _sync(folder.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    with naming(folder):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        write(temporary)
+        open_to_umask(temporary)
+        files = {f.relative_to(temporary).as_posix(): _sha256(f) for f in _files(temporary)}
+        manifest = {"step": step, "files": files}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2), "utf-8")
+        for path in [*_files(temporary), temporary]:
+            _sync(path)
+        replaced = folder.with_name(f".old-{folder.name}")
+        if folder.exists():  # a longer run's final/; a kill between the renames leaves .old-, found
+            folder.rename(replaced)
+        temporary.rename(folder)
+        _sync(folder.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def open_to_umask(folder: Path) -> None:
@@ -78,8 +74,8 @@ def newest(output_dir: Path, steps: Collection[int] | None = None) -> tuple[Path
     a run does not go on from it.
     """
     found = [each for each in _found(output_dir) if steps is None or each[0] in steps]
-    for step, _, folder, manifest in sorted(found, key=lambda each: each[:3], reverse=True):
-        wrong = _damage(folder, manifest["files"])
+    for step, _, folder in sorted(found, reverse=True):
+        wrong = damage(folder)
         if wrong is None:
             return folder, step
         log.warning("%s is damaged (%s): not used", folder, wrong)
@@ -102,7 +98,8 @@ def to_resume(output_dir: Path) -> Path | str | None:
     anew = "To start anew leave RESUME out: what is there is then put aside, in earlier-001 or so"
     if any(path for name in ("step-*", "final", BEST, ".old-*") for path in output_dir.glob(name)):
         return f"all checkpoints in {output_dir} are damaged. {anew}"
-    steps = _steps_of(output_dir)
+    metrics = output_dir / FILES[0]
+    steps = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
     if steps > _save_every(output_dir) > 0:
         return f"the run in {output_dir} has {steps} steps and no checkpoint any more. {anew}"
     return None
@@ -120,12 +117,6 @@ def _taken_back(best: Path) -> str | None:
     return None
 
 
-def _steps_of(output_dir: Path) -> int:
-    """How many steps the run there has written."""
-    metrics = output_dir / FILES[0]
-    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
-
-
 def _save_every(output_dir: Path) -> int:
     """SAVE_EVERY of the run there; 0 where that is not known."""
     try:
@@ -134,15 +125,15 @@ def _save_every(output_dir: Path) -> int:
         return 0
 
 
-def _found(output_dir: Path) -> list[tuple[int, bool, Path, dict[str, Any]]]:
-    """Step, whether it is final/, folder and manifest of each checkpoint but best/."""
+def _found(output_dir: Path) -> list[tuple[int, bool, Path]]:
+    """Step, whether it is final/, and folder of each checkpoint but best/."""
     found = []
     for path in output_dir.glob(f"*/{MANIFEST}"):
         folder = path.parent
         if not folder.name.startswith(".new-") and folder.name.removeprefix(".old-") != BEST:
             try:
-                manifest = json.loads(path.read_text("utf-8"))
-                found.append((int(manifest["step"]), folder.name == "final", folder, manifest))
+                step = int(json.loads(path.read_text("utf-8"))["step"])
+                found.append((step, folder.name == "final", folder))
             except (ValueError, KeyError) as error:
                 log.warning("%s is damaged (%s: %s): not used", folder, MANIFEST, error)
     return found
@@ -150,7 +141,7 @@ def _found(output_dir: Path) -> list[tuple[int, bool, Path, dict[str, Any]]]:
 
 def drop_after(output_dir: Path, step: int) -> None:
     """Removes the checkpoints of later steps than `step`, but best/; a kill leaves whole ones."""
-    later = [each[:3] for each in _found(output_dir) if each[0] > step]
+    later = [each for each in _found(output_dir) if each[0] > step]
     for _, _, folder in sorted(later, reverse=True):
         hidden = folder.with_name(f".new-{folder.name}")
         shutil.rmtree(hidden, ignore_errors=True)
@@ -252,10 +243,6 @@ def damage(folder: Path) -> str | None:
         return f"{MANIFEST} is missing"
     except (OSError, ValueError, KeyError) as error:
         return f"{MANIFEST}: {error}"
-    return _damage(folder, files)
-
-
-def _damage(folder: Path, files: dict[str, str]) -> str | None:
     for name, digest in files.items():
         if not (folder / name).is_file():
             return f"{name} is missing"

@@ -3,7 +3,6 @@
 What the config names outside of the model is made by inputs.py. Each function raises ConfigError.
 """
 
-import json
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -33,6 +32,7 @@ from adaptiverl.training.batches import Batches
 from adaptiverl.training.best import Best
 from adaptiverl.training.chats import check_chats, use_chat_template
 from adaptiverl.training.checked import CheckedPolicy
+from adaptiverl.training.doubts import doubts
 from adaptiverl.training.guards import Guards
 from adaptiverl.training.inputs import as_config_error
 from adaptiverl.training.keys import RULE_KEYS, RunConfig
@@ -94,7 +94,7 @@ def build(
 
     `accelerator` is that of the config if it is None.
     """
-    inputs.output_folder(c)
+    inputs.check_output_folder(c)
     runtime = Runtime(accelerator or make_accelerator(c))
     set_seed(c.SEED)
     transformers_logging.disable_progress_bar()
@@ -106,19 +106,7 @@ def build(
         files[c.EVAL_FILE] = eval_prompts
     inputs.check_names(c, files, runtime)
     last_step = inputs.last_step_of(c, len(prompts))
-    if eval_prompts and last_step < c.EVAL_EVERY and runtime.is_main:
-        steps = f"EVAL_EVERY {c.EVAL_EVERY} is above the {last_step} steps of the run"
-        logging.warning("%s: nothing is evaluated", steps)
-    for name, length in c.cycles().items():
-        if length > last_step and runtime.is_main:
-            logging.warning(
-                "LR_RULE %s: its cycle has %g steps and the run %d, so the rate goes only a part "
-                "of the way. %s is as long as the run",
-                name, length, last_step, json.dumps({"name": name, "cycle_length": last_step}),
-            )  # fmt: skip
-    if runtime.is_main and (said := inputs.trained_on(c, prompts, eval_prompts)):
-        logging.warning(said)
-    for said in inputs.out_of_reach(c) if runtime.is_main else ():
+    for said in doubts(c, prompts, eval_prompts, last_step) if runtime.is_main else ():
         logging.warning(said)
     max_prompt = inputs.max_prompt_tokens(c)
     rewards, held_out = (
@@ -271,20 +259,21 @@ def base_optimizer(
         raise ConfigError(f"OPTIM {c.OPTIM} reads whole tensors, and FSDP has them in shards")
     named: list[Any] = parameters if online else [p for _, p in parameters]
     auto = max(c.MIN_LR or 0.0, min(AUTO_LR[kind], c.MAX_LR or math.inf))
-    common: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "lr": auto if c.LRATE == "auto" else c.LRATE,
         "weight_decay": c.WEIGHT_DECAY,
     }
     if kind in ("sgd", "rmsprop"):
-        return OPTIMIZERS[c.OPTIM](named, momentum=c.MOMENTUM, **common)
-    common["betas"] = (c.MOMENTUM, 0.999)
-    if kind == "adam_mini":
-        return AdamMini(named, **common)
-    if kind == "adamw":  # fused: one pass over the weights, a quarter of the time, no temporaries
-        return OPTIMIZERS[c.OPTIM](named, fused=True, **common)
-    from bitsandbytes.optim import AdamW8bit  # seconds to import
+        arguments["momentum"] = c.MOMENTUM
+    else:
+        arguments["betas"] = (c.MOMENTUM, 0.999)
+    if kind == "adamw":  # one pass over the weights, a quarter of the time, no temporaries
+        arguments["fused"] = True
+    if kind == "adamw_8bit":
+        from bitsandbytes.optim import AdamW8bit  # seconds to import
 
-    return AdamW8bit(named, **common)
+        return AdamW8bit(named, **arguments)
+    return OPTIMIZERS[c.OPTIM](named, **arguments)
 
 
 def adaptive(
@@ -298,12 +287,10 @@ def adaptive(
         raise ConfigError(str(error).replace("betas_rule", "BETAS_RULE")) from error
 
 
-def narrow(optimizer: AdaptiveOptimizer, rollbacks: int) -> str | None:
-    """Halves the trust region for each rollback; its size in words, None if there is none."""
-    if optimizer.trust_region is None:
-        return None
-    optimizer.trust_region.kl = optimizer.kl * 0.5**rollbacks
-    return f"half of the trust region, TRUST_REGION_KL {optimizer.trust_region.kl:.3g}"
+def narrow(optimizer: AdaptiveOptimizer, rollbacks: int) -> None:
+    """Halves the trust region, if there is one, for each rollback."""
+    if optimizer.trust_region:
+        optimizer.trust_region.kl = optimizer.kl * 0.5**rollbacks
 
 
 def try_rules(c: RunConfig, last_step: int) -> None:

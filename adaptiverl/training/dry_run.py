@@ -14,12 +14,8 @@ from rewards.scores import as_list
 
 def dry_run(c: RunConfig, parts: Parts) -> int:
     """Prints the batch, the trainable parameters, memory and seconds; the exit status."""
-    runtime, sampler, scoring, rows = (
-        parts.runtime,
-        parts.sampler,
-        parts.scoring,
-        parts.batches.rows,
-    )
+    runtime, sampler, scoring = parts.runtime, parts.sampler, parts.scoring
+    rows = parts.batches.rows
     clock, batch = Stopwatch(), parts.batches.at(1)
     rollout = parts.checked.sample(batch["prompt"], parts.batches.uniforms(1))
     completions = sampler.decode(rollout)

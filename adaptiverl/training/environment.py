@@ -5,7 +5,6 @@ import platform
 import sys
 from datetime import datetime
 from importlib.metadata import version
-from typing import Any
 
 import torch
 
@@ -17,10 +16,13 @@ FILE = "environment.jsonl"
 LIBRARIES = ("torch", "transformers", "accelerate", "peft", "datasets")
 
 
-def environment(c: RunConfig, runtime: Runtime) -> dict[str, Any]:
-    """Of this start. Of the command line the words alone, no variables of the environment."""
+def add_environment(c: RunConfig, runtime: Runtime) -> None:
+    """Appends a row to the file in the run's folder.
+
+    Of the command line it has the words alone, and no variables of the environment.
+    """
     device = runtime.device
-    return {
+    row = {
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": list(sys.argv),
         "directory": str(c.here),
@@ -34,9 +36,5 @@ def environment(c: RunConfig, runtime: Runtime) -> dict[str, Any]:
         "processes": runtime.processes,
         "threads": torch.get_num_threads(),
     }
-
-
-def add_environment(c: RunConfig, runtime: Runtime) -> None:
-    """Appends a row to the file in the run's folder."""
     with (c.output_dir / FILE).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(environment(c, runtime)) + "\n")
+        file.write(json.dumps(row) + "\n")

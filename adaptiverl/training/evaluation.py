@@ -23,11 +23,8 @@ def evaluate(c: RunConfig, parts: Parts, prompts: Dataset) -> Metrics:
     eval/reward is None where no completion has a reward. eval/score is the reward less KL_COEF per
     nat of KL, whatever KL_COEF_TARGET has made of the coefficient.
     """
-    runtime, scoring, size = (
-        parts.runtime,
-        parts.scoring,
-        parts.batches.rows.stop - parts.batches.rows.start,
-    )
+    runtime, scoring, step_rows = parts.runtime, parts.scoring, parts.batches.rows
+    size = step_rows.stop - step_rows.start
     # As many rows in each process, because a sharded policy is sampled by all at once.
     total = math.ceil(len(prompts) / runtime.processes) * runtime.processes
     own = range(runtime.rank, total, runtime.processes)

@@ -28,7 +28,7 @@ from adaptiverl.training.environment import add_environment
 from adaptiverl.training.inputs import adapters_own, as_config_error
 from adaptiverl.training.keys import RunConfig
 from adaptiverl.training.metrics import Metrics, dynamics_lines, interval_means, step_line
-from adaptiverl.training.progress import progress_rows
+from adaptiverl.training.samples import progress_rows
 from adaptiverl.training.trackers import end_trackers, log_step, start_trackers
 
 PROGRESS = "progress.jsonl"
@@ -82,7 +82,7 @@ class RunFolder:
                 known = log.kept["metrics.jsonl"]
                 for kind, said in resumed.warnings(c, parts, self.newest.name, known):
                     parts.guards.event(step, kind, said, "warn")
-                log.replace(checkpoint.EVENTS, parts.guards.events)
+                self._write_events()
             if not (parts.resumed and parts.done):
                 resolved = c.model_dump_json(by_alias=True, indent=2)
                 (self.path / "config.json").write_text(resolved + "\n", "utf-8")
@@ -102,7 +102,7 @@ class RunFolder:
         used = {"dynamics.jsonl": parts.dynamics, PROGRESS: shows}
         files = [name for name in checkpoint.FILES if used.get(name, True)]
         self.log = RunLog(self.path, parts.progress.step, parts.last_step, files)
-        self.log.replace(checkpoint.EVENTS, parts.guards.events)
+        self._write_events()
         return self.log
 
     def record(self, metrics: Metrics, samples: list[Row]) -> None:
@@ -119,7 +119,7 @@ class RunFolder:
             log.write("metrics.jsonl", [number | metrics])
             log.write("samples.jsonl", samples)
             log.write("controller.jsonl", changes)
-            log.replace(checkpoint.EVENTS, self.parts.guards.events)
+            self._write_events()
             log.advance(metrics.get("reward_fixed_scale", metrics["reward"]))
         self.interval.append(metrics)
         due = c.LOG_EVERY and (step in (1, last) or step % c.LOG_EVERY == 0)
@@ -128,8 +128,7 @@ class RunFolder:
         accelerator = self.parts.runtime.accelerator
         for failure in log_step(accelerator, metrics, samples if due else [], step):
             self.parts.guards.event(step, "tracker", failure, "warn")
-            if log:
-                log.replace(checkpoint.EVENTS, self.parts.guards.events)
+            self._write_events()
         if due or not c.LOG_EVERY:
             self.interval.clear()
         self._show_progress()
@@ -178,30 +177,27 @@ class RunFolder:
     def finish(self, stop: StopSignal) -> int:
         """Saves what was reached and says so; the exit status, 128 + signal if one came."""
         stopped_by = self.parts.runtime.largest(stop.number)
-        step, done, why = self.parts.progress.step, self.parts.done, self.parts.best.why_stop
-        name = "" if done else signal.Signals(stopped_by).name
-        if not done:
-            self._stopped_event(name)
-        elif why and step < self.parts.last_step:
-            self._show_progress(ended=True)
-            self._event("stopped early", f"stopped early after step {step}, {why}")
-        folder = self.save("final" if done else None)
-        said = f"finished: {counted(step, 'step')}, the model is in {folder}"
+        step, why = self.parts.progress.step, self.parts.best.why_stop
+        if not self.parts.done:
+            said = self._stopped_event(stopped_by)
+            self._end(f"{said}, saved in {self.save()}; RESUME=auto continues")
+            return 128 + stopped_by
+        said = f"finished: {counted(step, 'step')}, the"
         if why and step < self.parts.last_step:
-            said = f"stopped early after step {step}, {why}. The model is in {folder}"
-        if done:
-            said = "\n".join([said, *self._best()])
-        else:
-            said = f"stopped by {name} after step {step}, saved in {folder}; RESUME=auto continues"
-        self._end(said, follow=done)
-        return 0 if done else 128 + stopped_by
+            early = f"stopped early after step {step}, {why}"
+            self._show_progress(ended=True)
+            self._event("stopped early", early)
+            said = f"{early}. The"
+        said += f" model is in {self.save('final')}"
+        self._end("\n".join([said, *self._best()]), follow=True)
+        return 0
 
     def pause(self, reason: Paused, stop: StopSignal) -> int:
         """Saves the run as it was before the step that could not be finished; the exit status."""
         self.parts.progress.step -= 1
         stopped_by = self.parts.runtime.largest(stop.number)
         if stopped_by and isinstance(reason, WaitEnded):
-            self._stopped_event(signal.Signals(stopped_by).name)
+            self._stopped_event(stopped_by)
         else:
             self._event("paused", str(reason))
         folder = self.save()
@@ -218,26 +214,28 @@ class RunFolder:
             self.log.close()
             self._report()
 
-    def _stopped_event(self, name: str) -> None:
-        """That the signal `name` stopped the run."""
-        self._event("stopped", f"stopped by {name} after step {self.parts.progress.step}")
+    def _stopped_event(self, stopped_by: int) -> str:
+        """That a signal stopped the run; in words."""
+        name = signal.Signals(stopped_by).name
+        said = f"stopped by {name} after step {self.parts.progress.step}"
+        self._event("stopped", said)
+        return said
 
     def _event(self, kind: str, message: str) -> None:
         """A line of events.jsonl on why the run ends; the console says it, too."""
-        guards = self.parts.guards
-        guards.note(self.parts.progress.step, kind, message, "stop")
+        self.parts.guards.note(self.parts.progress.step, kind, message, "stop")
+        self._write_events()
+
+    def _write_events(self) -> None:
         if self.log:
-            self.log.replace(checkpoint.EVENTS, guards.events)
+            self.log.replace(checkpoint.EVENTS, self.parts.guards.events)
 
     def give_up(self, collapse: Collapsed) -> int:
         """Ends a run that has collapsed, with nothing saved of it; the exit status."""
         parts = self.parts
         times = parts.progress.rollbacks
-        sound = state.among(
-            self.config,
-            parts.runtime,
-            [*sound_before(parts.guards.sound_steps, collapse.step), 0],
-        )
+        steps = [*sound_before(parts.guards.sound_steps, collapse.step), 0]
+        sound = state.among(self.config, parts.runtime, steps)
         place = self.shown / sound.name if sound else None
         done = f"{collapse}. The run ends here" + (f", after {times} rollbacks" * (times > 0))
         model = f"MODEL={place}" if place else "the same MODEL"
@@ -246,8 +244,7 @@ class RunFolder:
             f"{model} and another OUTPUT_DIR"
         )
         parts.guards.event(collapse.step, collapse.kind, done, "stop")
-        if self.log:
-            self.log.replace(checkpoint.EVENTS, parts.guards.events)
+        self._write_events()
         where = f"the last sound checkpoint is {place}" if place else "there is no sound checkpoint"
         self._end(f"stopped after a collapse in step {collapse.step}: {where}", sys.stderr)
         return 3
@@ -283,9 +280,8 @@ class RunFolder:
     def interrupt(self) -> None:
         """Ends the waiting for people and judges, and says what comes; called by a signal."""
         if self.log:
-            then = f"RESUME=auto goes on from {self.newest}"
-            if self.newest is None:
-                then = "there is no checkpoint yet"
+            goes_on = f"RESUME=auto goes on from {self.newest}"
+            then = goes_on if self.newest else "there is no checkpoint yet"
             said = "stopping: saves as soon as this step ends. A second signal ends the run at once"
             say_at_once(printable(f"{said}, unsaved; {then}"))
         if self._parts:

@@ -30,7 +30,7 @@ from adaptiverl.training.keys import RunConfig
 from adaptiverl.training.metrics import is_own
 from adaptiverl.training.runtime import Runtime
 from adaptiverl.training.scoring import RESERVED, own_settings
-from rewards import CompositeReward, LengthReward
+from rewards import CompositeReward
 
 LORA = {"LORA_R": "r", "LORA_ALPHA": "lora_alpha", "LORA_TARGETS": "target_modules"}  # peft's names
 ASSETS = "adaptiverl/assets/"  # what begins so is in the installed package, if not a folder here
@@ -97,8 +97,8 @@ def use_hub(c: RunConfig) -> None:
             break
 
 
-def output_folder(c: RunConfig) -> Path:
-    """OUTPUT_DIR, which may not exist yet but must be possible."""
+def check_output_folder(c: RunConfig) -> None:
+    """OUTPUT_DIR may not exist yet, but must be possible."""
     path = Path(c.OUTPUT_DIR)
     with as_config_error("OUTPUT_DIR"):  # a name that is too long
         nearest = next(p for p in (path, *path.absolute().parents) if p.exists() or p.is_symlink())
@@ -117,7 +117,6 @@ def output_folder(c: RunConfig) -> Path:
         raise ConfigError(f"OUTPUT_DIR: {nearest} cannot be written to: {why}") from error
     if (path / "config.json").exists() and not checkpoint.holds_run(path):
         raise ConfigError(f"OUTPUT_DIR: {path} has a config.json of its own: name another folder")
-    return path
 
 
 def prompt_files(c: RunConfig) -> tuple[Dataset, Dataset | None]:
@@ -153,22 +152,6 @@ def check_names(c: RunConfig, files: Mapping[str, Dataset], runtime: Runtime) ->
                 )
 
 
-def trained_on(c: RunConfig, train: Dataset, evaluated: Dataset | None) -> str | None:
-    """What is to be said where prompts of EVAL_FILE are trained on, too."""
-    if evaluated is None or not c.EVAL_FILE:  # an EVAL_SPLIT has none of them
-        return None
-    here, there = (
-        {as_given(prompt, c.SYSTEM) for prompt in rows[c.PROMPT_COLUMN]}
-        for rows in (train, evaluated)
-    )
-    if not (count := len(here & there)):
-        return None
-    return (
-        f"{count} of {len(there)} prompts of EVAL_FILE are also in TRAIN_FILE: what is "
-        "evaluated on is trained on"
-    )
-
-
 def as_given(prompt: Prompt, system: str | None) -> str:
     """One text for all prompts of which the model is given the same, after `system`."""
     return json.dumps(given_prompt(prompt, system), sort_keys=True)
@@ -187,19 +170,6 @@ def last_step_of(c: RunConfig, prompts: int) -> int:
     if c.EPOCHS is None:
         return c.STEPS
     return min(c.STEPS, math.ceil(c.EPOCHS * prompts * c.NUM_GENERATIONS / c.BATCH_SIZE))
-
-
-def out_of_reach(c: RunConfig) -> Iterator[str]:
-    """What is to be said of lengths that no completion reaches."""
-    for key in ("REWARDS", "HELD_OUT"):
-        for i, reward in enumerate(getattr(c, key)):
-            if isinstance(reward, LengthReward) and reward.unit == "tokens":
-                name = "TARGET" if reward.target else "MIN"
-                if (wanted := reward.target or reward.min or 0) > c.MAX_NEW_TOKENS:
-                    yield (
-                        f"{key}.{i}: no completion reaches {name} {wanted}: it has at most "
-                        f"{c.MAX_NEW_TOKENS} tokens (MAX_NEW_TOKENS)"
-                    )
 
 
 def rows_of_process(c: RunConfig, runtime: Runtime) -> slice:
@@ -256,14 +226,11 @@ def _base(c: RunConfig, adapter: dict[str, Any]) -> str:
 def adapters_own(c: RunConfig) -> dict[str, Any]:
     """The keys of LoRA that the adapter in MODEL keeps; none where no adapter goes on."""
     adapter = None if c.FULLTUNE else adapter_config(located(c.MODEL))
-    if not adapter:
-        return {}
-    if "r" not in adapter:  # of another kind, such as IA³
+    if not adapter or "r" not in adapter:  # of another kind, such as IA³
         return {}
     own = {key: adapter[name] for key, name in LORA.items()}
-    if isinstance(own["LORA_TARGETS"], str):  # a pattern, which the key cannot hold
-        return own | {"LORA_TARGETS": None}
-    return own | {"LORA_TARGETS": sorted(own["LORA_TARGETS"])}
+    targets = own["LORA_TARGETS"]  # a pattern, which is a text, the key cannot hold
+    return own | {"LORA_TARGETS": None if isinstance(targets, str) else sorted(targets)}
 
 
 def make_rewards(

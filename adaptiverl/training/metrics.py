@@ -4,7 +4,6 @@ Writing them to files is files/logs.py's.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,71 +34,61 @@ def is_own(name: str) -> bool:
     return name in OWN_NAMES or name.startswith(OWN_PREFIXES)
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """What a step computed, of all processes."""
-
-    reward: Tensor  # [B], NaN where missing
-    kl: Tensor  # [B], nats per completion to the reference
-    lengths: Tensor  # [B], tokens per completion
-    truncated: Tensor  # [B], whether MAX_NEW_TOKENS ended it
-    token_ids: Sequence[Sequence[int]]  # of each completion
-    sums: Tensor  # [processes, 4]: loss, Σ entropy, Σ and max of |log π sampled − in the loss|
-    grad_norm: Tensor
-
-
 def add_sums(sums: Tensor, loss: Tensor, measured: Measured, rollout: Rollout) -> Tensor:
-    """`sums` [4] of StepResult with one more micro-batch of this process."""
+    """`sums` with one more micro-batch of this process.
+
+    [4]: loss, Σ entropy, Σ and max of |log π sampled − log π in the loss|.
+    """
     gap = (rollout.logprobs - measured.logprobs.detach()).abs()
     added = torch.stack([loss.detach(), measured.entropy.sum(), gap.sum()])
     return torch.cat([sums[:3] + added, torch.maximum(sums[3], gap.max())[None]])
 
 
-def gathered(
-    runtime: Runtime,
-    rollout: Rollout,
-    truncated: Tensor,
-    reward: Tensor,
-    kl: Tensor,
-    sums: Tensor,
-    grad_norm: Tensor,
-) -> StepResult:
-    """The result of all processes; `reward` and `kl` are gathered already."""
-    lengths = runtime.gather(rollout.completion_mask.sum(-1)).float()
-    cut, token_ids = runtime.gather(truncated), runtime.gather_objects(rollout.tokens())
-    return StepResult(reward, kl, lengths, cut, token_ids, runtime.gather(sums[None]), grad_norm)
-
-
-def step_metrics(result: StepResult, group_size: int) -> Metrics:
-    """Means over the completions; names are TRL's where TRL has one."""
-    loss, entropy, gap, _ = result.sums.mean(0).tolist()
-    tokens = result.lengths.sum().item() / len(result.sums)  # per process, as the sums are
-    known = result.reward[~result.reward.isnan()]
-    within, across = equal_pairs(result.token_ids, group_size)
+def reward_metrics(reward: Tensor, group_size: int) -> Metrics:
+    """Of the rewards [B], NaN where missing; names are TRL's where TRL has one."""
+    known = reward[~reward.isnan()]
     return {
         "reward": known.mean().item() if len(known) else None,
         "reward_std": known.std().item() if len(known) > 1 else None,
-        "frac_reward_zero_std": zero_std_share(result.reward, group_size),
+        "frac_reward_zero_std": zero_std_share(reward, group_size),
+    }
+
+
+def loss_metrics(sums: Tensor, lengths: Tensor, grad_norm: Tensor) -> Metrics:
+    """Of the `sums` [processes, 4] of `add_sums`; `lengths` [B] are tokens per completion."""
+    loss, entropy, gap, _ = sums.mean(0).tolist()
+    tokens = lengths.sum().item() / len(sums)  # per process, as the sums are
+    return {
         "loss": loss,
         "entropy": entropy / tokens,
         "sampling/sampling_logp_difference/mean": gap / tokens,
-        "sampling/sampling_logp_difference/max": result.sums[:, 3].max().item(),
-        "grad_norm": result.grad_norm.item(),
-        "completions/mean_length": result.lengths.mean().item(),
-        "completions/clipped_ratio": result.truncated.float().mean().item(),
-        "completions/distinct_1": distinct(result.token_ids, 1),
-        "completions/distinct_2": distinct(result.token_ids, 2),
-        "completions/repetition": repetition(result.token_ids),
+        "sampling/sampling_logp_difference/max": sums[:, 3].max().item(),
+        "grad_norm": grad_norm.item(),
+    }
+
+
+def completion_metrics(
+    runtime: Runtime, rollout: Rollout, truncated: Tensor, lengths: Tensor, group_size: int
+) -> Metrics:
+    """Of all processes' completions; MAX_NEW_TOKENS ended those of this one in `truncated`."""
+    cut, token_ids = runtime.gather(truncated), runtime.gather_objects(rollout.tokens())
+    within, across = equal_pairs(token_ids, group_size)
+    return {
+        "completions/mean_length": lengths.mean().item(),
+        "completions/clipped_ratio": cut.float().mean().item(),
+        "completions/distinct_1": distinct(token_ids, 1),
+        "completions/distinct_2": distinct(token_ids, 2),
+        "completions/repetition": repetition(token_ids),
         "completions/equal_within_prompts": within,
         "completions/equal_across_prompts": across,
     }
 
 
-def kl_metrics(result: StepResult, kl_coef: float) -> Metrics:
-    """Of the KL penalty, where there is one."""
+def kl_metrics(kl: Tensor, lengths: Tensor, kl_coef: float) -> Metrics:
+    """Of the KL penalty; `kl` [B] are nats per completion to the reference."""
     return {
-        "kl": (result.kl.sum() / result.lengths.sum()).item(),  # per token, as TRL has it
-        "kl_per_completion": result.kl.mean().item(),
+        "kl": (kl.sum() / lengths.sum()).item(),  # per token, as TRL has it
+        "kl_per_completion": kl.mean().item(),
         "kl_coef": kl_coef,
     }
 

@@ -13,8 +13,6 @@ from adaptiverl.training.build import Parts
 from adaptiverl.training.inputs import last_step_of
 from adaptiverl.training.keys import RunConfig
 
-Said = Iterator[tuple[str, str]]  # kind of event, message
-
 
 def other_length(c: RunConfig, parts: Parts, newest: str) -> str | None:
     """Where the trust region's target falls over other steps than in the checkpoint `newest`."""
@@ -30,36 +28,36 @@ def other_length(c: RunConfig, parts: Parts, newest: str) -> str | None:
     )
 
 
-def warnings(c: RunConfig, parts: Parts, newest: str, known_steps: int) -> Said:
-    """What differs from the checkpoint `newest`; metrics.jsonl has `known_steps`."""
-    yield from _missing_steps(parts.progress.step, known_steps)
+def warnings(
+    c: RunConfig, parts: Parts, newest: str, known_steps: int
+) -> Iterator[tuple[str, str]]:
+    """Kinds of events with what differs from the checkpoint `newest`.
+
+    `known_steps` are those that metrics.jsonl has.
+    """
+    step = parts.progress.step
+    if known_steps < step:  # lines that it has lost, beside a checkpoint: nobody else would say it
+        has = f"ends at step {known_steps}" if known_steps else "has no steps"
+        first = known_steps + 1
+        what = f"steps {first} to {step} are" if step > first else f"step {step} is"
+        said = f"metrics.jsonl {has}, the checkpoint is of step {step}: {what} missing from it"
+        yield "metrics lost", said
     for said in parts.scoring.lost_labels():
         yield "labels lost", said
     if parts.other_code and not parts.done:
-        yield from _other_code(c, parts, newest)
+        yield "reward code", _other_code(c, parts, newest)
 
 
-def _missing_steps(step: int, known: int) -> Said:
-    """Lines that metrics.jsonl, beside a checkpoint, has lost: nobody else would say it."""
-    if known < step:
-        has = f"ends at step {known}" if known else "has no steps"
-        what = f"steps {known + 1} to {step} are" if step > known + 1 else f"step {step} is"
-        said = f"metrics.jsonl {has}, the checkpoint is of step {step}: {what} missing from it"
-        yield "metrics lost", said
-
-
-def _other_code(c: RunConfig, parts: Parts, newest: str) -> Said:
+def _other_code(c: RunConfig, parts: Parts, newest: str) -> str:
     """Of rewards; a best/ of before is put aside."""
-    step, place = parts.progress.step, None
+    step = parts.progress.step
     said = (
         f"the code of {reward_code.in_words(c, parts.other_code)} has changed since the "
         f"checkpoint of step {step}: rewards up to this step and after it cannot be compared"
     )
     is_all = newest == checkpoint.BEST  # that is left
-    if reward_code.trains(c, parts.other_code) and not is_all:
-        place = checkpoint.set_best_aside(c.output_dir)
-    if place:
+    moves = reward_code.trains(c, parts.other_code) and not is_all
+    if moves and (place := checkpoint.set_best_aside(c.output_dir)):
         shown = Path(c.OUTPUT_DIR) / place.relative_to(c.output_dir)
         said += f". best/ is of before: it is now {shown}"
-    advice = "For rewards that can be compared, start a new run with another OUTPUT_DIR"
-    yield "reward code", f"{said}. {advice}"
+    return f"{said}. For rewards that can be compared, start a new run with another OUTPUT_DIR"

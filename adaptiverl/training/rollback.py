@@ -11,7 +11,6 @@ from contextlib import chdir
 import torch
 
 from adaptiverl.files import checkpoint
-from adaptiverl.optim.adaptive import AdaptiveOptimizer
 from adaptiverl.training import state
 from adaptiverl.training.build import Parts, build, narrow
 from adaptiverl.training.collapse import MAX_ROLLBACKS, Collapsed, sound_before
@@ -62,20 +61,17 @@ def _make_smaller(parts: Parts, number: int, step: int) -> str:
 
     For the rollback `number`, from 1, because of a collapse in `step`.
     """
-    name, old = _size(parts.optimizer)
-    how = narrow(parts.optimizer, number)
-    if how is None:
-        for group in parts.optimizer.param_groups:
+    optimizer = parts.optimizer
+    if region := optimizer.trust_region:
+        name, old = "trust_region_kl", region.kl
+        narrow(optimizer, number)
+        new, how = region.kl, f"half of the trust region, TRUST_REGION_KL {region.kl:.3g}"
+    else:
+        name, old = "lr", optimizer.lr
+        for group in optimizer.param_groups:
             group["lr"] = group["lr"] * SLOWER
-        how = f"a tenth of the learning rate ({parts.optimizer.lr:.3g})"
-    _, new = _size(parts.optimizer)
+        new, how = optimizer.lr, f"a tenth of the learning rate ({optimizer.lr:.3g})"
     change = {"step": parts.progress.step + 1, "hyperparameter": name, "rule": "rollback"}
     change |= {"signal": "collapse", "value": step, "old": old, "new": new}
     parts.progress.changes.append(change)
     return how
-
-
-def _size(optimizer: AdaptiveOptimizer) -> tuple[str, float]:
-    """What a rollback makes smaller: its name in records, and how large it is."""
-    region = optimizer.trust_region
-    return ("trust_region_kl", region.kl) if region else ("lr", optimizer.lr)

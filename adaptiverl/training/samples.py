@@ -1,13 +1,22 @@
-"""The rows of samples.jsonl: what the model wrote in a step, and what each reward said of it."""
+"""The rows of samples.jsonl and progress.jsonl: what the model writes, step by step.
+
+Samples are what it is trained on, with what each reward said. Progress is the same few prompts
+before the first step, halfway and at the end: they have random numbers of their own, the same each
+time, so what differs is the policy. No reward scores them: a judge or a person would be asked for
+more than the run needs.
+"""
 
 from torch import Tensor
 
 from adaptiverl.files.logs import Row
-from adaptiverl.rl.rollout import Rollout
-from adaptiverl.training.batches import Batch
+from adaptiverl.rl.rollout import Rollout, uniforms
+from adaptiverl.training.batches import Batch, columns
 from adaptiverl.training.build import Parts
 from adaptiverl.training.keys import RunConfig
 from adaptiverl.training.scoring import Scores, columns_of
+
+PROMPTS = 4  # of progress.jsonl
+STREAM = 1_000_002  # of its random numbers: a step that no run reaches
 
 
 def sample_rows(
@@ -37,8 +46,27 @@ def sample_rows(
             for i in range(len(ids))
         ]
     )
-    columns = columns_of(scores.trained, rewards.names)
+    by_reward = columns_of(scores.trained, rewards.names)
     for i, row in enumerate(rows):
         row["reward"] = reward[i].item()
-        row |= {f"rewards/{name}": column[i] for name, column in columns.items()}
+        row |= {f"rewards/{name}": column[i] for name, column in by_reward.items()}
     return rows
+
+
+def progress_rows(c: RunConfig, parts: Parts, ended: bool = False) -> list[Row]:
+    """One per prompt at steps 0, last // 2 and last, or where the run has `ended` before that.
+
+    At other steps, or without REPORT, none. All processes call it together.
+    """
+    step, last = parts.progress.step, parts.last_step
+    if not c.REPORT or not (ended or step in (0, last // 2, last)):
+        return []
+    rows = parts.eval_prompts if parts.eval_prompts is not None else parts.batches.prompts
+    prompts = columns(c, rows, list(range(min(PROMPTS, len(rows)))))["prompt"]
+    numbers = uniforms(c.SEED, STREAM, len(prompts), c.MAX_NEW_TOKENS)
+    rollout = parts.runtime.no_grad(parts.sampler, prompts, numbers)
+    completions = parts.sampler.decode(rollout)
+    return [
+        {"step": step, "prompt": prompt, "completion": completion}
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]

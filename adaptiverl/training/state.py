@@ -94,8 +94,8 @@ def newest(c: RunConfig, runtime: Runtime) -> Path | None:
     return found
 
 
-def among(c: RunConfig, runtime: Runtime, steps: Collection[int] | None = None) -> Path | None:
-    """The newest undamaged checkpoint, of one of `steps` unless that is None."""
+def among(c: RunConfig, runtime: Runtime, steps: Collection[int]) -> Path | None:
+    """The newest undamaged checkpoint of one of `steps`."""
     found = checkpoint.newest(c.output_dir, steps) if runtime.is_main else None
     return runtime.from_main(found and found[0])
 
