@@ -45,7 +45,7 @@ SETTINGS = {  # chosen on graphs from 100 on, as those of the two runs are
     "SAMPLES_EVERY": 0,
 }
 RUNS = {
-    "explore": {"STEPS": 100, "KL_COEF": 0.02, "BASELINE": "batch"},
+    "explore": {"STEPS": 100, "KL_COEF": 0.05, "BASELINE": "batch"},
     "sharpen": {"STEPS": 50, "KL_COEF": 0, "TEMPERATURE": 1.5},
 }
 STEPS = sum(run["STEPS"] for run in RUNS.values())
