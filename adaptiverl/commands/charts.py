@@ -5,8 +5,8 @@ Text of axes is HTML beside the SVG, so that it keeps its size on a phone.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from adaptiverl.commands.curves import smoothed
 
@@ -37,7 +37,6 @@ class Chart:
     curves: list[Curve]
     x_ticks: list[tuple[float, str]]
     y_ticks: list[tuple[float, str]]
-    x_name: str
     summary: str  # for who does not see it
     note: str
     hover: dict[str, Any]  # x, and y by the name of each curve, as page.js reads them
@@ -65,42 +64,38 @@ def chart(
 ) -> Chart | None:
     """None where no series has a point."""
     series = [
-        Series(s.name, p, s.spread, s.dashed, s.smooth)
-        for s in series
-        if (p := [(x, y) for x, y in s.points if math.isfinite(y) and (y > 0 or not log)])
+        replace(each, points=known)
+        for each in series
+        if (known := [(x, y) for x, y in each.points if math.isfinite(y) and (y > 0 or not log)])
     ]
     if not series:
         return None
     drawn = [_drawn(each, log) for each in series]
-    xs = [x for each in series for x, _ in each.points]
-    ys = [y for each in drawn for y in each.extent]
-    x_axis, y_axis = _Axis.of(xs, WIDTH, False), _Axis.of(ys, HEIGHT, log)
+    pairs = list(zip(series, drawn, strict=True))
+    x_axis = _Axis.of([x for each in series for x, _ in each.points], WIDTH, False)
+    y_axis = _Axis.of([y for _, *columns in drawn for ys in columns for y in ys], HEIGHT, log)
     curves = [
         Curve(
-            each.name,
+            own.name,
             place % COLORS,
-            _path(each.x, each.y, x_axis, y_axis),
-            _path(each.x, each.raw, x_axis, y_axis) if each.raw else "",
-            _band(each.x, each.low, each.high, x_axis, y_axis) if each.low else "",
-            each.dashed,
+            _path(at.x, at.y, x_axis, y_axis),
+            _path(at.x, at.raw, x_axis, y_axis) if at.raw else "",
+            _band(at, x_axis, y_axis) if at.low and len(at.x) > 1 else "",
+            own.dashed,
         )
-        for place, each in enumerate(drawn)
+        for place, (own, at) in enumerate(pairs)
     ]
-    hover = {
-        "title": title,
-        "x": [x_axis.low, x_axis.high],
-        "xName": x_name,
-        "curves": [
-            {"name": each.name, "x": [_short(x) for x in each.x], "y": [_short(y) for y in each.y]}
-            for each in drawn
-        ],
-    }
+    values = [
+        {"name": own.name, "x": [*map(rounded, at.x)], "y": [*map(rounded, at.y)]}
+        for own, at in pairs
+    ]
+    hover = {"title": title, "x": [x_axis.low, x_axis.high], "xName": x_name, "curves": values}
     summary = f"{title}{f', {unit}' if unit else ''}. " + " ".join(
         _summary(each, x_name) for each in series
     )
     x_ticks = [(100 * x_axis.place(tick) / WIDTH, number(tick)) for tick in x_axis.ticks()]
     y_ticks = [(100 - 100 * y_axis.place(tick) / HEIGHT, number(tick)) for tick in y_axis.ticks()]
-    return Chart(title, unit, curves, x_ticks, y_ticks, x_name, summary, note, hover)
+    return Chart(title, unit, curves, x_ticks, y_ticks, summary, note, hover)
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -115,19 +110,19 @@ def number(value: float | None, digits: int = 3) -> str:
     )
 
 
-@dataclass(frozen=True)
-class _Drawn:
-    name: str
+def rounded(value: float) -> float:
+    """To the digits that are seen, so that a page stays small."""
+    return float(f"{value:.4g}")
+
+
+class _Drawn(NamedTuple):
+    """Columns of one curve; the last three are empty where nothing of the kind is drawn."""
+
     x: list[float]
     y: list[float]
     raw: list[float]
     low: list[float]
     high: list[float]
-    dashed: bool
-
-    @property
-    def extent(self) -> list[float]:
-        return [*self.y, *self.raw, *self.low, *self.high]
 
 
 def _drawn(series: Series, log: bool) -> _Drawn:
@@ -154,7 +149,7 @@ def _drawn(series: Series, log: bool) -> _Drawn:
         low, high = ([end(values[part]) for part in buckets] for end in (min, max))
         if log:
             low, high = [math.exp(v) for v in low], [math.exp(v) for v in high]
-    return _Drawn(series.name, places, means(smooth), raw, low, high, series.dashed)
+    return _Drawn(places, means(smooth), raw, low, high)
 
 
 @dataclass(frozen=True)
@@ -204,12 +199,10 @@ def _path(x: Sequence[float], y: Sequence[float], x_axis: _Axis, y_axis: _Axis) 
     return "M" + "L".join(places)
 
 
-def _band(
-    x: Sequence[float], low: Sequence[float], high: Sequence[float], x_axis: _Axis, y_axis: _Axis
-) -> str:
-    there = _path(x, high, x_axis, y_axis)
-    back = _path(x[::-1], low[::-1], x_axis, y_axis)
-    return f"{there}L{back[1:]}Z" if len(x) > 1 else ""
+def _band(at: _Drawn, x_axis: _Axis, y_axis: _Axis) -> str:
+    there = _path(at.x, at.high, x_axis, y_axis)
+    back = _path(at.x[::-1], at.low[::-1], x_axis, y_axis)
+    return f"{there}L{back[1:]}Z"
 
 
 def _summary(series: Series, x_name: str) -> str:
@@ -221,7 +214,3 @@ def _summary(series: Series, x_name: str) -> str:
         f"lowest {number(low)} ({x_name} {number(at_low)}), "
         f"highest {number(high)} ({x_name} {number(at_high)})."
     )
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.4g}")

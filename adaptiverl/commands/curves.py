@@ -92,9 +92,14 @@ class Run:
 
         Of a reward whose code has changed, since then.
         """
-        known = [value for _, value in comparable(self, name)]
+        first, last = ([value for _, value in end] for end in self.ends(name))
+        return change(first, last) if len(first) >= 3 else None
+
+    def ends(self, name: str) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
+        """(step, value) of the first and of the last steps that `change` compares."""
+        known = comparable(self, name)
         size = min(10, len(known) // 3)
-        return change(known[:size], known[-size:]) if size >= 3 else None
+        return known[:size], known[len(known) - size :]
 
     def late(self, name: str) -> float | None:
         """The mean over the last tenth, of three steps at least."""
@@ -165,13 +170,12 @@ def read_run(path: Path) -> Run:
     config = path / "config.json"
     keys = json_object(config.read_text("utf-8", "replace")) if config.exists() else {}
     names = ("metrics", "controller", "events", "progress")
-    read = {name: _numbered_rows(path / f"{name}.jsonl") for name in names}
-    torn = [line for _, broken in read.values() for line in broken]
-    rows, changes, events, progress = (rows for rows, _ in read.values())
-    odd = _drop_odd(metrics.name, rows)
-    odd += _drop_odd("controller.jsonl", changes, ("step", "old", "new", "value"))
-    files = [list(each.values()) for each in (rows, changes, events, progress)]
-    return Run(path, keys or {}, files[0], files[1], files[2], files[3], torn, odd)
+    read = [_numbered_rows(path / f"{name}.jsonl") for name in names]
+    odd = _drop_odd(metrics.name, read[0][0])
+    odd += _drop_odd("controller.jsonl", read[1][0], ("step", "old", "new", "value"))
+    torn = [line for _, broken in read for line in broken]
+    rows, changes, events, progress = (list(numbered.values()) for numbered, _ in read)
+    return Run(path, keys or {}, rows, changes, events, progress, torn, odd)
 
 
 def mend_config(path: Path) -> str:
@@ -203,14 +207,13 @@ def smoothed(values: Sequence[float], width: int | None = None) -> list[float]:
     return [(sums[end] - sums[begin]) / (end - begin) for begin, end in bounds]
 
 
-def whole_rows(path: Path) -> tuple[list[Row], list[Torn]]:
-    """The lines that are JSON, and which are torn: no JSON, or without an end."""
-    rows, torn = _numbered_rows(path)
-    return list(rows.values()), torn
+def whole_rows(path: Path) -> list[Row]:
+    """The lines that are JSON; none if there is no such file."""
+    return list(_numbered_rows(path)[0].values())
 
 
 def metric_rows(path: Path) -> list[Row]:
-    """The whole lines of a metrics.jsonl, without what is no finite number."""
+    """The same of a metrics.jsonl, without what is no finite number."""
     rows, _ = _numbered_rows(path)
     _drop_odd(path.name, rows)
     return list(rows.values())
@@ -241,7 +244,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _numbered_rows(path: Path) -> tuple[dict[int, Row], list[Torn]]:
-    """What `whole_rows` gives, with the numbers of the lines."""
+    """The lines that are JSON by their numbers, and which are torn: no JSON, or without an end."""
     if not path.exists():
         return {}, []
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
@@ -261,15 +264,13 @@ def json_object(line: str) -> Row | None:
 
 
 def _is_locked(path: Path) -> bool:
-    """Whether a run holds its folder now."""
-    if not path.exists():
-        return False
-    lock = filelock.FileLock(path, fallback_to_soft=False)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        return True
-    except (OSError, NotImplementedError):  # no locks there, or no right to write: unknown
-        return False
-    lock.release()
+    """Whether a run holds its folder now; false where that is not known."""
+    if path.exists():
+        try:
+            with filelock.FileLock(path, timeout=0, fallback_to_soft=False):
+                pass
+        except filelock.Timeout:
+            return True
+        except (OSError, NotImplementedError):  # no locks there, or no right to write
+            pass
     return False

@@ -45,7 +45,7 @@ def explain(folder: Path) -> str:
         )
     lines += [f"WARNING      {each.says}: {each.evidence}" for each in found]
     lines += _rates(run)
-    for name in dict.fromkeys(change["hyperparameter"] for change in run.changes):
+    for name in hyperparameters(run):
         lines += ["", f"What moved {name}:", *("  " + line for line in movers(run, name))]
         lines += ["Its largest changes:", *("  " + line for line in largest(run, name))]
     if not run.changes and (folder / "controller.jsonl").exists():
@@ -85,13 +85,17 @@ def _rates(run: Run) -> list[str]:
     return lines
 
 
+def hyperparameters(run: Run) -> list[str]:
+    """Those that were moved."""
+    return list(dict.fromkeys(change["hyperparameter"] for change in run.changes))
+
+
 def movers(run: Run, name: str) -> list[str]:
     """Each rule that moved the hyperparameter `name`, by how much in all, and why."""
     by_rule = defaultdict(list)
-    for change in _used(run):
-        if change["hyperparameter"] == name:
-            up = change["rule"] == "line_search" and factor(change) > 0
-            by_rule[change["rule"] + " up" * up].append(change)
+    for change in _used(run, name):
+        up = change["rule"] == "line_search" and factor(change) > 0
+        by_rule[change["rule"] + " up" * up].append(change)
     lines = []
     for rule, own in by_rule.items():
         total = math.exp(sum(factor(change) for change in own))
@@ -112,9 +116,8 @@ def _why(rule: str, name: str) -> str:
 
 def largest(run: Run, name: str) -> list[str]:
     """The three largest changes of the hyperparameter `name`."""
-    own = [change for change in _used(run) if change["hyperparameter"] == name]
     lines = []
-    biggest = sorted(own, key=lambda change: -abs(factor(change)))[:3]
+    biggest = sorted(_used(run, name), key=lambda change: -abs(factor(change)))[:3]
     for change in sorted(biggest, key=used_from):
         # Not from old to new: where several rules move it, what one makes of it no step has seen.
         moved = f"× {math.exp(factor(change)):.3g}" if factor(change) else f"to {change['new']:.3g}"
@@ -132,9 +135,10 @@ def used_from(change: Row) -> int:
     return change["step"] + after
 
 
-def _used(run: Run) -> list[Row]:
-    """Without what the last step left for a step that has not been."""
-    return [change for change in run.changes if used_from(change) <= run.step]
+def _used(run: Run, name: str) -> list[Row]:
+    """The changes of `name`, without what the last step left for a step that has not been."""
+    own = [change for change in run.changes if change["hyperparameter"] == name]
+    return [change for change in own if used_from(change) <= run.step]
 
 
 def factor(change: Row) -> float:

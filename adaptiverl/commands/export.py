@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, constants
+from huggingface_hub import CommitOperationAdd, HfApi, constants
 from huggingface_hub.errors import HTTPError
 from transformers import GenerationConfig
-from transformers.utils import PushToHubMixin
 
 from adaptiverl.commands.model_card import model_card
 from adaptiverl.commands.run_folder import RunReader
@@ -139,22 +138,14 @@ def _refuse_without_hub(name: str) -> None:
         )
 
 
-class _ExportedModel(PushToHubMixin):
-    """A folder as transformers pushes what it can save."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def save_pretrained(self, where: str, **_: Any) -> None:
-        shutil.copytree(self.folder, where, dirs_exist_ok=True)
-
-
 def _push(folder: Path, name: str) -> str:
-    """Uploads all files; the address. The card comes after, because transformers writes its own."""
+    """Uploads all files in one commit; the address."""
+    api = HfApi()
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    files = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in paths]
     try:
-        _ExportedModel(folder).push_to_hub(name)
-        card = folder / "README.md"
-        HfApi().upload_file(path_or_fileobj=card, path_in_repo=card.name, repo_id=name)
+        repo = api.create_repo(name, exist_ok=True).repo_id
+        api.create_commit(repo, files, commit_message="Upload model")
     except (HTTPError, OSError, ValueError) as error:
         raise ConfigError(
             f"--push {name}: {error}. {folder} is whole; `hf upload {name} {folder}` tries again"

@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import adaptiverl
+from adaptiverl.commands.curves import metric_rows
 from adaptiverl.commands.run_folder import Checkpoint, RunReader
 from adaptiverl.commands.run_prompts import prompts_of_run
 from adaptiverl.config.schema import ConfigError
@@ -58,7 +59,8 @@ def model_card(
     templates.filters["cell"] = _cell
     templates.filters["counted"] = counted
     templates.filters["literal"] = repr  # Python's, where JSON has half characters
-    rows = [row for row in run.metrics() if row["step"] <= checkpoint.step]
+    metrics = metric_rows(run.path / "metrics.jsonl")
+    rows = [row for row in metrics if row["step"] <= checkpoint.step]
     return templates.get_template("model_card.md.jinja").render(
         version=adaptiverl.__version__,
         c=c,

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic_core import to_jsonable_python
 
-from adaptiverl.commands.charts import number
+from adaptiverl.commands.charts import number, rounded
 from adaptiverl.commands.curves import FIXED, Row, Run, json_object, read_run
 from adaptiverl.commands.doctor import end_ids, findings
 from adaptiverl.commands.endings import in_words, lost, missing, outcome, reached
-from adaptiverl.commands.explain import factor, movers, used_from
+from adaptiverl.commands.explain import factor, hyperparameters, movers, used_from
 from adaptiverl.commands.kept_samples import kept_samples
 from adaptiverl.commands.pages import write_page
 from adaptiverl.commands.report_charts import evaluated_on, report_charts
@@ -76,7 +76,7 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
         "events": [
             (f"step {each['step']}", each["kind"], each["message"]) for each in run.events[:EVENTS]
         ],
-        "movers": [(name, movers(run, name)) for name in _moved(run)],
+        "movers": [(name, movers(run, name)) for name in hyperparameters(run)],
         "changes": _changes(run),
         "changed": changed,
         "defaults": defaults,
@@ -137,10 +137,6 @@ def _progress(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
     return list(by_prompt.items())
 
 
-def _moved(run: Run) -> list[str]:
-    return list(dict.fromkeys(change["hyperparameter"] for change in run.changes))
-
-
 def _changes(run: Run) -> dict[str, Any]:
     """Every change of a hyperparameter, as the controller wrote it down."""
     kept, count = run.changes, len(run.changes)
@@ -152,8 +148,8 @@ def _changes(run: Run) -> dict[str, Any]:
             used_from(each),
             each["hyperparameter"],
             each["rule"],
-            float(f"{each['old']:.4g}"),
-            float(f"{each['new']:.4g}"),
+            rounded(each["old"]),
+            rounded(each["new"]),
             f"{each['signal']} {number(each['value'])}",
         ]
         for each in kept
@@ -177,16 +173,9 @@ def _keys(run: Run) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     for key, value in run.config.items():
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         field = RunConfig.model_fields.get(key)
-        same = field is not None and not field.is_required() and _plain(field.default) == value
+        same = field and not field.is_required() and to_jsonable_python(field.default) == value
         (defaults if same or key == "$schema" else changed).append((key, text))
     return changed, defaults
-
-
-def _plain(value: Any) -> Any:
-    """As JSON has it."""
-    if isinstance(value, list):
-        return [_plain(each) for each in value]
-    return value.model_dump(mode="json", by_alias=True) if isinstance(value, BaseModel) else value
 
 
 def _times(run: Run) -> list[PartOfTime]:

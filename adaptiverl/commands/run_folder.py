@@ -10,9 +10,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import chdir, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from adaptiverl.commands.curves import mend_config, metric_rows, read_run, whole_rows
+from adaptiverl.commands.curves import mend_config, read_run, whole_rows
 from adaptiverl.config.loading import load_config
 from adaptiverl.config.schema import ConfigError
 from adaptiverl.training.keys import RunConfig
@@ -46,7 +46,7 @@ class RunReader:
             mend = mend_config(self.path) or "put it back from a copy"
             raise ConfigError(f"{config} is missing, with the keys of the run; {mend}")
         # A tracker of the run need not be installed where its model is used
-        self.config = load_config(self.path / "config.json", ["TRACKERS=[]"], schema=RunConfig)
+        self.config = load_config(config, ["TRACKERS=[]"], schema=RunConfig)
 
     @property
     def is_chat(self) -> bool:
@@ -57,10 +57,6 @@ class RunReader:
         with file.open(encoding="utf-8") as lines:
             first = lines.readline()
         return bool(first) and isinstance(json.loads(first)["prompt"], list)
-
-    def metrics(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl, in the order of the steps; none if there is no such file."""
-        return metric_rows(self.path / "metrics.jsonl")
 
     def checkpoints(self) -> dict[str, int]:
         """The steps of all checkpoints by name, undamaged or not, in the order of the steps."""
@@ -130,7 +126,7 @@ class RunReader:
         working directory stays as it is.
         """
         here, place = Path.cwd(), self.path
-        starts = whole_rows(place / "environment.jsonl")[0]  # earlier versions wrote none
+        starts = whole_rows(place / "environment.jsonl")  # earlier versions wrote none
         output = Path(os.path.normpath(self.config.OUTPUT_DIR))
         if starts and Path(starts[-1]["directory"]).is_dir():
             here = Path(starts[-1]["directory"])

@@ -4,7 +4,8 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import combinations, groupby
+from operator import itemgetter
 
 from adaptiverl.commands.curves import Row, Run
 from adaptiverl.rl.chat import readable
@@ -47,24 +48,19 @@ def facts_of(run: Run, end_ids: Sequence[int]) -> SampleFacts:
         for name, column in columns.items():
             known = {value for value in column if value is not None}
             facts.constant[name] += len(known) == 1 and len(column) > 1
+        alike = size if size > 1 else len(rows)  # neighbours of one prompt, else the whole step
+        parts = [slice(start, start + alike) for start in range(0, len(rows), alike)]
         for (a, b), pair in pairs.items():
-            for start in range(0, len(rows), size if size > 1 else len(rows)):
-                end = start + size if size > 1 else len(rows)
-                pair.add(columns[a][start:end], columns[b][start:end])
+            for part in parts:
+                pair.add(columns[a][part], columns[b][part])
     facts.correlations = {names: pair.value() for names, pair in pairs.items()}
     return facts
 
 
 def steps_of(run: Run) -> Iterator[list[Row]]:
     """The rows of samples.jsonl, step by step."""
-    group: list[Row] = []
-    for row in run.samples():
-        if group and row["step"] != group[0]["step"]:
-            yield group
-            group = []
-        group.append(row)
-    if group:
-        yield group
+    for _, rows in groupby(run.samples(), key=itemgetter("step")):
+        yield list(rows)
 
 
 class _Correlation:

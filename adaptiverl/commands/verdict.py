@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from adaptiverl.commands.charts import number
-from adaptiverl.commands.curves import SHORT, Change, Run, comparable
+from adaptiverl.commands.curves import SHORT, Change, Run
 from adaptiverl.commands.finding import Finding
 
 SURE = 3.0  # standard errors
@@ -56,13 +56,12 @@ def moved(what: str, seen: Change, when: tuple[str, str]) -> str:
 
 def spans(run: Run, name: str) -> tuple[str, str]:
     """The first and the last steps that Run.change compares."""
-    steps = [step for step, _ in comparable(run, name)]
-    size = min(10, len(steps) // 3)
-    return _span(steps[:size]), _span(steps[-size:])
+    first, last = run.ends(name)
+    return _span(first), _span(last)
 
 
-def _span(steps: list[int]) -> str:
+def _span(known: list[tuple[int, float]]) -> str:
     """`steps 1 to 3`, or `3 steps from 2 to 6` where not each of them had a value."""
-    first, last = steps[0], steps[-1]
-    every = last - first == len(steps) - 1
-    return f"steps {first} to {last}" if every else f"{len(steps)} steps from {first} to {last}"
+    (first, _), (last, _) = known[0], known[-1]
+    every = last - first == len(known) - 1
+    return f"steps {first} to {last}" if every else f"{len(known)} steps from {first} to {last}"
