@@ -149,6 +149,11 @@ def texts(length: int = 20, **columns) -> list[dict]:
 
 STILL = {"reward": lambda s: 0.5 + noise(round(1000 * s))}
 TWO = {"REWARDS": REWARDS}
+SURE = {"entropy": lambda s: 3.0 * (1 - s) + 0.01}
+
+
+def one_text(**shares: float) -> dict:
+    return {f"completions/equal_{of}_prompts": share for of, share in shares.items()}
 
 
 @pytest.mark.parametrize(
@@ -156,6 +161,9 @@ TWO = {"REWARDS": REWARDS}
     [
         ([], {}, None, {}),
         (["entropy collapse"], {}, None, {"entropy": lambda s: 3.0 * (1 - s) + 0.01}),
+        (["entropy collapse"], {}, None, SURE | one_text(within=1.0, across=0.9)),
+        (["entropy collapse"], {}, None, SURE | one_text(within=1.0, across=0.5) | STILL),
+        ([], {}, None, SURE | one_text(within=1.0, across=0.5)),
         ([], {}, None, {"entropy": lambda s: 3.0 * (1 - 0.7 * s)}),
         (
             ["rate too large"],

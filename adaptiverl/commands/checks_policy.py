@@ -8,6 +8,7 @@ from adaptiverl.commands.finding import Finding
 from adaptiverl.commands.sample_facts import SampleFacts
 from adaptiverl.files.console import counted
 from adaptiverl.optim.constants import lr_bounds
+from adaptiverl.rl.diversity import is_answering
 
 FAR = 1.0  # nats per token to the first policy; sound runs come to 0.75 where texts get short,
 VERY_FAR = 20.0  # and nats per completion, of which they have 7
@@ -101,6 +102,7 @@ def _movement(run: Run) -> Iterator[Finding]:
         return
     narrowed = run.late("entropy") or 0.0
     lost = narrowed < min(REPEATS, entropy[0]) or narrowed < SHARE_LEFT * entropy[0]
+    lost = lost and not _solved(run)
     far = run.late("kl") or 0.0
     exploded = far > FAR and (run.late("kl_per_completion") or 0.0) > VERY_FAR
     where = f"entropy {entropy[0]:.2f} → {narrowed:.2f} nats per token"
@@ -133,6 +135,19 @@ def _movement(run: Run) -> Iterator[Finding]:
         yield from _stillness(run)
 
 
+def _solved(run: Run) -> bool:
+    """Whether it learned one text per prompt: the reward rose, and prompts have their own texts."""
+    pairs = [run.late(f"completions/equal_{of}_prompts") for of in ("within", "across")]
+    known = [share for share in pairs if share is not None]  # earlier versions wrote none
+    return len(known) == 2 and is_answering(*known) and _rose(run)
+
+
+def _rose(run: Run) -> bool:
+    """Whether the reward rose, beyond chance."""
+    seen = run.change(run.reward)
+    return seen is not None and seen.z > 3
+
+
 def _first_step(run: Run, entropy: float) -> int:
     """From which on the entropy is lost or the KL too large."""
     for row in run.metrics:
@@ -143,8 +158,7 @@ def _first_step(run: Run, entropy: float) -> int:
 
 
 def _stillness(run: Run) -> Iterator[Finding]:
-    rose = run.change(run.reward)
-    if (rose and rose.z > 3) or not any(run.values("lr")):
+    if _rose(run) or not any(run.values("lr")):
         return
     spread, coef = run.values("reward_std"), run.values("kl_coef")
     most = max(abs(value) for value in run.values("kl_per_completion"))

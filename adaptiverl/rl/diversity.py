@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 Ids = Sequence[Sequence[int]]
+OWN_TEXTS = 0.8  # equal pairs of two prompts per equal pair of one: below it prompts are answered
 
 
 def distinct(completions: Ids, n: int) -> float:
@@ -29,6 +30,11 @@ def equal_pairs(completions: Ids, group_size: int) -> tuple[float, float]:
     within, all_within = (sum(map(count, groups)) for count in (_equal, _pairs))
     across, all_across = _equal(texts) - within, _pairs(texts) - all_within
     return within / max(all_within, 1), across / max(all_across, 1)
+
+
+def is_answering(within: float, across: float) -> bool:
+    """Whether prompts have texts of their own, by the shares that `equal_pairs` gives."""
+    return across < OWN_TEXTS * within
 
 
 def _equal(texts: Sequence[tuple[int, ...]]) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaptiverl.rl.diversity import is_answering
 from adaptiverl.rl.reinforce import PER_PROMPT, is_informative, zero_std_share
 from adaptiverl.training import guard_texts as say
 from adaptiverl.training.collapse import COLLAPSES, Collapsed, sound_before
@@ -34,7 +35,6 @@ DETERMINISTIC = 0.1  # nats per token; a policy of less entropy repeats itself
 LEFT = 0.25  # of the first step's entropy, and
 LEFT_DISTINCT = 0.3  # of its distinct-2: less is warned of
 REPEATED = 0.1  # of its distinct-2: with equal rewards a collapse
-OWN_TEXTS = 0.8  # equal texts of two prompts per equal texts of one: below it prompts are answered
 KL_LARGE, KL_BEYOND = 1.0, 5.0  # nats per token: warned of; a collapse, where KL_STEPS in a row are
 KL_STEPS = 3
 FAR = 10.0  # nats per completion: of few tokens, each may well have moved further than KL_LARGE
@@ -193,7 +193,7 @@ class Guards:
         cause = say.TOO_LARGE.format(smaller=self._less())
         within, across = (metrics[f"completions/equal_{of}_prompts"] for of in ("within", "across"))
         if start is not None and now > start and metrics.get("kl", 0.0) < KL_BEYOND:
-            if across < OWN_TEXTS * within:
+            if is_answering(within, across):
                 numbers = {"within": within, "across": across, "before": start, "now": now}
                 return "solved", say.SOLVED.format(equal=equal, **numbers)
             cause = say.HACKED.format(before=start, now=now, smaller=self._less())
