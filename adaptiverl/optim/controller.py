@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from adaptiverl.optim import hyperparams
 from adaptiverl.optim.constants import BOUNDS, CONSTANTS, lr_bounds, whole
-from adaptiverl.optim.hyperparams import Scalar, clamp, get, numbers
+from adaptiverl.optim.hyperparams import Hyperparameters, Scalar, clamp, get, numbers
 from adaptiverl.optim.rules import (
     ARGUMENTS,
     MEAN_REVERSION,
@@ -70,7 +70,7 @@ class Controller:
 
     def __init__(
         self,
-        optimizer: Optimizer,
+        optimizer: Optimizer | Hyperparameters,
         *,
         owns_lr: bool = True,
         record: Callable[[dict[str, Any]], None] | None = None,

@@ -85,16 +85,17 @@ def _normalized(old: float, base: float, r: Any, c: Any) -> float:
     return 1 - (1 - base) * min(max(abs(r.ema) / r.mean_abs, 0.5), 2.0) if r.mean_abs else base
 
 
-def _between(height: float, c: Any) -> float:
+def between(height: Any, c: Any) -> Any:
+    """The factor of a schedule whose curve is at `height`, from 0 to 1."""
     return c.eta_min_scale + (1 - c.eta_min_scale) * height
 
 
 def _cyclical(old: float, base: float, step: int, c: Any) -> float:
-    return _between(abs(1 - 2 * (step % c.cycle_length / c.cycle_length)), c)
+    return between(abs(1 - 2 * (step % c.cycle_length / c.cycle_length)), c)
 
 
 def _cosine(place: float, c: Any) -> float:
-    return _between((1 + math.cos(math.pi * place)) / 2, c)
+    return between((1 + math.cos(math.pi * place)) / 2, c)
 
 
 def _cosine_restart(old: float, base: float, step: int, c: Any) -> float:
