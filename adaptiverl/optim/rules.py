@@ -201,6 +201,14 @@ RULES: tuple[Rule, ...] = (
          "× `wd_down` when ℓ falls, × `wd_up` when it rises", LOSS_TREND),
 )  # fmt: skip
 
+OTHER_REASONS = {  # by the labels of records that are no rule's
+    MEAN_REVERSION: "no rule acted: what rules had moved went back towards its base",
+    "line_search": "an update went too far, and was scaled down at once",
+    "line_search up": "the first update fell short, and was scaled up at once",
+    "min_lr": "the line search had gone below MIN_LR, where the next step began again",
+    "rollback": "the policy had collapsed, and the run was taken back",
+}
+
 
 def names(argument: str) -> list[str]:
     """Of the rules that `argument` may name."""
@@ -211,19 +219,10 @@ def reason(label: str, moves: str = "lr") -> str:
     """Why the rule `label` of a record has moved the hyperparameter `moves`, in one line.
 
     Of the line search: "line_search up" where it scaled up. "min_lr" is where the next step begins
-    again, and a run that was taken back is labelled "rollback".
+    again, and a run that was taken back is labelled "rollback". Raises StopIteration for another.
     """
-    if label == "min_lr":
-        return "the line search had gone below MIN_LR, where the next step began again"
-    if label == "rollback":
-        return "the policy had collapsed, and the run was taken back"
-    if label.startswith("line_search"):
-        if label.endswith("up"):
-            return "the first update fell short, and was scaled up at once"
-        return "an update went too far, and was scaled down at once"
-    if label == MEAN_REVERSION:
-        return "no rule acted: what rules had moved went back towards its base"
-    return next(rule.reason for rule in RULES if (rule.label, rule.moves) == (label, moves))
+    own = (rule.reason for rule in RULES if (rule.label, rule.moves) == (label, moves))
+    return OTHER_REASONS.get(label) or next(own)
 
 
 def parse_rules(argument: str, value: Value) -> list[tuple[Rule, dict[str, float]]]:
