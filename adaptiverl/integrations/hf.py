@@ -65,19 +65,16 @@ class RewardObserveCallback(_LogsRates):
         reward_fn: Callable[[int], float | None],
     ):
         self.scheduler, self.reward_fn = scheduler, reward_fn
-        own: Any = scheduler.controller if isinstance(scheduler, AdaptiveScheduler) else scheduler
-        if isinstance(own, AdaptiveOptimizer):
-            reads = own.reads_reward
-        else:
-            reads = isinstance(own, Online) or own.reads("reward")
-        if not reads:
-            log.warning("RewardObserveCallback: no rule reads rewards. %s", CHOOSE)
         self.applied: Any = None
         if isinstance(scheduler, AdaptiveScheduler):
             scheduler.controller.owns_lr = False
             super().__init__(scheduler.optimizer)
+            reads = scheduler.controller.reads("reward")
         else:
             super().__init__(scheduler)
+            reads = isinstance(scheduler, Online) or scheduler.reads_reward
+        if not reads:
+            log.warning("RewardObserveCallback: no rule reads rewards. %s", CHOOSE)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         kept = (state.stateful_callbacks or {}).get(KEPT_AS)

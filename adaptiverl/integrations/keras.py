@@ -10,10 +10,9 @@ from typing import Any
 import keras
 from keras import ops
 
-from adaptiverl.integrations.hyperparameters import Hyperparameters, make_controller
-from adaptiverl.optim.constants import CONSTANTS, lr_bounds
 from adaptiverl.optim.controller import Controller
-from adaptiverl.optim.rules import ARGUMENTS, Value, parse_rules
+from adaptiverl.optim.hyperparams import Hyperparameters
+from adaptiverl.optim.rules import ARGUMENTS, Value, between, parse_rules
 
 
 class AdaptiveCallback(keras.callbacks.Callback):
@@ -47,8 +46,8 @@ class AdaptiveCallback(keras.callbacks.Callback):
             if rule.reads == "grad_norm":
                 raise ValueError("lr_rule grad_norm: Keras shows a callback no gradient")
         self.arguments = {"lr_rule": lr_rule, "reward_rule": reward_rule} | constants
-        unbounded = {k: v for k, v in self.arguments.items() if k not in ("min_lr", "max_lr")}
-        make_controller(Hyperparameters(lr=1e-3), **unbounded)  # refuses what is wrong now
+        # Refuses what is wrong now; a rate of 0 is inside all bounds
+        Controller(Hyperparameters(lr=0.0), owns_lr=True, **self.arguments)
         self.reward_fn = reward_fn
         self.controller: Controller | None = None
         self.seen = (0.0, 0.0)  # sum and count of the losses of the epoch so far
@@ -56,7 +55,7 @@ class AdaptiveCallback(keras.callbacks.Callback):
     def on_train_begin(self, logs: Any = None) -> None:
         rate = self._rate()
         if self.controller is None:
-            self.controller = make_controller(Hyperparameters(lr=rate), **self.arguments)
+            self.controller = Controller(Hyperparameters(lr=rate), **self.arguments)
         if self.controller.reads("loss") and self._tracker() is None:
             raise ValueError("a rule reads the loss, and the model was compiled without one")
         self.model.optimizer.learning_rate = rate  # Keras refuses it where the rate is a schedule
@@ -109,45 +108,41 @@ class TimeSchedule(keras.optimizers.schedules.LearningRateSchedule):
     """
 
     def __init__(self, learning_rate: float, rule: Value = "cosine_restart", **constants: Any):
-        make_controller(Hyperparameters(lr=learning_rate), lr_rule=rule, **constants)  # checks them
-        self.given = {"learning_rate": learning_rate, "rule": rule} | constants
-        self.learning_rate = learning_rate
-        self.bounds = lr_bounds(constants.get("min_lr"), constants.get("max_lr"))
-        self.rules: list[tuple[str, dict[str, Any]]] = []
-        for found, own in parse_rules("lr_rule", rule):
+        numbers = Hyperparameters(lr=learning_rate)
+        controller = Controller(numbers, owns_lr=True, lr_rule=rule, **constants)
+        for found in (active.rule for active in controller.rules):
             if found.kind != "schedule":
                 raise ValueError(f"{found.name} reads the {found.reads}: use AdaptiveCallback")
             if found.name not in HEIGHTS:
                 raise ValueError(f"{found.name} is not written for Keras: use AdaptiveCallback")
-            defaults = {name: CONSTANTS[name].default for name in found.constants}
-            shared = {k: v for k, v in constants.items() if k in defaults}
-            self.rules.append((found.name, defaults | shared | own))
+        self.given = {"learning_rate": learning_rate, "rule": rule} | constants
+        self.learning_rate, self.bounds = learning_rate, controller.bounds["lr"]
+        self.rules = [(HEIGHTS[each.rule.name], each.constants) for each in controller.rules]
 
     def __call__(self, step: Any) -> Any:
         rate = self.learning_rate
-        for name, c in self.rules:
-            height = HEIGHTS[name](ops.cast(step, "float32"), c)
-            rate = rate * (c["eta_min_scale"] + (1 - c["eta_min_scale"]) * height)
+        for height, c in self.rules:
+            rate = rate * between(height(ops.cast(step, "float32"), c), c)
         return ops.clip(rate, *self.bounds)
 
     def get_config(self) -> dict[str, Any]:
         return dict(self.given)
 
 
-def _cyclical(step: Any, c: dict[str, Any]) -> Any:
-    return ops.abs(1 - 2 * ops.mod(step, c["cycle_length"]) / c["cycle_length"])
+def _cyclical(step: Any, c: Any) -> Any:
+    return ops.abs(1 - 2 * ops.mod(step, c.cycle_length) / c.cycle_length)
 
 
-def _cosine(step: Any, c: dict[str, Any]) -> Any:
-    place = ops.mod(step, 2 * c["cycle_length"]) / c["cycle_length"]
+def _cosine(step: Any, c: Any) -> Any:
+    place = ops.mod(step, 2 * c.cycle_length) / c.cycle_length
     return (1 + ops.cos(math.pi * place)) / 2
 
 
-def _cosine_restart(step: Any, c: dict[str, Any]) -> Any:
+def _cosine_restart(step: Any, c: Any) -> Any:
     step, length = ops.while_loop(
         lambda step, length: step >= length,
-        lambda step, length: (ops.floor(step - length), ops.floor(length * c["cycle_mult"])),
-        (step, ops.full_like(step, c["cycle_length"])),
+        lambda step, length: (ops.floor(step - length), ops.floor(length * c.cycle_mult)),
+        (step, ops.full_like(step, c.cycle_length)),
     )
     return (1 + ops.cos(math.pi * step / length)) / 2
 

@@ -61,17 +61,17 @@ class RewardTap:
         if _is_evaluation(batch):
             return values
         # Tensors are numbers, too: each would be a number of its own in a set
-        numbers = [None if value is None else float(value) for value in values]
+        numbers = [math.nan if value is None else float(value) for value in values]
         prompts, completions = (batch.get(name) or [] for name in ("prompts", "completions"))
         ids = batch.get("completion_ids")
         sampled = [*map(_text, completions)] if ids is None else ids
         self.batch, self.render = [*zip(prompts, sampled, strict=False)], _renderer(batch)
         of_prompt: dict[str, set[float]] = {}
         for prompt, value in zip(prompts, numbers, strict=False):
-            if value is not None and math.isfinite(value):
+            if math.isfinite(value):
                 of_prompt.setdefault(_text(prompt), set()).add(value)
         self.differs = any(len(own) > 1 for own in of_prompt.values())
-        known = [value for value in numbers if value is not None and math.isfinite(value)]
+        known = [*filter(math.isfinite, numbers)]
         self.mean = sum(known) / len(known) if known else None
         return values
 

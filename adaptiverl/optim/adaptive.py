@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from adaptiverl.optim.constants import CONSTANTS
 from adaptiverl.optim.controller import Controller
 from adaptiverl.optim.hyperparams import (
     Scalar,
@@ -122,11 +121,9 @@ class AdaptiveOptimizer(_Wrapper):
         self.controller = Controller(
             base, lr_rule=lr_rule, owns_lr=False, record=self._record_of_controller, **arguments
         )
-        constants = {"trust_region_kl": CONSTANTS["trust_region_kl"].default} | arguments
-        for own in reversed(by_kl.values()):
-            constants |= own
         self.steps, self._bounds = self.controller.steps, self.controller.bounds["lr"]
-        kl: float | None = constants["trust_region_kl"]
+        given_kl = [own["trust_region_kl"] for own in by_kl.values() if own]
+        kl: float | None = next(iter(given_kl), arguments.get("trust_region_kl"))
         self.kl = default_kl(self.steps) if kl is None else kl
         self.falls_over = self.steps if trust_region_schedule == "linear" else None
         self.trust_region = self.learned = None

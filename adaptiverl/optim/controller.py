@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.optim import Optimizer
 
 from adaptiverl.optim import hyperparams
 from adaptiverl.optim.constants import BOUNDS, CONSTANTS, lr_bounds, whole
-from adaptiverl.optim.hyperparams import Scalar, clamp, get, numbers
+from adaptiverl.optim.hyperparams import Hyperparameters, Scalar, clamp, get, numbers
 from adaptiverl.optim.rules import (
     ARGUMENTS,
     MEAN_REVERSION,
@@ -70,7 +71,7 @@ class Controller:
 
     def __init__(
         self,
-        optimizer: Optimizer,
+        optimizer: Optimizer | Hyperparameters,
         *,
         owns_lr: bool = True,
         record: Callable[[dict[str, Any]], None] | None = None,
@@ -191,19 +192,15 @@ class Controller:
                     self.seen[reader], readings[reader] = read(
                         self.seen.get(reader, {}), x, beta, c
                     )
-                move = self._move(active, readings[reader])
-                if move:
-                    self._note(active.rule, x, move)
+                self._move(active, x, readings[reader])
         self.write()
 
     def _warn_of_missing_signals(self) -> None:
         for signal, call in CALLS.items():
             waiting = [active for active in self.rules if active.rule.reads == signal]
             if waiting and waiting[0].reader not in self.seen and not self.ignored[signal]:
-                if not isinstance(self.optimizer, Optimizer):  # of another library
-                    call = f"give it a {signal}"
-                else:
-                    call = f"call {call}"
+                own = isinstance(self.optimizer, Optimizer)  # else of another library
+                call = f"call {call}" if own else f"give it a {signal}"
                 names = dict.fromkeys(f"{a.rule.argument} {a.rule.name}" for a in waiting)
                 log.warning(
                     "no %s was observed in %d steps, so %s %s nothing: %s in each step",
@@ -213,12 +210,19 @@ class Controller:
         if "lr" in self.moves and not any(rates):
             log.warning("the learning rate is still 0 after 20 steps: rules scale it, and it stays")
 
-    def _move(self, active: _Active, reading: Any) -> Move | None:
-        if active.rule.moves == "lr":
-            return self._move_rate(active, reading)
-        return self.values.move(
-            active.rule, lambda old, base: active.update(old, base, reading), self.step
-        )
+    def _move(self, active: _Active, x: float, reading: Any) -> None:
+        """Moves what the rule moves, and records it; `x` is the value of its signal."""
+        rule = active.rule
+        if rule.moves == "lr":
+            move: Move | None = self._move_rate(active, reading)
+        else:
+            move = self.values.move(rule, partial(active.update, reading=reading), self.step)
+        if self.record and move and move.new != move.old:
+            label = rule.label if move.acted else MEAN_REVERSION
+            entry = {"step": self.step, "hyperparameter": rule.moves, "rule": label}
+            self.record(
+                entry | {"signal": rule.reads, "value": x, "old": move.old, "new": move.new}
+            )
 
     def _move_rate(self, active: _Active, reading: Any) -> Move:
         rule, old = active.rule, self.ratios.get(active.rule.label, 1.0)
@@ -255,14 +259,6 @@ class Controller:
             if rate := (group["lr"] if free else base):
                 return float(rate)
         return 0.0
-
-    def _note(self, rule: Rule, x: float, move: Move) -> None:
-        if self.record and move.new != move.old:
-            label = rule.label if move.acted else MEAN_REVERSION
-            entry = {"step": self.step, "hyperparameter": rule.moves, "rule": label}
-            self.record(
-                entry | {"signal": rule.reads, "value": x, "old": move.old, "new": move.new}
-            )
 
     def write(self) -> None:
         """Writes what the rules came to into the parameter groups."""

@@ -23,11 +23,21 @@ BETAS = {"beta1": 0, "beta2": 1}
 FIRST_OF_BETAS = {"momentum": "momentum", "lars": "momentum", "rmsprop": "alpha", "adagrad": None}
 
 
-def places(optimizer: Optimizer) -> dict[str, str | None]:
+class Hyperparameters:
+    """Stands for a torch optimizer where another library has the numbers.
+
+    They are one group, under the names that torch gives them.
+    """
+
+    def __init__(self, **group: Any):
+        self.param_groups = [group]
+
+
+def places(optimizer: Optimizer | Hyperparameters) -> dict[str, str | None]:
     """Under which of these names each one is found in `optimizer`'s groups; None: not there."""
     own: dict[str, str | None] = {name: name for name in BOUNDS}
     if any(kind.__module__.startswith("bitsandbytes.") for kind in type(optimizer).__mro__):
-        kept_as: str = optimizer.optimizer_name  # type: ignore[attr-defined]
+        kept_as: str = optimizer.optimizer_name  # type: ignore[union-attr]
         if kept_as in FIRST_OF_BETAS:
             own |= {"beta1": None, "beta2": None}
             if meant := FIRST_OF_BETAS[kept_as]:
@@ -75,7 +85,9 @@ def mean_over_processes(
 
 
 @contextmanager
-def scaled_rates(optimizer: Optimizer, ratio: float, bounds: tuple[float, float]) -> Iterator[None]:
+def scaled_rates(
+    optimizer: Optimizer | Hyperparameters, ratio: float, bounds: tuple[float, float]
+) -> Iterator[None]:
     """Within the context every rate is times `ratio`, inside `bounds`; a rate of 0 stays 0.
 
     Groups that share one tensor as their rate are scaled once. No tensor is read, so there is no

@@ -85,16 +85,17 @@ def _normalized(old: float, base: float, r: Any, c: Any) -> float:
     return 1 - (1 - base) * min(max(abs(r.ema) / r.mean_abs, 0.5), 2.0) if r.mean_abs else base
 
 
-def _between(height: float, c: Any) -> float:
+def between(height: Any, c: Any) -> Any:
+    """The factor of a schedule whose curve is at `height`, from 0 to 1."""
     return c.eta_min_scale + (1 - c.eta_min_scale) * height
 
 
 def _cyclical(old: float, base: float, step: int, c: Any) -> float:
-    return _between(abs(1 - 2 * (step % c.cycle_length / c.cycle_length)), c)
+    return between(abs(1 - 2 * (step % c.cycle_length / c.cycle_length)), c)
 
 
 def _cosine(place: float, c: Any) -> float:
-    return _between((1 + math.cos(math.pi * place)) / 2, c)
+    return between((1 + math.cos(math.pi * place)) / 2, c)
 
 
 def _cosine_restart(old: float, base: float, step: int, c: Any) -> float:
@@ -200,6 +201,14 @@ RULES: tuple[Rule, ...] = (
          "× `wd_down` when ℓ falls, × `wd_up` when it rises", LOSS_TREND),
 )  # fmt: skip
 
+OTHER_REASONS = {  # by the labels of records that are no rule's
+    MEAN_REVERSION: "no rule acted: what rules had moved went back towards its base",
+    "line_search": "an update went too far, and was scaled down at once",
+    "line_search up": "the first update fell short, and was scaled up at once",
+    "min_lr": "the line search had gone below MIN_LR, where the next step began again",
+    "rollback": "the policy had collapsed, and the run was taken back",
+}
+
 
 def names(argument: str) -> list[str]:
     """Of the rules that `argument` may name."""
@@ -210,19 +219,10 @@ def reason(label: str, moves: str = "lr") -> str:
     """Why the rule `label` of a record has moved the hyperparameter `moves`, in one line.
 
     Of the line search: "line_search up" where it scaled up. "min_lr" is where the next step begins
-    again, and a run that was taken back is labelled "rollback".
+    again, and a run that was taken back is labelled "rollback". Raises StopIteration for another.
     """
-    if label == "min_lr":
-        return "the line search had gone below MIN_LR, where the next step began again"
-    if label == "rollback":
-        return "the policy had collapsed, and the run was taken back"
-    if label.startswith("line_search"):
-        if label.endswith("up"):
-            return "the first update fell short, and was scaled up at once"
-        return "an update went too far, and was scaled down at once"
-    if label == MEAN_REVERSION:
-        return "no rule acted: what rules had moved went back towards its base"
-    return next(rule.reason for rule in RULES if (rule.label, rule.moves) == (label, moves))
+    own = (rule.reason for rule in RULES if (rule.label, rule.moves) == (label, moves))
+    return OTHER_REASONS.get(label) or next(own)
 
 
 def parse_rules(argument: str, value: Value) -> list[tuple[Rule, dict[str, float]]]:

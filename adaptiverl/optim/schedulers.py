@@ -115,8 +115,7 @@ class AdaptiveScheduler(LRScheduler):
 
     def step_loss(self, loss: Scalar, reward: Scalar = None) -> list[Any]:
         """Adapts to a loss, and a reward where there is one; the rates of all groups."""
-        self._pending = numbers(loss=loss, reward=reward)
-        return self.step()
+        return self.observe(loss, reward)
 
     def observe(
         self, loss: Scalar = None, R: Scalar = None, model: nn.Module | None = None

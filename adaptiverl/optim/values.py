@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from adaptiverl.optim import hyperparams
 from adaptiverl.optim.constants import BOUNDS
-from adaptiverl.optim.hyperparams import clamp, get
+from adaptiverl.optim.hyperparams import Hyperparameters, clamp, get
 from adaptiverl.optim.rules import Rule
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class Values:
 
     def __init__(
         self,
-        optimizer: Optimizer,
+        optimizer: Optimizer | Hyperparameters,
         moved: Collection[str],
         bounds: Mapping[str, tuple[float, float]],
         memory: float,

@@ -47,16 +47,8 @@ def line_search(
 
     one = jnp.ones_like(jnp.asarray(target, float))
     first = _like(measure_kl(one), one)
-    search = (
-        0,
-        one,
-        first,
-        0 * one,
-        0 * one,
-        jnp.inf * one,
-        jnp.isfinite(first),
-        jnp.asarray(True),
-    )
+    none, yes = 0 * one, jnp.asarray(True)
+    search = (0, one, first, none, none, jnp.inf * one, jnp.isfinite(first), yes)
     search = jax.lax.while_loop(lambda s: (s[0] < MAX_MEASUREMENTS) & s[-1], body, search)
     _, scale, kl, within, kl_within, _, known, _ = search
     failed = is_far(kl)

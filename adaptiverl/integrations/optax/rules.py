@@ -14,9 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from adaptiverl.integrations.hyperparameters import Hyperparameters, make_controller
 from adaptiverl.optim.controller import Controller
-from adaptiverl.optim.hyperparams import get
+from adaptiverl.optim.hyperparams import Hyperparameters, get
 from adaptiverl.optim.rules import Value
 
 # What optax calls them → what a Controller calls them
@@ -98,12 +97,12 @@ class _Rules:
 
     def __init__(self, arguments: dict[str, Any]):
         self.arguments, self.lock = arguments, Lock()
-        unbounded = {k: v for k, v in arguments.items() if k not in ("min_lr", "max_lr")}
-        # Refuses what is wrong. What the numbers of `inner` lack is told once they are known
+        # Refuses what is wrong; a rate of 0 is inside all bounds. What the numbers of `inner` lack
+        # is told once they are known
         all_numbers = Hyperparameters(
-            lr=1e-3, momentum=0.9, betas=(1e-3, 1e-3), alpha=0.9, weight_decay=0.1
+            lr=0.0, momentum=0.9, betas=(1e-3, 1e-3), alpha=0.9, weight_decay=0.1
         )
-        known = make_controller(all_numbers, **unbounded)
+        known = Controller(all_numbers, owns_lr=True, **arguments)
         self.reads_norm = known.reads("grad_norm")
         self.capacity = 1000 + NUMBER * sum(_remembered(vars(a.constants)) for a in known.rules)
         self.scratch: Controller | None = None
@@ -117,7 +116,7 @@ class _Rules:
         text = np.asarray(memory).tobytes().rstrip(b"\0").decode()
         with self.lock:
             if self.scratch is None or not text:
-                self.scratch = make_controller(Hyperparameters(**group), **self.arguments)
+                self.scratch = Controller(Hyperparameters(**group), **self.arguments)
             controller = self.scratch
             if text:
                 controller.load_state_dict(json.loads(text))

@@ -11,7 +11,7 @@ import optax
 from adaptiverl.integrations.optax.line_search import line_search
 from adaptiverl.optim.constants import lr_bounds
 from adaptiverl.optim.hyperparams import check_rate, numbers
-from adaptiverl.optim.signals import MEMORY
+from adaptiverl.optim.signals import SignalToNoise
 from adaptiverl.optim.trust_region import (
     EVIDENCE_SCALE,
     MIN_CONFIDENCE,
@@ -166,16 +166,9 @@ def _observe(state: TrustRegionState, both: Any, grad: Any, informative: Any) ->
     size = optax.tree.norm(state.last) * optax.tree.norm(grad)
     cosine = both / size
     known = informative & (size > 0) & jnp.isfinite(cosine)
-    weight = MEMORY * state.weight + 1
-    off = cosine - state.mean
-    mean = state.mean + off / weight
-    new = state._replace(
-        informative_steps=state.informative_steps + 1,
-        weight=weight,
-        weight2=MEMORY**2 * state.weight2 + 1,
-        mean=mean,
-        spread=MEMORY * state.spread + off * (cosine - mean),
-    )
+    evidence = SignalToNoise(state.weight, state.weight2, state.mean, state.spread)
+    evidence.observe(cosine)  # also of traced numbers
+    new = state._replace(informative_steps=state.informative_steps + 1, **vars(evidence))
     return jax.tree.map(lambda a, b: jnp.where(known, a, b), new, state)
 
 
