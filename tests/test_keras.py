@@ -131,6 +131,10 @@ def test_what_is_refused(monkeypatch):
         AdaptiveCallback("grad_norm")
     with pytest.raises(ValueError, match="trend reads the loss: use AdaptiveCallback"):
         TimeSchedule(0.1, "trend")
+    with pytest.raises(ValueError, match="kelly reads the reward: use AdaptiveCallback"):
+        TimeSchedule(0.1, reward_rule="kelly")
+    with pytest.raises(ValueError, match=r"min_lr 1 is above max_lr 0\.1"):
+        AdaptiveCallback("trend", min_lr=1.0, max_lr=0.1)
     for rule in (rule.name for rule in rules.RULES if rule.kind == "schedule"):
         if rule in HEIGHTS:
             assert 0 < float(TimeSchedule(0.1, rule)(3)) < 0.1
