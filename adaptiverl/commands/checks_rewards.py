@@ -3,11 +3,11 @@
 import statistics
 from collections.abc import Iterator
 
-from adaptiverl.commands.checks_people import labels_lost, left_out_by_ask, unlabelled
-from adaptiverl.commands.curves import Run
+from adaptiverl.commands.curves import Row, Run
 from adaptiverl.commands.finding import Finding
 from adaptiverl.commands.sample_facts import SampleFacts
 from adaptiverl.files.console import counted
+from rewards.head import MIN_LABELS
 
 FLAT = 0.95  # share of the steps, or of the prompts, without a difference
 MISSING = 0.2  # share of the scores
@@ -19,7 +19,7 @@ FELL = 0.2  # and the share of its first value that a held-out reward lost: less
 
 
 def reward_findings(run: Run, facts: SampleFacts) -> Iterator[Finding]:
-    yield from labels_lost(run)
+    yield from _labels_lost(run)
     yield from _missing(run)
     yield from _too_large(run, facts)
     yield from _flat(run, facts)
@@ -28,12 +28,23 @@ def reward_findings(run: Run, facts: SampleFacts) -> Iterator[Finding]:
     yield from _conflicts(run, facts)
 
 
+def _labels_lost(run: Run) -> Iterator[Finding]:
+    events = [event for event in run.events if event["kind"] == "labels lost"]
+    for event in events[-1:]:
+        yield Finding(
+            "labels lost",
+            "the run went on without labels that it had",
+            f"from step {event['step'] + 1} on: {event['message']}",
+            "what that says: RESUME=auto goes on with the labels",
+        )
+
+
 def _missing(run: Run) -> Iterator[Finding]:
     for reward in run.rewards:
         name = reward["NAME"]
         rows = [row.get(f"rewards/{name}/missing", 0.0) for row in run.metrics]
         share = statistics.mean(rows) if rows else 0.0
-        left_out = left_out_by_ask(run, reward)
+        left_out = _left_out_by_ask(run, reward)
         if share - left_out < MISSING:
             continue
         odd = next((row for row in run.metrics if row.get(f"rewards/{name}/quarantined")), None)
@@ -41,7 +52,7 @@ def _missing(run: Run) -> Iterator[Finding]:
         if odd:
             why = f"it gives NaN, infinity or numbers beyond 1e16, first in step {odd['step']}"
         elif reward["TYPE"] == "human":
-            why, advice = unlabelled(run, reward)
+            why, advice = _unlabelled(run, reward)
         yield Finding(
             "reward missing",
             f"the reward {name!r} is missing for many completions: {why}",
@@ -49,6 +60,31 @@ def _missing(run: Run) -> Iterator[Finding]:
             + (f"; its ASK leaves out {left_out:.0%} of all scores" if left_out else ""),
             advice,
         )
+
+
+def _left_out_by_ask(run: Run, reward: Row) -> float:
+    """The share of the completions that nobody is asked about, because ASK says so."""
+    size = run.config.get("BATCH_SIZE", 0)
+    asked = reward.get("ASK") if reward["TYPE"] == "human" else None
+    return max(1 - asked / size, 0.0) if asked and size else 0.0
+
+
+def _unlabelled(run: Run, reward: Row) -> tuple[str, str]:
+    """Why a human reward has no score for many completions, and what to change."""
+    name = reward["NAME"]
+    why = "people skipped them"
+    advice = f"change QUESTION of {name!r} so that people skip fewer"
+    if reward.get("TIMEOUT"):
+        why += ", or gave no label in time"
+        advice = f"raise TIMEOUT of {name!r}"
+    if reward.get("REWARD_MODEL") != "online":
+        return why, f"{advice}, or let a head fill in (REWARD_MODEL online)"
+    known = run.series(f"{name}/head_error")
+    before = f" before step {known[0][0]}" if known else ""
+    return (
+        f"{why}, and its head had fewer than the {MIN_LABELS} labels that it needs{before}",
+        f"{advice}, or set LABELS to a file that has {MIN_LABELS} labels of the same QUESTION",
+    )
 
 
 def _too_large(run: Run, facts: SampleFacts) -> Iterator[Finding]:
