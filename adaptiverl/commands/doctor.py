@@ -13,31 +13,23 @@ from adaptiverl.commands.endings import in_words, lost, missing, outcome, reache
 from adaptiverl.commands.finding import Finding
 from adaptiverl.commands.sample_facts import SampleFacts, facts_of
 from adaptiverl.files.console import counted
+from adaptiverl.training.collapse import COLLAPSES
 
 # What is likely to have caused what follows it here; a kind that is not here comes first
 ORDER = (
-    "torn line", "no number", "config", "killed", "judge", "reward raises",
-    "reward code", "rate zero",
-    "rate held",
-    "gradient not finite", "gradient zero", "rate too large", "labels lost", "reward missing",
-    "hacked",
-    "conflict", "one reward drowns", "dead reward", "prompts cut", "one prompt", "temperature",
-    "wrong EOS", "empty completions",
+    "torn line", "no number", "config", "killed", "judge", "reward raises", "reward code",
+    "rate zero", "rate held", "gradient not finite", "gradient zero", "rate too large",
+    "labels lost", "reward missing", "hacked", "conflict", "one reward drowns", "dead reward",
+    "prompts cut", "one prompt", "temperature", "wrong EOS", "empty completions",
     "KL_COEF too large", "rate too small", "KL explodes", "entropy collapse", "truncated",
     "batch too small",
     "collapsed", "kl beyond reason", "nan", "rolled back",  # what a run did about it
 )  # fmt: skip
+NO_PROGRESS = {"rate too small", "KL_COEF too large", "batch too small"}  # nothing is learned
 # Each is listed with the kinds that follow from it, which are left out where it is found
 FOLLOWS = {
-    "rate too large": {
-        "collapsed",
-        "kl beyond reason",
-        "nan",
-        "dead reward",
-        "empty completions",
-        "truncated",
-        "batch too small",
-    },
+    "rate too large": COLLAPSES
+    | {"dead reward", "empty completions", "truncated", "batch too small"},
     "KL explodes": {"dead reward", "truncated"},
     "entropy collapse": {"dead reward", "truncated"},
     "hacked": {"entropy collapse", "KL explodes"},
@@ -46,10 +38,7 @@ FOLLOWS = {
     "torn line": {"killed"},
     "empty completions": {"dead reward", "temperature", "entropy collapse", "KL explodes"},
     "gradient not finite": {"rate too small", "KL_COEF too large"},
-    "gradient zero": {"rate too small", "KL_COEF too large", "batch too small"},
-    "rate zero": {"rate too small", "KL_COEF too large", "batch too small"},
-    "rate held": {"rate too small", "KL_COEF too large", "batch too small"},
-    "dead reward": {"rate too small", "KL_COEF too large", "batch too small"},
+    **dict.fromkeys(("gradient zero", "rate zero", "rate held", "dead reward"), NO_PROGRESS),
 }
 
 

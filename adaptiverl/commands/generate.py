@@ -23,7 +23,6 @@ from adaptiverl.training.batches import Batch, columns
 from adaptiverl.training.inputs import as_config_error
 from adaptiverl.training.metrics import cell
 
-WHO = ("trained", "start")
 SHOWN = {"trained": "trained", "start": "before training"}
 
 
@@ -147,7 +146,7 @@ class Answers:
         self, model: TrainedModel, rewards: RunRewards, count: int, seed: int, start: bool
     ):
         self.model, self.rewards, self.count, self.seed = model, rewards, count, seed
-        self.who = WHO[: 1 + start]
+        self.who = list(SHOWN)[: 1 + start]
         self.calls = 0
         self.last = ""  # the trained model's first completion of the last call
 
