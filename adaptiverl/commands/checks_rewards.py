@@ -100,27 +100,24 @@ def _too_large(run: Run, facts: SampleFacts) -> Iterator[Finding]:
     sampled = facts.too_large / facts.count if facts.count else 0.0
     if max(share, sampled) < MISSING:
         return
-    too_large = _largest_sum(run) > LARGE
+    why = "a run writes one wherever there is a score"
+    advice = (
+        "see which other program wrote to metrics.jsonl or samples.jsonl, and put them back from a "
+        "copy if there is one"
+    )
+    if _largest_sum(run) > LARGE:
+        why = "the sum by WEIGHT is beyond 1e16, and left out"
+        advice = "give the entries of REWARDS a smaller WEIGHT"
+    where = f"{sampled:.0%} of {facts.count} completions"
+    if share >= sampled:
+        many = f"{len(steps)} of {len(run.metrics)} steps, the first is {steps[0]}"
+        where = f"no completion has a reward in {many}"
     weights = ", ".join(f"{reward['NAME']} {reward.get('WEIGHT', 1.0)}" for reward in run.rewards)
     yield Finding(
         "reward missing",
-        "completions have scores and no reward: "
-        + (
-            "the sum by WEIGHT is beyond 1e16, and left out"
-            if too_large
-            else "a run writes one wherever there is a score"
-        ),
-        (
-            f"no completion has a reward in {len(steps)} of {len(run.metrics)} steps, the first is "
-            f"{steps[0]}"
-            if share >= sampled
-            else f"{sampled:.0%} of {facts.count} completions"
-        )
-        + f"; WEIGHT: {weights}",
-        "give the entries of REWARDS a smaller WEIGHT"
-        if too_large
-        else "see which other program wrote to metrics.jsonl or samples.jsonl, and put them back "
-        "from a copy if there is one",
+        f"completions have scores and no reward: {why}",
+        f"{where}; WEIGHT: {weights}",
+        advice,
     )
 
 
@@ -128,11 +125,15 @@ def _largest_sum(run: Run) -> float:
     """About the largest weighted sum of a completion, by the means of the steps."""
     total = 0.0
     for reward in run.rewards:
-        weight = reward.get("WEIGHT", 1.0)
-        weights = [point[1] for point in weight] if isinstance(weight, list) else [weight]
         means = map(abs, run.values(f"rewards/{reward['NAME']}/mean"))
-        total += max(map(abs, weights)) * max(means, default=0.0)
+        total += max(map(abs, _weights(reward))) * max(means, default=0.0)
     return total
+
+
+def _weights(reward: Row) -> list[float]:
+    """Its WEIGHT; of a schedule that of each point."""
+    weight = reward.get("WEIGHT", 1.0)
+    return [point[1] for point in weight] if isinstance(weight, list) else [weight]
 
 
 def _flat(run: Run, facts: SampleFacts) -> Iterator[Finding]:
@@ -195,7 +196,8 @@ def _unbalanced(run: Run, facts: SampleFacts) -> Iterator[Finding]:
 
 
 def _conflicts(run: Run, facts: SampleFacts) -> Iterator[Finding]:
-    signs = {reward["NAME"]: _sign(reward.get("WEIGHT", 1.0)) for reward in run.rewards}
+    last = {reward["NAME"]: _weights(reward)[-1] for reward in run.rewards}
+    signs = {name: (weight > 0) - (weight < 0) for name, weight in last.items()}
     for (a, b), correlation in facts.correlations.items():
         if facts.count >= 40 and (pulling := correlation * signs[a] * signs[b]) < CONFLICTS:
             yield Finding(
@@ -204,9 +206,3 @@ def _conflicts(run: Run, facts: SampleFacts) -> Iterator[Finding]:
                 f"their correlation within prompts is {pulling:.2f} over {facts.count} completions",
                 "leave one of them out of REWARDS, or decide by WEIGHT which one counts",
             )
-
-
-def _sign(weight: float | list) -> int:
-    """Of a number, or of the last point of a schedule."""
-    value = weight[-1][1] if isinstance(weight, list) else weight
-    return (value > 0) - (value < 0)
