@@ -92,7 +92,7 @@ class Run:
 
         Of a reward whose code has changed, since then.
         """
-        first, last = ([value for _, value in end] for end in first_and_last(self, name))
+        first, last = ([value for _, value in end] for end in ends(self, name))
         return change(first, last) if len(first) >= 3 else None
 
     def late(self, name: str) -> float | None:
@@ -143,18 +143,18 @@ class Run:
         return checkpoint.damage(self.path / "final") is None
 
 
+def ends(run: Run, name: str) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
+    """(step, value) of the first and of the last steps that `Run.change` compares."""
+    known = comparable(run, name)
+    size = min(10, len(known) // 3)
+    return known[:size], known[len(known) - size :]
+
+
 def comparable(run: Run, name: str) -> list[tuple[int, float]]:
     """(step, value) wherever the metric is known; of rewards, since the code of one has changed."""
     since = max((row["step"] for row in run.events if row["kind"] == "reward code"), default=0)
     is_reward = name in REWARDS or "rewards/" in name
     return [each for each in run.series(name) if not is_reward or each[0] > since]
-
-
-def first_and_last(run: Run, name: str) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
-    """(step, value) of the first and of the last steps that Run.change compares."""
-    known = comparable(run, name)
-    size = min(10, len(known) // 3)
-    return known[:size], known[len(known) - size :]
 
 
 def read_run(path: Path) -> Run:

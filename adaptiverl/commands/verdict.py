@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from adaptiverl.commands.charts import number
-from adaptiverl.commands.curves import SHORT, Change, Run, first_and_last
+from adaptiverl.commands.curves import SHORT, Change, Run, ends
 from adaptiverl.commands.finding import Finding
 
 SURE = 3.0  # standard errors
@@ -56,7 +56,7 @@ def moved(what: str, seen: Change, when: tuple[str, str]) -> str:
 
 def spans(run: Run, name: str) -> tuple[str, str]:
     """The first and the last steps that Run.change compares."""
-    first, last = first_and_last(run, name)
+    first, last = ends(run, name)
     return _span(first), _span(last)
 
 
