@@ -12,6 +12,7 @@ import difflib
 import logging
 from argparse import Namespace
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any, NamedTuple
 
 from adaptiverl.commands.run_folder import RunReader
@@ -58,25 +59,9 @@ def _explain(given: Namespace) -> int:
     return 0
 
 
-def _generate(given: Namespace) -> int:
+def _use_model(given: Namespace) -> int:
     run = RunReader(given.run)
-    from adaptiverl.commands.generate import main
-
-    return main(given, run)
-
-
-def _evaluate(given: Namespace) -> int:
-    run = RunReader(given.run)
-    from adaptiverl.commands.evaluate import main
-
-    return main(given, run)
-
-
-def _export(given: Namespace) -> int:
-    run = RunReader(given.run)
-    from adaptiverl.commands.export import main
-
-    return main(given, run)
+    return import_module(f"adaptiverl.commands.{given.command}").main(given, run)
 
 
 def _keys(given: Namespace) -> int:
@@ -142,7 +127,7 @@ ALL_REWARDS = Argument(
 COMMANDS = {
     "generate": Command(
         "completions by the trained model, with their rewards; without prompts, a chat",
-        _generate,
+        _use_model,
         [
             RUN,
             Argument("prompts", metavar="PROMPT", nargs="*", help="else --file, or lines of stdin"),
@@ -156,7 +141,7 @@ COMMANDS = {
     ),
     "evaluate": Command(
         "the trained model against the model before training: rewards, KL, diversity",
-        _evaluate,
+        _use_model,
         [
             RUN,
             Argument(
@@ -173,7 +158,7 @@ COMMANDS = {
     ),
     "export": Command(
         "the trained model as a folder, with a model card, that transformers or peft load",
-        _export,
+        _use_model,
         [
             RUN,
             Argument("dir", metavar="DIR", type=Path, help="a new folder"),

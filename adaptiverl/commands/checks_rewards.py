@@ -3,11 +3,11 @@
 import statistics
 from collections.abc import Iterator
 
-from adaptiverl.commands.checks_people import labels_lost, left_out_by_ask, unlabelled
-from adaptiverl.commands.curves import Run
+from adaptiverl.commands.curves import Row, Run
 from adaptiverl.commands.finding import Finding
 from adaptiverl.commands.sample_facts import SampleFacts
 from adaptiverl.files.console import counted
+from rewards.head import MIN_LABELS
 
 FLAT = 0.95  # share of the steps, or of the prompts, without a difference
 MISSING = 0.2  # share of the scores
@@ -19,7 +19,7 @@ FELL = 0.2  # and the share of its first value that a held-out reward lost: less
 
 
 def reward_findings(run: Run, facts: SampleFacts) -> Iterator[Finding]:
-    yield from labels_lost(run)
+    yield from _labels_lost(run)
     yield from _missing(run)
     yield from _too_large(run, facts)
     yield from _flat(run, facts)
@@ -28,12 +28,23 @@ def reward_findings(run: Run, facts: SampleFacts) -> Iterator[Finding]:
     yield from _conflicts(run, facts)
 
 
+def _labels_lost(run: Run) -> Iterator[Finding]:
+    events = [event for event in run.events if event["kind"] == "labels lost"]
+    for event in events[-1:]:
+        yield Finding(
+            "labels lost",
+            "the run went on without labels that it had",
+            f"from step {event['step'] + 1} on: {event['message']}",
+            "what that says: RESUME=auto goes on with the labels",
+        )
+
+
 def _missing(run: Run) -> Iterator[Finding]:
     for reward in run.rewards:
         name = reward["NAME"]
         rows = [row.get(f"rewards/{name}/missing", 0.0) for row in run.metrics]
         share = statistics.mean(rows) if rows else 0.0
-        left_out = left_out_by_ask(run, reward)
+        left_out = _left_out_by_ask(run, reward)
         if share - left_out < MISSING:
             continue
         odd = next((row for row in run.metrics if row.get(f"rewards/{name}/quarantined")), None)
@@ -41,7 +52,7 @@ def _missing(run: Run) -> Iterator[Finding]:
         if odd:
             why = f"it gives NaN, infinity or numbers beyond 1e16, first in step {odd['step']}"
         elif reward["TYPE"] == "human":
-            why, advice = unlabelled(run, reward)
+            why, advice = _unlabelled(run, reward)
         yield Finding(
             "reward missing",
             f"the reward {name!r} is missing for many completions: {why}",
@@ -49,6 +60,31 @@ def _missing(run: Run) -> Iterator[Finding]:
             + (f"; its ASK leaves out {left_out:.0%} of all scores" if left_out else ""),
             advice,
         )
+
+
+def _left_out_by_ask(run: Run, reward: Row) -> float:
+    """The share of the completions that nobody is asked about, because ASK says so."""
+    size = run.config.get("BATCH_SIZE", 0)
+    asked = reward.get("ASK") if reward["TYPE"] == "human" else None
+    return max(1 - asked / size, 0.0) if asked and size else 0.0
+
+
+def _unlabelled(run: Run, reward: Row) -> tuple[str, str]:
+    """Why a human reward has no score for many completions, and what to change."""
+    name = reward["NAME"]
+    why = "people skipped them"
+    advice = f"change QUESTION of {name!r} so that people skip fewer"
+    if reward.get("TIMEOUT"):
+        why += ", or gave no label in time"
+        advice = f"raise TIMEOUT of {name!r}"
+    if reward.get("REWARD_MODEL") != "online":
+        return why, f"{advice}, or let a head fill in (REWARD_MODEL online)"
+    known = run.series(f"{name}/head_error")
+    before = f" before step {known[0][0]}" if known else ""
+    return (
+        f"{why}, and its head had fewer than the {MIN_LABELS} labels that it needs{before}",
+        f"{advice}, or set LABELS to a file that has {MIN_LABELS} labels of the same QUESTION",
+    )
 
 
 def _too_large(run: Run, facts: SampleFacts) -> Iterator[Finding]:
@@ -64,27 +100,24 @@ def _too_large(run: Run, facts: SampleFacts) -> Iterator[Finding]:
     sampled = facts.too_large / facts.count if facts.count else 0.0
     if max(share, sampled) < MISSING:
         return
-    too_large = _largest_sum(run) > LARGE
+    why = "a run writes one wherever there is a score"
+    advice = (
+        "see which other program wrote to metrics.jsonl or samples.jsonl, and put them back from a "
+        "copy if there is one"
+    )
+    if _largest_sum(run) > LARGE:
+        why = "the sum by WEIGHT is beyond 1e16, and left out"
+        advice = "give the entries of REWARDS a smaller WEIGHT"
+    where = f"{sampled:.0%} of {facts.count} completions"
+    if share >= sampled:
+        many = f"{len(steps)} of {len(run.metrics)} steps, the first is {steps[0]}"
+        where = f"no completion has a reward in {many}"
     weights = ", ".join(f"{reward['NAME']} {reward.get('WEIGHT', 1.0)}" for reward in run.rewards)
     yield Finding(
         "reward missing",
-        "completions have scores and no reward: "
-        + (
-            "the sum by WEIGHT is beyond 1e16, and left out"
-            if too_large
-            else "a run writes one wherever there is a score"
-        ),
-        (
-            f"no completion has a reward in {len(steps)} of {len(run.metrics)} steps, the first is "
-            f"{steps[0]}"
-            if share >= sampled
-            else f"{sampled:.0%} of {facts.count} completions"
-        )
-        + f"; WEIGHT: {weights}",
-        "give the entries of REWARDS a smaller WEIGHT"
-        if too_large
-        else "see which other program wrote to metrics.jsonl or samples.jsonl, and put them back "
-        "from a copy if there is one",
+        f"completions have scores and no reward: {why}",
+        f"{where}; WEIGHT: {weights}",
+        advice,
     )
 
 
@@ -92,11 +125,15 @@ def _largest_sum(run: Run) -> float:
     """About the largest weighted sum of a completion, by the means of the steps."""
     total = 0.0
     for reward in run.rewards:
-        weight = reward.get("WEIGHT", 1.0)
-        weights = [point[1] for point in weight] if isinstance(weight, list) else [weight]
         means = map(abs, run.values(f"rewards/{reward['NAME']}/mean"))
-        total += max(map(abs, weights)) * max(means, default=0.0)
+        total += max(map(abs, _weights(reward))) * max(means, default=0.0)
     return total
+
+
+def _weights(reward: Row) -> list[float]:
+    """Its WEIGHT; of a schedule that of each point."""
+    weight = reward.get("WEIGHT", 1.0)
+    return [point[1] for point in weight] if isinstance(weight, list) else [weight]
 
 
 def _flat(run: Run, facts: SampleFacts) -> Iterator[Finding]:
@@ -159,7 +196,8 @@ def _unbalanced(run: Run, facts: SampleFacts) -> Iterator[Finding]:
 
 
 def _conflicts(run: Run, facts: SampleFacts) -> Iterator[Finding]:
-    signs = {reward["NAME"]: _sign(reward.get("WEIGHT", 1.0)) for reward in run.rewards}
+    last = {reward["NAME"]: _weights(reward)[-1] for reward in run.rewards}
+    signs = {name: (weight > 0) - (weight < 0) for name, weight in last.items()}
     for (a, b), correlation in facts.correlations.items():
         if facts.count >= 40 and (pulling := correlation * signs[a] * signs[b]) < CONFLICTS:
             yield Finding(
@@ -168,9 +206,3 @@ def _conflicts(run: Run, facts: SampleFacts) -> Iterator[Finding]:
                 f"their correlation within prompts is {pulling:.2f} over {facts.count} completions",
                 "leave one of them out of REWARDS, or decide by WEIGHT which one counts",
             )
-
-
-def _sign(weight: float | list) -> int:
-    """Of a number, or of the last point of a schedule."""
-    value = weight[-1][1] if isinstance(weight, list) else weight
-    return (value > 0) - (value < 0)

@@ -35,21 +35,17 @@ def _ended(run: Run) -> Iterator[Finding]:
         if event["kind"] == "paused":
             named = re.search(r"'([^']*)'", message)
             kinds = {reward["NAME"]: reward["TYPE"] for reward in run.rewards}
+            kind, what, advice = "reward raises", "a reward", "correct that entry of REWARDS"
             if named and kinds.get(named[1]) in JUDGES:
-                yield Finding(
-                    "judge",
-                    f"the judge {named[1]!r} failed, so the run paused",
-                    f"before step {step + 1}: {message}",
-                    f"see that its endpoint answers (BASE_URL, MODEL, KEY_ENV of {named[1]!r}, "
-                    f"MAX_MISSING); {goes_on}",
-                )
-            else:
-                yield Finding(
-                    "reward raises",
-                    "a reward failed, so the run paused",
-                    f"before step {step + 1}: {message}",
-                    f"correct that entry of REWARDS; {goes_on}",
-                )
+                kind, what = "judge", f"the judge {named[1]!r}"
+                keys = f"BASE_URL, MODEL, KEY_ENV of {named[1]!r}, MAX_MISSING"
+                advice = f"see that its endpoint answers ({keys})"
+            yield Finding(
+                kind,
+                f"{what} failed, so the run paused",
+                f"before step {step + 1}: {message}",
+                f"{advice}; {goes_on}",
+            )
         elif event["kind"] not in ENDED:
             if event["kind"] in COLLAPSES:
                 advice = "what that says, in a new run: RESUME=auto would make the same steps again"

@@ -8,6 +8,7 @@ import math
 import statistics
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 from tabulate import tabulate
 
@@ -37,69 +38,63 @@ FIGURES_NOTE = (
 )
 OWN = {"OUTPUT_DIR", "$schema", "RESUME"}  # keys in which any two runs differ
 
-Table = list[list[str]]
+Runs = dict[str, Run]  # by the short names of their folders; each is compared with the first
+
+
+class Table(NamedTuple):
+    heads: list[str]
+    lines: list[list[str]]
+
+    def text(self) -> str:
+        return tabulate(self.lines, self.heads, disable_numparse=True) if self.lines else ""
 
 
 def compare(folders: list[Path], out: Path) -> str:
     """The tables as text, and the page `out`; raises ConfigError where there is one run alone."""
     if len(folders) < 2:
         raise ConfigError("compare needs two runs or more: adaptiverl compare RUN RUN")
-    runs = [read_run(folder) for folder in folders]
-    for run in runs:
+    read = [read_run(folder) for folder in folders]
+    for run in read:
         if not run.metrics:
             raise ConfigError(f"{run.path / 'metrics.jsonl'} has no step yet")
     hint = "name another file by --out"
     check_writable(out, hint)
     if out.exists() and not is_page(out):
         raise ConfigError(f"{out} exists and was not written by adaptiverl: {hint}")
-    names = _names(folders)
+    runs = dict(zip(_names(folders), read, strict=True))
     keys, figures = differing_keys(runs), _figures(runs)
-    unknown = " ".join(f"{why}." for run in runs if (why := without_config(run)))
-    short = [[_cut(text) for text in line] for line in keys]
-    differences, note = _differences(runs, names)
-    headers = {
-        "figure_names": ["run", "steps", *(_label(name) for name in _shared(runs))],
-        "difference_names": ["run", "figure", "steps", "difference", "95 % interval", "verdict"],
-        "key_names": ["key", *(n for n, run in zip(names, runs, strict=True) if run.config)],
-    }
-    figures = [[name, *line] for name, line in zip(names, figures, strict=True)]
+    differences, note = _differences(runs)
+    unknown = " ".join(f"{why}." for run in read if (why := without_config(run)))
     values = {
-        "names": names,
-        "verdict": _verdict(runs, names),
+        "names": list(runs),
+        "verdict": _verdict(runs),
         "keys": keys,
-        "keys_note": unknown or ("" if keys else "None but OUTPUT_DIR."),
+        "keys_note": unknown or ("" if keys.lines else "None but OUTPUT_DIR."),
         "figures": figures,
         "figures_note": FIGURES_NOTE,
         "differences": differences,
         "differences_note": note,
-        "charts": _charts(runs, names),
+        "charts": _charts(runs),
     }
-    write_page("compare.html", out, headers | values)
+    write_page("compare.html", out, values)
+    short = Table(keys.heads, [[_cut(text) for text in line] for line in keys.lines])
     parts = [
-        tabulate(short, headers["key_names"], disable_numparse=True)
-        if keys
-        else "no key differs" * (not unknown),
+        short.text() or "no key differs" * (not unknown),
         unknown,
-        tabulate(figures, headers["figure_names"], disable_numparse=True) + f"\n{FIGURES_NOTE}",
-        tabulate(differences, headers["difference_names"], disable_numparse=True)
-        if differences
-        else "",
+        f"{figures.text()}\n{FIGURES_NOTE}",
+        differences.text(),
         note,
         f"with curves: {out}",
     ]
     return "\n\n".join(part for part in parts if part)
 
 
-def differing_keys(runs: list[Run]) -> Table:
-    """[key, its value in each run], of the keys that differ; without runs whose keys are lost."""
-    runs = [run for run in runs if run.config]
-    every = dict.fromkeys(key for run in runs for key in run.config if key not in OWN)
-    rows = []
-    for key in every:
-        texts = [_text(run.config.get(key)) for run in runs]
-        if len(set(texts)) > 1:
-            rows.append([key, *texts])
-    return rows
+def differing_keys(runs: Runs) -> Table:
+    """The keys that differ, with their value in each run; without runs whose keys are lost."""
+    known = {name: run.config for name, run in runs.items() if run.config}
+    every = dict.fromkeys(key for config in known.values() for key in config if key not in OWN)
+    lines = [[key, *(_text(config.get(key)) for config in known.values())] for key in every]
+    return Table(["key", *known], [line for line in lines if len({*line[1:]}) > 1])
 
 
 def paired(run: Run, other: Run, name: str) -> tuple[float, float, int] | None:
@@ -118,10 +113,15 @@ def paired(run: Run, other: Run, name: str) -> tuple[float, float, int] | None:
     return statistics.mean(means), INTERVAL * error, size * BLOCKS
 
 
-def are_paired(run: Run, other: Run) -> bool:
-    """Whether both see the same prompts in the same steps; a file may have changed in between."""
-    same_keys = all(run.config.get(key) == other.config.get(key) for key in PAIRED_BY)
-    return bool(run.config and other.config) and same_keys and _have_same_prompts(run, other)
+def _why_unpaired(pair: Runs) -> str | None:
+    """Why two runs do not see the same prompts in the same steps, as far as is known."""
+    if lost := [name for name, run in pair.items() if not run.config]:
+        return f"the keys of {' and of '.join(lost)} are not known"
+    run, other = pair.values()
+    keys = [key for key in PAIRED_BY if run.config.get(key) != other.config.get(key)]
+    if keys or not _have_same_prompts(run, other):  # a file may have changed in between
+        return f"other {', '.join(keys) or 'prompts'}"
+    return None
 
 
 def _have_same_prompts(run: Run, other: Run) -> bool:
@@ -156,63 +156,64 @@ def _cut(text: str) -> str:
     return text if len(text) <= 48 else text[:47] + "…"
 
 
-def _shared(runs: list[Run]) -> list[str]:
+def _shared(runs: Runs) -> list[str]:
     """The figures that at least one run has; rewards and held-out ones that more than one has."""
     counts = Counter(
         name
-        for run in runs
+        for run in runs.values()
         for name in {*run.names("rewards/", "/mean"), *run.names("held_out/rewards/", "/mean")}
     )
     own = sorted(name for name, count in counts.items() if count > 1)
-    return [name for name in (*FIGURES, *own) if any(run.values(name) for run in runs)]
+    return [name for name in (*FIGURES, *own) if any(run.values(name) for run in runs.values())]
 
 
 def _label(name: str) -> str:
     return name.removeprefix("completions/").removesuffix("/mean").replace("rewards/", "")
 
 
-def _figures(runs: list[Run]) -> Table:
+def _figures(runs: Runs) -> Table:
     """What FIGURES_NOTE says."""
-    table = []
-    for run in runs:
+    names, lines = _shared(runs), []
+    for own, run in runs.items():
         steps, known = reached(run), len(run.metrics)
-        line = [str(steps) if known == steps else f"{known} of {steps}"]
-        for name in _shared(runs):
+        line = [own, str(steps) if known == steps else f"{known} of {steps}"]
+        for name in names:
             last = run.values(name)[-LAST:]
             text = number(statistics.mean(last)) if last else "—"
             if len(last) > 2:
                 text += f" ± {number(statistics.stdev(last) / math.sqrt(len(last)), 2)}"
             line.append(text)
-        table.append(line)
-    return table
+        lines.append(line)
+    return Table(["run", "steps", *map(_label, names)], lines)
 
 
-def _differences(runs: list[Run], names: list[str]) -> tuple[Table, str]:
-    """Each run less the first, paired by step where that is right."""
-    table: Table = []
+def _differences(runs: Runs) -> tuple[Table, str]:
+    """Each run less the first, paired by step where that is right; and what is to be said of it."""
+    lines = list[list[str]]()
     unpaired, short = list[str](), list[str]()
-    for run, name in zip(runs[1:], names[1:], strict=True):
-        if not are_paired(runs[0], run):
-            unpaired.append(name)
+    (first_name, first), *others = runs.items()
+    for name, run in others:
+        if why := _why_unpaired({first_name: first, name: run}):
+            unpaired.append(f"{name} is not compared step by step: {why}.")
             continue
-        size = len(table)
-        same = run.config.get("REWARDS") == runs[0].config.get("REWARDS")
+        size = len(lines)
+        same = run.config.get("REWARDS") == first.config.get("REWARDS")
         for figure in _shared(runs):
             if figure in ("reward", "reward_fixed_scale", "eval/reward") and not same:
                 continue
-            if found := paired(runs[0], run, figure):
+            if found := paired(first, run, figure):
                 mean, half, steps = found
                 low, high = mean - half, mean + half
                 verdict = "higher" if low > 0 else "lower" if high < 0 else "no difference shown"
                 interval = f"[{number(low)}, {number(high)}]"
-                table.append([name, _label(figure), str(steps), number(mean), interval, verdict])
-        if len(table) == size:
+                lines.append([name, _label(figure), str(steps), number(mean), interval, verdict])
+        if len(lines) == size:
             short.append(name)
     notes = []
-    if table:
+    if lines:
         notes.append(
-            f"Each run less {names[0]}, step by step, on the same prompts. The interval is that of "
-            f"the means of {BLOCKS} blocks of steps: it is of this seed, not of others."
+            f"Each run less {first_name}, step by step, on the same prompts. The interval is that "
+            f"of the means of {BLOCKS} blocks of steps: it is of this seed, not of others."
         )
     if short:
         be = "is" if len(short) == 1 else "are"
@@ -220,34 +221,26 @@ def _differences(runs: list[Run], names: list[str]) -> tuple[Table, str]:
             f"{', '.join(short)} {be} not compared step by step: that needs at least {2 * BLOCKS} "
             "steps in both runs."
         )
-    for name in unpaired:
-        run = runs[names.index(name)]
-        lost = [own for own, each in ((names[0], runs[0]), (name, run)) if not each.config]
-        if lost:
-            of = " and of ".join(lost)
-            notes.append(f"{name} is not compared step by step: the keys of {of} are not known.")
-            continue
-        keys = [key for key in PAIRED_BY if run.config.get(key) != runs[0].config.get(key)]
-        other = ", ".join(keys) or "prompts"
-        notes.append(f"{name} is not compared step by step: other {other}.")
-    return table, " ".join(notes)
+    heads = ["run", "figure", "steps", "difference", "95 % interval", "verdict"]
+    return Table(heads, lines), " ".join(notes + unpaired)
 
 
-def _verdict(runs: list[Run], names: list[str]) -> str:
+def _verdict(runs: Runs) -> str:
     """Which run ends with the highest reward, where that is beyond the noise of its last steps."""
-    lost = [name for name, run in zip(names, runs, strict=True) if not run.config]
-    if lost:
+    if lost := [name for name, run in runs.items() if not run.config]:
         return f"The rewards are not compared: the keys of {', '.join(lost)} are not known."
-    if any(run.config.get("REWARDS") != runs[0].config.get("REWARDS") for run in runs):
+    rewards = [run.config.get("REWARDS") for run in runs.values()]
+    if any(each != rewards[0] for each in rewards):
         return "The runs have different REWARDS, so their rewards are not compared."
-    reward = runs[0].reward if len({run.reward for run in runs}) == 1 else "reward"
-    ends = {name: run.values(reward)[-LAST:] for name, run in zip(names, runs, strict=True)}
+    measured = {run.reward for run in runs.values()}
+    reward = measured.pop() if len(measured) == 1 else "reward"
+    ends = {name: run.values(reward)[-LAST:] for name, run in runs.items()}
     if min(map(len, ends.values())) < 5:
         return "The runs are too short to be compared."
     first, second = sorted(ends, key=lambda name: -statistics.mean(ends[name]))[:2]
     seen = change(ends[second], ends[first])
     said = f"{number(seen.last)} against {number(seen.first)} (± {number(seen.error, 2)})"
-    steps = {name: reached(run) for name, run in zip(names, runs, strict=True)}
+    steps = {name: reached(run) for name, run in runs.items()}
     each = ", ".join(f"{name} {count}" for name, count in steps.items())
     lengths = f" The runs are not equally long, in steps: {each}." * (len({*steps.values()}) > 1)
     if seen.z > 3:
@@ -255,28 +248,23 @@ def _verdict(runs: list[Run], names: list[str]) -> str:
     return f"No run ends with a higher reward than the others beyond its noise: {said}.{lengths}"
 
 
-def _charts(runs: list[Run], names: list[str]) -> list[Chart]:
-    pairs = list(zip(names, runs, strict=True))
+def _charts(runs: Runs) -> list[Chart]:
+    def curves(figure: str, smooth: bool = True) -> list[Series]:
+        return [Series(name, run.series(figure), smooth=smooth) for name, run in runs.items()]
+
     made = [
-        chart(
-            _label(figure).capitalize().replace("_", " "),
-            [Series(name, run.series(figure)) for name, run in pairs],
-        )
+        chart(_label(figure).capitalize().replace("_", " "), curves(figure))
         for figure in _shared(runs)
     ]
     frontier = chart(
         "Reward by KL",
-        [Series(name, frontier_of(run), smooth=False) for name, run in pairs],
+        [Series(name, frontier_of(run), smooth=False) for name, run in runs.items()],
         x_name="nats",
         unit="smoothed; to the right, further from the first policy",
         note="At the same KL, the higher curve is the better one.",
     )
     made.insert(1, frontier)
-    made.append(
-        chart(
-            "Learning rate", [Series(n, r.series("lr"), smooth=False) for n, r in pairs], log=True
-        )
-    )
+    made.append(chart("Learning rate", curves("lr", smooth=False), log=True))
     return [each for each in made if each]
 
 

@@ -3,41 +3,34 @@
 Reads the run's folder alone. What comes first is likely to have caused what follows.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from adaptiverl.commands.checks_policy import policy_findings
 from adaptiverl.commands.checks_rewards import reward_findings
 from adaptiverl.commands.checks_run import run_findings
-from adaptiverl.commands.curves import Run, json_object, read_run
+from adaptiverl.commands.curves import Row, Run, json_object, read_run
 from adaptiverl.commands.endings import in_words, lost, missing, outcome, reached
 from adaptiverl.commands.finding import Finding
 from adaptiverl.commands.sample_facts import SampleFacts, facts_of
 from adaptiverl.files.console import counted
+from adaptiverl.training.collapse import COLLAPSES
 
 # What is likely to have caused what follows it here; a kind that is not here comes first
 ORDER = (
-    "torn line", "no number", "config", "killed", "judge", "reward raises",
-    "reward code", "rate zero",
-    "rate held",
-    "gradient not finite", "gradient zero", "rate too large", "labels lost", "reward missing",
-    "hacked",
-    "conflict", "one reward drowns", "dead reward", "prompts cut", "one prompt", "temperature",
-    "wrong EOS", "empty completions",
+    "torn line", "no number", "config", "killed", "judge", "reward raises", "reward code",
+    "rate zero", "rate held", "gradient not finite", "gradient zero", "rate too large",
+    "labels lost", "reward missing", "hacked", "conflict", "one reward drowns", "dead reward",
+    "prompts cut", "one prompt", "temperature", "wrong EOS", "empty completions",
     "KL_COEF too large", "rate too small", "KL explodes", "entropy collapse", "truncated",
     "batch too small",
     "collapsed", "kl beyond reason", "nan", "rolled back",  # what a run did about it
 )  # fmt: skip
+NO_PROGRESS = {"rate too small", "KL_COEF too large", "batch too small"}  # nothing is learned
 # Each is listed with the kinds that follow from it, which are left out where it is found
 FOLLOWS = {
-    "rate too large": {
-        "collapsed",
-        "kl beyond reason",
-        "nan",
-        "dead reward",
-        "empty completions",
-        "truncated",
-        "batch too small",
-    },
+    "rate too large": COLLAPSES
+    | {"dead reward", "empty completions", "truncated", "batch too small"},
     "KL explodes": {"dead reward", "truncated"},
     "entropy collapse": {"dead reward", "truncated"},
     "hacked": {"entropy collapse", "KL explodes"},
@@ -46,10 +39,7 @@ FOLLOWS = {
     "torn line": {"killed"},
     "empty completions": {"dead reward", "temperature", "entropy collapse", "KL explodes"},
     "gradient not finite": {"rate too small", "KL_COEF too large"},
-    "gradient zero": {"rate too small", "KL_COEF too large", "batch too small"},
-    "rate zero": {"rate too small", "KL_COEF too large", "batch too small"},
-    "rate held": {"rate too small", "KL_COEF too large", "batch too small"},
-    "dead reward": {"rate too small", "KL_COEF too large", "batch too small"},
+    **dict.fromkeys(("gradient zero", "rate zero", "rate held", "dead reward"), NO_PROGRESS),
 }
 
 
@@ -69,14 +59,16 @@ def findings(run: Run, facts: SampleFacts | None = None) -> list[Finding]:
 
 def end_ids(run: Run) -> list[int]:
     """What the model's own config says ends a text, from a checkpoint or from MODEL."""
-    folders = [run.path / name for name in run.checkpoints]
-    if "MODEL" in run.config:
-        folders.append(Path(run.config["MODEL"]))
-    for path in (folder / "config.json" for folder in folders):
-        if path.is_file() and (model := json_object(path.read_text("utf-8"))):
-            ids = model.get("eos_token_id")
-            return ids if isinstance(ids, list) else [] if ids is None else [ids]
-    return []
+    own = [Path(run.config["MODEL"])] if "MODEL" in run.config else []
+    ids = model_config([*(run.path / name for name in run.checkpoints), *own]).get("eos_token_id")
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
+
+
+def model_config(folders: Iterable[Path]) -> Row:
+    """The first config.json of a model in `folders`; empty where there is none."""
+    files = (folder / "config.json" for folder in folders)
+    read = (json_object(file.read_text("utf-8")) for file in files if file.is_file())
+    return next(filter(None, read), {})
 
 
 def doctor(folder: Path) -> tuple[str, int]:

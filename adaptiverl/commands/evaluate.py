@@ -8,6 +8,7 @@ import logging
 import math
 from argparse import Namespace
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +55,9 @@ def main(given: Namespace, run: RunReader) -> int:
         counts, said_of_run = _of_run({*firsts}, c, checkpoint)
         changed = [] if given.prompts else _changed_rows(c, checkpoint.path, prompts)
         model = TrainedModel(c, checkpoint, start=True)
-        rewards = RunRewards(model, prompts, source, given.all_rewards, several=False)
-        try:
+        all_rewards = given.all_rewards
+        with closing(RunRewards(model, prompts, source, all_rewards, several=False)) as rewards:
             figures, missing = measure(model, rewards, prompts, rows, clusters, seed)
-        finally:
-            rewards.close()
     about = {
         "checkpoint": checkpoint.path.name,
         "step": checkpoint.step,
@@ -70,9 +69,9 @@ def main(given: Namespace, run: RunReader) -> int:
         "left_out": rewards.left_out,
         "notes": [*changed, *rewards.notes],
         "missing": missing,
-        "figures": {name: dict(row) for name, row in figures.items()},
+        "figures": figures,
     }
-    said = f"{counted(given.n, 'completion')} of {counted(about['different_prompts'], 'prompt')}"
+    said = f"{counted(given.n, 'completion')} of {counted(len(firsts), 'prompt')}"
     after = f"after {counted(checkpoint.step, 'step')}"
     print(f"{run.path.name}/{checkpoint.path.name}, {after}: {said} of {about['prompts']}")
     print(table(figures))
@@ -136,7 +135,8 @@ def measure(
         batch = columns(c, prompts, rows[part])
         for who in MODELS:
             rollout = model.sample(batch["prompt"], numbers[part], start=who == "start")
-            pending[who].append(rewards.begin(batch, rollout, model.decode(rollout)))
+            texts = model.sampler.decode(rollout)
+            pending[who].append(rewards.begin(batch, rollout, texts))
             ids[who] += rollout.tokens()
             nats[who] -= model.logprobs(rollout, start=True, temperature=1.0).double().sum().item()
             if who == "trained":
@@ -148,18 +148,18 @@ def measure(
     both["completions/mean_length"] = torch.tensor(
         [len(each) for who in MODELS for each in ids[who]]
     )
-    figures: Figures = {}
+    figures: dict[str, dict[str, Estimate]] = {}
     for name, column in both.items():
         trained, start = column.double().split(size)
-        figures[name] = {k: v._asdict() for k, v in compare(trained, start, clusters).items()}
+        figures[name] = compare(trained, start, clusters)
     del figures["completions/mean_length"]["win_rate"]
-    figures["kl_per_completion"] = {"trained": estimate(torch.cat(kl), clusters)._asdict()}
+    figures["kl_per_completion"] = {"trained": estimate(torch.cat(kl), clusters)}
     for n in (1, 2):
-        values = {who: Estimate(distinct(ids[who], n), None) for who in MODELS}
-        figures[f"completions/distinct_{n}"] = {who: v._asdict() for who, v in values.items()}
-    tokens = {who: sum(map(len, ids[who])) for who in MODELS}
+        figures[f"completions/distinct_{n}"] = {
+            who: Estimate(distinct(ids[who], n), None) for who in MODELS
+        }
     figures["perplexity_under_start"] = {
-        who: Estimate(math.exp(nats[who] / tokens[who]), None)._asdict() for who in MODELS
+        who: Estimate(math.exp(nats[who] / sum(map(len, ids[who]))), None) for who in MODELS
     }
     lacking = {name: column.isnan().view(2, size).sum(1) for name, column in parts.items()}
     missing = {
@@ -167,7 +167,8 @@ def measure(
         for name, numbers in lacking.items()
         if numbers.any()
     }
-    return figures, missing
+    plain = {name: {k: v._asdict() for k, v in row.items()} for name, row in figures.items()}
+    return plain, missing
 
 
 def _total(rewards: RunRewards, scores: Scores, size: int) -> torch.Tensor:

@@ -6,6 +6,7 @@ With --base, beside those of the model before the training, from the same random
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 from datasets import Dataset
@@ -22,7 +23,6 @@ from adaptiverl.training.batches import Batch, columns
 from adaptiverl.training.inputs import as_config_error
 from adaptiverl.training.metrics import cell
 
-WHO = ("trained", "start")
 SHOWN = {"trained": "trained", "start": "before training"}
 
 
@@ -41,8 +41,8 @@ def main(given: Namespace, run: RunReader) -> int:
             {run.config.PROMPT_COLUMN: [_as_prompt(run, "a line")]}
         )
         source = str(file) if file else "a prompt that is typed"
-        rewards = RunRewards(model, known, source, given.all_rewards, several=count > 1)
-        try:
+        several = count > 1
+        with closing(RunRewards(model, known, source, given.all_rewards, several)) as rewards:
             after = counted(checkpoint.step, "step")
             print(f"model  {checkpoint.path}, after {after}", file=sys.stderr)
             for name, why in rewards.left_out.items():
@@ -56,8 +56,6 @@ def main(given: Namespace, run: RunReader) -> int:
             for first in range(0, len(prompts), size):
                 rows = list(range(first, min(first + size, len(prompts))))
                 print(answer(columns(model.config, prompts, rows)), flush=True)
-        finally:
-            rewards.close()
     return 0
 
 
@@ -148,7 +146,7 @@ class Answers:
         self, model: TrainedModel, rewards: RunRewards, count: int, seed: int, start: bool
     ):
         self.model, self.rewards, self.count, self.seed = model, rewards, count, seed
-        self.who = WHO[: 1 + start]
+        self.who = list(SHOWN)[: 1 + start]
         self.calls = 0
         self.last = ""  # the trained model's first completion of the last call
 
@@ -164,7 +162,7 @@ class Answers:
         texts, pending = [], []
         for who in self.who:
             rollout = self.model.sample(batch["prompt"], numbers, start=who == "start")
-            texts.append(self.model.decode(rollout))
+            texts.append(self.model.sampler.decode(rollout))
             pending.append(self.rewards.begin(batch, rollout, texts[-1]))
         self.last = texts[0][0]
         scores = self.rewards.wait(pending)

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import adaptiverl
-from adaptiverl.commands.curves import metric_rows
+from adaptiverl.commands.curves import Row, metric_rows
 from adaptiverl.commands.run_folder import Checkpoint, RunReader
 from adaptiverl.commands.run_prompts import prompts_of_run
 from adaptiverl.config.schema import ConfigError
@@ -61,6 +61,7 @@ def model_card(
     templates.filters["literal"] = repr  # Python's, where JSON has half characters
     metrics = metric_rows(run.path / "metrics.jsonl")
     rows = [row for row in metrics if row["step"] <= checkpoint.step]
+    keys = [key for key in CURVE if any(key in row for row in rows)]
     return templates.get_template("model_card.md.jinja").render(
         version=adaptiverl.__version__,
         c=c,
@@ -76,8 +77,8 @@ def model_card(
         rewards=[_reward(reward) for reward in c.REWARDS],
         held_out=[_reward(reward) for reward in c.HELD_OUT],
         keys=_keys(c),
-        heads=[title for key, title in CURVE.items() if any(key in row for row in rows)],
-        curve=_curve(rows),
+        heads=[CURVE[key] for key in keys],
+        curve=_curve(rows, keys),
         evaluation=_evaluation(run, checkpoint),
     )
 
@@ -148,9 +149,8 @@ def _keys(c: RunConfig) -> dict[str, Any]:
     return {key: value for key, value in own.items() if key in shown}
 
 
-def _curve(rows: Sequence[dict[str, Any]]) -> list[tuple[str, list[str]]]:
-    """Means over ten parts of the run: the steps of each, and the columns of CURVE."""
-    keys = [key for key in CURVE if any(key in row for row in rows)]
+def _curve(rows: Sequence[Row], keys: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Means of `keys` over ten parts of the run: the steps of each, and its cells."""
     count = min(ROWS, len(rows))
     bounds = [len(rows) * i // count for i in range(count + 1)] if count else []
     result = []

@@ -2,15 +2,14 @@
 
 import json
 import statistics
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic_core import to_jsonable_python
 
 from adaptiverl.commands.charts import number, rounded
-from adaptiverl.commands.curves import FIXED, Row, Run, json_object, read_run
-from adaptiverl.commands.doctor import end_ids, findings
+from adaptiverl.commands.curves import FIXED, Run, read_run
+from adaptiverl.commands.doctor import end_ids, findings, model_config
 from adaptiverl.commands.endings import in_words, lost, missing, outcome, reached
 from adaptiverl.commands.explain import factor, hyperparameters, movers, used_from
 from adaptiverl.commands.kept_samples import kept_samples
@@ -25,8 +24,7 @@ EVENTS = 200  # that are listed, at most
 CHANGES = 3000  # of hyperparameters, at most; the largest stay
 
 
-@dataclass(frozen=True)
-class PartOfTime:
+class PartOfTime(NamedTuple):
     name: str
     seconds: float
     per_step: float
@@ -168,8 +166,7 @@ def _changes(run: Run) -> dict[str, Any]:
 
 def _keys(run: Run) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """The keys of the config that were changed, and those at their defaults."""
-    changed: list[tuple[str, str]] = []
-    defaults: list[tuple[str, str]] = []
+    changed, defaults = list[tuple[str, str]](), list[tuple[str, str]]()
     for key, value in run.config.items():
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         field = RunConfig.model_fields.get(key)
@@ -189,7 +186,7 @@ def _times(run: Run) -> list[PartOfTime]:
 
 
 def _environment(run: Run, facts: SampleFacts) -> list[tuple[str, str]]:
-    model = _model(run)
+    model = model_config(run.path / name for name in run.checkpoints)
     rows = [
         ("folder", str(run.path)),
         ("model", str(run.config.get("MODEL", "?"))),
@@ -205,15 +202,6 @@ def _environment(run: Run, facts: SampleFacts) -> list[tuple[str, str]]:
         ("completions", f"{facts.count:,} written down, of {len(facts.prompts):,} prompts"),
     ]
     return [(what, str(value)) for what, value in rows if value]
-
-
-def _model(run: Run) -> Row:
-    """config.json of a checkpoint."""
-    for name in run.checkpoints:
-        path = run.path / name / "config.json"
-        if path.is_file():
-            return json_object(path.read_text("utf-8")) or {}
-    return {}
 
 
 def _left_out(run: Run) -> str:

@@ -1,6 +1,6 @@
 """The curves of a report, of whatever its run wrote down."""
 
-from adaptiverl.commands.charts import Chart, Points, Series, chart
+from adaptiverl.commands.charts import Chart, Series, chart
 from adaptiverl.commands.curves import FIXED, Run
 from adaptiverl.commands.endings import in_words
 
@@ -13,16 +13,14 @@ SHAPES = {
 
 def report_charts(run: Run) -> list[Chart]:
     """In the order in which they are read; those without a value are left out."""
-    single = len(run.rewards) < 2
+    means, shares = (_all(run, "rewards/", end) for end in ("/mean", "/share"))
     made = [
         _reward(run),
         chart("Held-out rewards", _all(run, "held_out/rewards/", "/mean"), unit="not trained on"),
-        None if single else chart("Reward by component", _all(run, "rewards/", "/mean")),
-        None
-        if single
-        else chart(
+        chart("Reward by component", means if len(run.rewards) > 1 else []),
+        chart(
             "Share of each component",
-            _all(run, "rewards/", "/share"),
+            shares if len(run.rewards) > 1 else [],
             unit="of the advantages' variance",
         ),
         chart(
@@ -99,8 +97,9 @@ def _kl_note(run: Run) -> str:
 def _length(run: Run) -> Chart | None:
     points, most = run.series("completions/mean_length"), run.config.get("MAX_NEW_TOKENS")
     series = [Series("mean length", points)]
-    if points and most:
-        series.append(_level("MAX_NEW_TOKENS", points, most))
+    if most:
+        level = [(step, most) for step, _ in points]
+        series.append(Series("MAX_NEW_TOKENS", level, dashed=True, smooth=False))
     return chart("Length", series, unit="tokens per completion")
 
 
@@ -123,7 +122,3 @@ def _update(run: Run) -> Chart | None:
         Series("aimed at", run.series("update_kl_target"), dashed=True, smooth=False),
     ]
     return chart("KL of each update", series, unit="nats per token", log=True)
-
-
-def _level(name: str, points: Points, value: float) -> Series:
-    return Series(name, [(x, value) for x, _ in points], dashed=True, smooth=False)

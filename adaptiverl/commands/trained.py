@@ -100,9 +100,6 @@ class TrainedModel:
         finally:
             policy.temperature = own
 
-    def decode(self, rollout: Rollout) -> list[str]:
-        return self.sampler.decode(rollout)
-
     def _as(self, start: bool) -> AbstractContextManager[None]:
         return self.sampler.policy.as_reference() if start else nullcontext()
 

@@ -11,8 +11,7 @@ def check_writable(path: Path, hint: str) -> None:
     try:
         if path.is_dir():
             raise IsADirectoryError(0, "it is a folder")
-        with _beside(path).open("w", encoding="utf-8"):
-            pass
+        _beside(path).touch()
         _beside(path).unlink()
     except OSError as error:
         raise ConfigError(f"{path} cannot be written ({error.strerror}): {hint}") from error
