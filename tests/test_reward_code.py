@@ -13,6 +13,7 @@ from adaptiverl.__main__ import main as adaptiverl
 from adaptiverl.commands.curves import comparable, read_run
 from adaptiverl.commands.doctor import doctor
 from adaptiverl.commands.explain import explain
+from adaptiverl.commands.report import write_report
 from adaptiverl.training.best import Best
 from adaptiverl.training.guards import Guards
 from adaptiverl.training.keys import RunConfig
@@ -258,3 +259,5 @@ def test_rewards_are_measured_since_their_code_changed(tmp_path):
     assert "from a mean of 6 (steps 11 to 13) to 6 (steps 18 to 20), ± 0." in said
     assert "reward       6 in steps 11 to 13, 6 in steps 18 to 20 (± 0)" in said
     assert "highest      reward 6.000 around step 11, smoothed" in said
+    page = write_report(path).read_text("utf-8")
+    assert "<b>6</b><span>mean of the last 3 steps, 6 of the first</span>" in page

@@ -115,8 +115,9 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
             continue
         what = "evaluation" if name.startswith("eval/") else "step"
         if seen := run.change(name):
-            many = f"{min(10, len(known) // 3)} {what}s"
-            last, more = seen.last, f"mean of the last {many}, {number(seen.first)} of the first"
+            many = len(ends(run, name)[1])
+            more = f"mean of the last {many} {what}s, {number(seen.first)} of the first"
+            last = seen.last
         else:
             last, more = known[-1], f"in the last {what}, {number(known[0])} in the first"
         tiles.append((label, number(last), more + (f", {unit}" if unit else "")))

@@ -45,13 +45,13 @@ def verdict(run: Run, found: Sequence[Finding]) -> str:
 
 def moved(what: str, seen: Change, when: tuple[str, str]) -> str:
     """Rose, fell, or neither beyond its noise; `when` are the steps of both means."""
-    ends = (
+    places = (
         f"from a mean of {number(seen.first)} ({when[0]}) to {number(seen.last)} ({when[1]}), "
         f"± {number(seen.error, 2)}"
     )
     if abs(seen.z) <= SURE:
-        return f"{what} did not move beyond its noise, {ends}"
-    return f"{what} {'rose' if seen.z > 0 else 'fell'} {ends}"
+        return f"{what} did not move beyond its noise, {places}"
+    return f"{what} {'rose' if seen.z > 0 else 'fell'} {places}"
 
 
 def spans(run: Run, name: str) -> tuple[str, str]:
