@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from pydantic_core import to_jsonable_python
 
 from adaptiverl.commands.charts import number, rounded
-from adaptiverl.commands.curves import FIXED, Run, read_run
+from adaptiverl.commands.curves import FIXED, Run, ends, read_run
 from adaptiverl.commands.doctor import end_ids, findings, model_config
 from adaptiverl.commands.endings import in_words, lost, missing, outcome, reached
 from adaptiverl.commands.explain import factor, hyperparameters, movers, used_from
