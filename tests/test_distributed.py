@@ -228,8 +228,10 @@ def test_two_processes_give_the_losses_of_one(run, main, keys):
     for left, right in zip(without_clock(one), without_clock(two), strict=True):
         assert left.keys() == right.keys()
         for name in left:
-            # abs: the loss is a small mean of terms around 50, A times eight log-probabilities
-            assert right[name] == pytest.approx(left[name], rel=1e-4, abs=1e-4), name
+            # The loss is a small mean of terms around 50, A times eight log-probabilities, which
+            # agree to 1e-5: the first update is scaled up tenfold, by a KL of two completions
+            near = 5e-4 if name == "loss" else 1e-4
+            assert right[name] == pytest.approx(left[name], rel=1e-4, abs=near), name
     samples = [read_jsonl(Path(f"{out}-{n}") / "samples.jsonl") for n in ("one", "two")]
     for left, right in zip(*samples, strict=True):
         assert left["completion_ids"] == right["completion_ids"]
