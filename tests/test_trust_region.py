@@ -573,6 +573,28 @@ def test_a_gradient_that_is_not_finite_is_no_step(kind, informative, steps, bad,
     ], "once"
 
 
+@pytest.mark.parametrize("kind", ["sgd momentum", "adamw", "adam_mini"])
+def test_alignment_leaves_out_weights_that_have_not_moved_yet(kind):
+    """Of two groups, one has a weight that got its first gradient just now."""
+    moved, still = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
+    groups = [{"params": [moved]}, {"params": [still]}]
+    optimizer = KINDS[kind](groups)
+    moved.grad = torch.tensor([3.0, 3.0])
+    optimizer.step()
+    moved.grad, still.grad = torch.tensor([1.0, 0.0]), torch.tensor([100.0, 0.0])
+    assert alignment(optimizer) == pytest.approx(math.sqrt(0.5), rel=1e-3)
+    still.grad[0] = math.inf
+    assert alignment_and_finite(optimizer) == (pytest.approx(math.sqrt(0.5), rel=1e-3), False)
+
+
+def test_a_direction_of_0_over_0_is_no_gradient_that_is_not_finite():
+    p = torch.nn.Parameter(torch.zeros(2))
+    optimizer = AdamMini([p], lr=0.1, eps=0.0)
+    p.grad = torch.zeros(2)
+    optimizer.step()
+    assert alignment_and_finite(optimizer) == (None, True)
+
+
 def test_large_gradients_of_fp16_are_finite():
     """Their squares are not, in fp16."""
     p = torch.nn.Parameter(torch.zeros(4, dtype=torch.float16))

@@ -4,6 +4,7 @@ KL ≈ ½ lr² uᵀFu for a small update u, so that scaling u by s scales the KL
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -46,12 +47,10 @@ class LastUpdate:
         self.moved = [  # of each group
             [p for p in group["params"] if p.grad is not None] for group in optimizer.param_groups
         ]
-        self.old = {
-            p: p.detach().clone()
-            for group, moved in zip(optimizer.param_groups, self.moved, strict=True)
-            for p in moved
-            if _is_short(p) or not _is_recoverable(optimizer, group)
-        }
+        self.old: dict[Tensor, Tensor] = {}
+        for group, moved in zip(optimizer.param_groups, self.moved, strict=True):
+            recoverable = _is_recoverable(optimizer, group)
+            self.old |= {p: p.detach().clone() for p in moved if _is_short(p) or not recoverable}
         self.new: dict[Tensor, Tensor] = {}  # as the step left them, of 16 bits
 
     @torch.no_grad()
@@ -61,22 +60,24 @@ class LastUpdate:
         groups = self.optimizer.param_groups
         for group, lr, moved in zip(groups, self.rates, self.moved, strict=True):
             for p in moved:
-                if p in self.old:
-                    old = self.old[p]
-                    new, by = p, factor
-                    if _is_short(p):  # what it was scaled to before is rounded
-                        new, by = self.new.setdefault(p, p.clone()), self.scale * factor
-                    # A lerp by 0 would make NaN of an update that is not finite
-                    p.copy_(old.lerp(new, by) if factor else old)
-                else:
-                    update = self._update(group, p, own.get(p, lr))
-                    p.sub_(update, alpha=(factor - 1) * self.scale)
+                if p not in self.old:
+                    continue
+                old = self.old[p]
+                new, by = p, factor
+                if _is_short(p):  # what it was scaled to before is rounded
+                    new, by = self.new.setdefault(p, p.clone()), self.scale * factor
+                # A lerp by 0 would make NaN of an update that is not finite
+                p.copy_(old.lerp(new, by) if factor else old)
+            known = [p for p in moved if p not in self.old]
+            directions = _directions(self.optimizer, group, known)
+            for p, (vector, divisor) in zip(known, directions, strict=True):
+                update = self._update(group, p, vector / divisor, own.get(p, lr))
+                p.sub_(update, alpha=(factor - 1) * self.scale)
         self.scale *= factor
 
-    def _update(self, group: Group, p: Tensor, lr: float | Tensor) -> Tensor:
+    def _update(self, group: Group, p: Tensor, direction: Tensor, lr: float | Tensor) -> Tensor:
         """What the step subtracted from p: lr · (d + decay · p before the step)."""
-        vector, divisor, decay = _direction(self.optimizer, group, p)
-        direction = vector / divisor
+        decay = float(group["weight_decay"])
         if not decay:
             return lr * direction
         moved = self.scale * lr  # p = p₀ − moved · (d + decay · p₀)
@@ -96,34 +97,45 @@ def alignment(optimizer: Optimizer) -> float | None:
 @torch.no_grad()
 def alignment_and_finite(optimizer: Optimizer) -> tuple[float | None, bool]:
     """`alignment`, and whether the sum of all squared gradients is finite, in one transfer."""
-    products, others, shards = [], [], False
+    products, divisors, others, shards = [], [], [], False
     for group in optimizer.param_groups:
+        moved = [p for p in group["params"] if p.grad is not None]
         keeps = _keeps_direction(optimizer, group)
-        for p in group["params"]:
-            if p.grad is None:
-                continue
+        known = [p for p in moved if keeps and optimizer.state.get(p)]
+        directions = _directions(optimizer, group, known)
+        for p in moved:
             grad, is_shard = _local(p.grad)
             shards |= is_shard
             g = _in_32_bits(grad.flatten())
             if keeps and optimizer.state.get(p):
-                vector, divisor, _ = _direction(optimizer, group, p)
+                vector, divisor = next(directions)
                 d = _in_32_bits(_local(vector)[0].flatten())
-                both, one = d.dot(g) / divisor, d.dot(d) / divisor / divisor
-                products.append(torch.stack([both, one, g.dot(g)]))
+                products += [d.dot(g), d.dot(d), g.dot(g)]
+                divisors.append(divisor)
             else:
                 others.append(g.dot(g))
-                others[-1] = others[-1].to(others[0].device)  # of a model on several
-    totals = [torch.stack(products).sum(0)] if products else []
-    totals += [torch.stack(others).sum(0, keepdim=True)] if others else []
+    totals = []
+    if products:  # divided at once: a GPU takes as long for one number as for all
+        both, one, squares = _stacked(products).view(-1, 3).unbind(1)
+        by = _stacked(divisors)
+        totals.append(torch.stack([both / by, one / by / by, squares]).sum(1))
+    if others:
+        totals.append(_stacked(others).sum(0, keepdim=True))
     if not totals:
         return None, True
-    total = torch.cat(totals)
+    total = torch.cat([part.to(totals[0].device) for part in totals])
     if shards:
         torch.distributed.all_reduce(total)
     values = total.tolist()
-    both, one, other = values[:3] if products else (0.0, 0.0, 0.0)
-    finite = math.isfinite(other + sum(values[3:] if products else values))
-    return both / math.sqrt(one * other) if one * other > 0 else None, finite
+    dot, square, known_squares = values[:3] if products else (0.0, 0.0, 0.0)
+    finite = math.isfinite(sum(values[2:] if products else values))
+    product = square * known_squares
+    return dot / math.sqrt(product) if product > 0 else None, finite
+
+
+def _stacked(numbers: list[Tensor]) -> Tensor:
+    """On one device: a model may be on several."""
+    return torch.stack([number.to(numbers[0].device) for number in numbers])
 
 
 @torch.no_grad()
@@ -187,24 +199,30 @@ def _torch_class(optimizer: Optimizer) -> type:
     return optimizer.torch_class if isinstance(optimizer, PerTensorOptimizer) else type(optimizer)
 
 
-def _direction(optimizer: Optimizer, group: Group, p: Tensor) -> tuple[Any, Any, float]:
-    """v, a number n and the decoupled decay of the step p ← p − lr · (v / n + decay · p).
+def _directions(
+    optimizer: Optimizer, group: Group, params: list[Tensor]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """v and the number n of each tensor's step p ← p − lr · (v / n + decay · p), one by one.
 
     By the state that the step left. What one number divides is not copied.
     """
-    state = optimizer.state.get(p, {})  # [p] would make an entry
+    states = [optimizer.state[p] for p in params]
     kind = _torch_class(optimizer)
-    if kind not in (torch.optim.AdamW, AdamMini):
-        return state["momentum_buffer"], 1.0, 0.0
-    if kind is AdamMini:
-        (size,), (correction,) = denominators(group, [state])
-        return state["exp_avg"], size * correction, float(group["weight_decay"])
-    beta1, beta2 = (float(beta) for beta in group["betas"])
-    step = state["step"]
-    size = state["exp_avg_sq"].sqrt().div_(_correction(beta2, step).sqrt()).add_(group["eps"])
-    size.mul_(_correction(beta1, step))
-    direction = size.reciprocal_().mul_(state["exp_avg"])  # in one buffer
-    return direction, 1.0, float(group["weight_decay"])
+    if kind is AdamMini and params:
+        sizes, corrections = denominators(group, states)
+        divisors = torch._foreach_mul([*sizes], corrections)
+        yield from zip([state["exp_avg"] for state in states], divisors, strict=True)
+        return
+    for p, state in zip(params, states, strict=True):
+        one = torch.ones((), device=p.device)
+        if kind is not torch.optim.AdamW:
+            yield state["momentum_buffer"], one
+            continue
+        beta1, beta2 = (float(beta) for beta in group["betas"])
+        step = state["step"]
+        size = state["exp_avg_sq"].sqrt().div_(_correction(beta2, step).sqrt()).add_(group["eps"])
+        size.mul_(_correction(beta1, step))
+        yield size.reciprocal_().mul_(state["exp_avg"]), one  # in one buffer
 
 
 def _correction(beta: float, step: Tensor) -> Tensor:
