@@ -24,6 +24,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from adaptiverl.rl import packed
 from adaptiverl.rl.gpt2 import Cache, gelu, read_prompts
 from adaptiverl.rl.policy import Policy
 from adaptiverl.rl.rollout import Rollout, uniforms
@@ -263,28 +264,21 @@ def test_gpt2_is_measured_like_its_unpadded_self(adapter):
     check_against_library(policy, rollout)
 
 
-def test_prompts_and_completions_are_measured_in_one_pass():
-    """On a GPU a step of a small model is the number of its launches."""
-    policy = Policy(small_gpt2(7))
-    rollout = sampled("decoder", policy.base, tokens(), PROMPTS, OF, uniforms(0, 1, len(OF), 20))
-    rows, length = rollout.completion_ids.shape
-    with computed(policy.base) as shapes:
-        policy(rollout)
-        policy.logprobs(rollout)
-    assert shapes == [(1, rollout.prompt_ids.numel() + rows * (length - 1))] * 2
-
-
-def test_backward_keeps_no_queries_keys_and_values_of_all_tokens():
+@pytest.mark.parametrize("left_out", [0.0, 1.0], ids=["without padding", "with it"])
+def test_backward_keeps_no_queries_keys_and_values_of_all_tokens(monkeypatch, left_out):
     """They are 3 D numbers per token; what is needed of them is copied, or the rest stays, too."""
+    monkeypatch.setattr(packed, "LEFT_OUT", left_out)
     policy = Policy(small_gpt2(7))
     rollout = sampled("decoder", policy.base, tokens(), PROMPTS, OF, uniforms(0, 1, len(OF), 20))
     rows, length = rollout.completion_ids.shape
-    every, kept = rollout.prompt_ids.numel() + rows * (length - 1), set()
+    padded, kept = rollout.prompt_ids.numel() + rows * (length - 1), set()
+    needed = rollout.prompt_mask.sum() + rollout.completion_mask[:, 1:].sum()
     with saved_tensors_hooks(lambda x: kept.add(x.untyped_storage().nbytes()) or x, lambda x: x):
         policy(rollout)
     width = 4 * policy.base.config.n_embd
+    every = padded if left_out else int(needed)
     assert {every * width, 4 * every * width} <= kept, "of layer norm, and of GELU"
-    assert 3 * every * width not in kept
+    assert not {3 * every * width, 3 * padded * width} & kept
 
 
 def test_gelu_is_torchs():

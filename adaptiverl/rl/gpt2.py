@@ -16,8 +16,6 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import GPT2LMHeadModel, GPT2Model, PreTrainedModel
 
-from adaptiverl.rl.rollout import Rollout
-
 AddNorm = Callable[[Tensor, Tensor, torch.nn.LayerNorm], tuple[Tensor, Tensor]]
 
 
@@ -49,32 +47,6 @@ class Cache:
         return Cache(self.held.index_select(1, rows))
 
 
-class Packed(Cache):
-    """Attention of prompts, and then of their completions, whose tokens are all in one row.
-
-    So all else of a layer is computed at once. `prompts` is (Q, P), `completions` is (B, T), and
-    `prompt_of` [B]. It holds nothing: one serves all layers.
-    """
-
-    def __init__(self, prompts: tuple[int, int], completions: tuple[int, int], prompt_of: Tensor):
-        super().__init__()
-        self.shapes, self.prompt_of = (prompts, completions), prompt_of
-
-    def split(self, x: Tensor) -> list[Tensor]:
-        """[Q, P, …] and [B, T, …] of [1, Q · P + B · T, …]."""
-        parts = x[0].split([rows * length for rows, length in self.shapes])
-        return [part.unflatten(0, shape) for part, shape in zip(parts, self.shapes, strict=True)]
-
-    def attend(self, qkv: Tensor, attend: Any) -> Tensor:
-        """As `Cache`'s, with an `attend` for the prompts and one for the completions."""
-        (prompts, completions), cache = self.split(qkv), Cache()
-        if prompts.requires_grad:
-            prompts = prompts.clone()  # backward keeps its keys and values: views of all of qkv
-        first = cache.attend(prompts, attend[0])
-        rest = cache.take(self.prompt_of).attend(completions, attend[1])
-        return torch.cat([first.flatten(0, 1), rest.flatten(0, 1)])[None]
-
-
 def is_gpt2(lm: PreTrainedModel) -> bool:
     """Whether `hidden_states` computes what `lm` does: GPT-2 with default attention and GELU."""
     return (
@@ -102,7 +74,7 @@ def hidden_states(
 ) -> Tensor:
     """The last layer's output [B, N, D] for `ids` [B, N] at `positions` [B, N].
 
-    `attend` [B, 1, N, cached + N] is True where a token attends; two such for `Packed`.
+    `attend` [B, 1, N, cached + N] is True where a token attends; two such for `Packed` (packed.py).
     """
     rows, length = ids.shape
     heads = transformer.config.n_head
@@ -164,27 +136,3 @@ def prompt_attend(mask: Tensor) -> Tensor:
     causal = torch.ones(size, size, dtype=torch.bool, device=mask.device).tril()
     itself = torch.eye(size, dtype=torch.bool, device=mask.device)
     return ((causal & mask[:, None].bool()) | itself)[:, None]
-
-
-def predicting_states(transformer: GPT2Model, rollout: Rollout) -> Tensor:
-    """The hidden states [B, T, D] that predict each completion's tokens."""
-    prompts, mask, of = rollout.prompt_ids, rollout.prompt_mask, rollout.prompt_of
-    ids = rollout.completion_ids[:, :-1]  # what follows the last token is not needed
-    rows, length = ids.shape
-    if length == 0:
-        caches = [Cache() for _ in transformer.h]
-        return read_prompts(transformer, prompts, mask, caches)[of, -1:]
-    packed = Packed((len(prompts), prompts.shape[1]), (rows, length), of)
-    causal = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
-    seen = mask[of].bool()[:, None].expand(-1, length, -1)
-    attend = torch.cat([seen, causal.expand(rows, -1, -1)], -1)  # [B, T - 1, P + T - 1]
-    positions = mask[of].sum(-1, keepdim=True) + torch.arange(length, device=ids.device)
-    states = hidden_states(
-        transformer,
-        torch.cat([prompts.flatten(), ids.flatten()])[None],
-        torch.cat([prompt_positions(mask).flatten(), positions.flatten()])[None],
-        [prompt_attend(mask), attend[:, None]],
-        [packed] * len(transformer.h),
-    )
-    first, rest = packed.split(states)
-    return torch.cat([first[of, -1:], rest], 1)  # a prompt's last predicts the first token

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from adaptiverl.rl.gpt2 import is_gpt2, predicting_states
+from adaptiverl.rl.gpt2 import is_gpt2
 from adaptiverl.rl.head import plain_logprobs, token_logprobs
+from adaptiverl.rl.packed import predicting_states
 from adaptiverl.rl.projection import keep_logits_fp32
 from adaptiverl.rl.rollout import Rollout
 
@@ -153,7 +154,7 @@ class Policy(nn.Module):
         """The hidden states [N, D] that predict the completions' N unmasked tokens."""
         mask = rollout.completion_mask.bool()
         if self.gpt2:
-            return predicting_states(self.base.transformer, rollout)[mask]
+            return predicting_states(self.base.transformer, rollout)
         start, inputs = rollout.prompt_ids.shape[1], _inputs(self.base, rollout)
         return self.base.base_model(**inputs).last_hidden_state[:, start - 1 : -1][mask]
 
