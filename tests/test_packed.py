@@ -4,7 +4,6 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from adaptiverl.rl import packed
 from adaptiverl.rl.policy import Policy
 from adaptiverl.rl.rollout import Rollout
 
@@ -47,12 +46,8 @@ def one_by_one(policy: Policy, rollout: Rollout) -> torch.Tensor:
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("left_out", [0.0, 1.0], ids=["without padding", "with it"])
-@pytest.mark.parametrize("completions", [COMPLETIONS, (1, 1, 1, 1), (3, 3, 3, 3)])
-def test_logprobs_and_gradients_are_those_of_completions_alone(
-    policy, monkeypatch, left_out, completions
-):
-    monkeypatch.setattr(packed, "LEFT_OUT", left_out)
+@pytest.mark.parametrize("completions", [COMPLETIONS, (1, 1, 1, 1), (12, 12, 12, 11)])
+def test_logprobs_and_gradients_are_those_of_completions_alone(policy, completions):
     rollout = make(completions)
     expected = one_by_one(policy, rollout)
     (rollout.weights * expected).sum().backward()

@@ -20,8 +20,8 @@ class Packed(Cache):
     """Attention of prompts, and then of their completions, whose tokens are all in one row.
 
     `prompts` is (Q, P), `completions` is (B, T), and `prompt_of` [B]. `padding` is None where the
-    row has all of their Q · P + B · T tokens. Else it is the places, among these, of the row's N tokens
-    [N], and for each place the number of its token [Q · P + B · T], or any number where there is
+    row has all of their Q · P + B · T tokens. Else it is the places of the row's tokens among these
+    [N], and for each place the number of its token [Q · P + B · T]: any number where there is
     padding, to which nothing attends. It holds nothing: one serves all layers.
     """
 
