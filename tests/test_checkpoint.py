@@ -45,6 +45,7 @@ def test_newest_is_the_highest_step_and_final_wins(tmp_path):
         (lambda folder: (folder / "weights").write_text("flipped"), "weights has changed"),
         (lambda folder: (folder / "weights").unlink(), "weights is missing"),
         (lambda folder: (folder / "manifest.json").write_text('{"step": 2'), "manifest.json"),
+        (lambda folder: (folder / "manifest.json").write_text("[2]"), "no step, or no files"),
     ],
 )
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, caplog, damage, words):

@@ -76,11 +76,12 @@ def test_a_terminal_without_termios_is_refused_with_what_to_do(tmp_path, monkeyp
 
 def test_names_in_a_manifest_are_those_of_every_system(tmp_path):
     from adaptiverl.files import checkpoint
+    from adaptiverl.files.manifest import MANIFEST
 
     def write(folder: Path) -> None:
         (folder / "deep").mkdir()
         (folder / "deep/file").write_text("x", encoding="utf-8")
 
     checkpoint.save(tmp_path / "step-1", 1, write)
-    text = (tmp_path / "step-1" / checkpoint.MANIFEST).read_text("utf-8")
+    text = (tmp_path / "step-1" / MANIFEST).read_text("utf-8")
     assert '"deep/file"' in text and checkpoint.newest(tmp_path) == (tmp_path / "step-1", 1)

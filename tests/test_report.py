@@ -372,6 +372,25 @@ def opened(chromium):
     assert said == []
 
 
+@pytest.mark.parametrize(
+    "odd", ['{"step": 2, "prompt": "p"}', '{"step": 2, "prompt": 1, "completion": "c"}', "[]"]
+)
+def test_a_row_of_samples_that_is_not_whole_is_left_out(tmp_path, odd):
+    out = a_run(tmp_path / "run", steps=4, count=2)
+    whole = (out / "samples.jsonl").read_text("utf-8")
+    (out / "samples.jsonl").write_text(f"{odd}\n{whole}", "utf-8")
+    assert [row["step"] for row in read_run(out).samples()] == [1, 1, 2, 2, 3, 3, 4, 4]
+    write_report(out)
+
+
+def test_a_checkpoint_whose_manifest_says_nothing_is_none_of_the_run(tmp_path):
+    out = a_run(tmp_path / "run", steps=4, count=2)
+    (out / "step-000002").mkdir()
+    (out / "step-000002" / "manifest.json").write_text("[2]", "utf-8")
+    assert read_run(out).checkpoints == {}
+    assert adaptiverl(["explain", str(out)]) == 0
+
+
 @needs_browser
 def test_samples_are_sorted_and_searched(tmp_path, opened):
     page = opened(write_report(a_run(tmp_path / "run", text=EVIL)), 1280)

@@ -8,6 +8,7 @@ import math
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import filelock
 
 from adaptiverl.config.schema import ConfigError
+from adaptiverl.files.manifest import MANIFEST, read_manifest
 from adaptiverl.optim.rules import parse_rules
 
 Row = dict[str, Any]
@@ -101,11 +103,12 @@ class Run:
         return statistics.mean(known[-max(3, len(known) // 10) :]) if known else None
 
     def samples(self) -> Iterator[Row]:
-        """The rows of samples.jsonl, one after the other; lines that are not whole are left out."""
+        """The rows of samples.jsonl, one after the other; those that are not whole are left out."""
         path = self.path / "samples.jsonl"
         if path.exists():
             with path.open(encoding="utf-8", errors="replace") as lines:
-                yield from (row for line in lines if (row := json_object(line)) is not None)
+                rows = (json_object(line) or {} for line in lines)
+                yield from (row for row in rows if _is_sample(row))
 
     @property
     def rewards(self) -> list[Row]:
@@ -121,8 +124,8 @@ class Run:
         """The step of each checkpoint, by the name of its folder."""
         found = {}
         for path in _manifests(self.path):
-            if row := json_object(path.read_text(encoding="utf-8")):
-                found[path.parent.name] = int(row["step"])
+            with suppress(ValueError):  # doctor and RESUME say that it is damaged
+                found[path.parent.name] = read_manifest(path.parent).step
         return found
 
     @cached_property
@@ -188,7 +191,7 @@ def mend_config(path: Path) -> str:
 
 def _manifests(path: Path) -> list[Path]:
     """Of all checkpoints; those that are hidden are not finished."""
-    found = sorted(path.glob("*/manifest.json"))
+    found = sorted(path.glob(f"*/{MANIFEST}"))
     return [manifest for manifest in found if not manifest.parent.name.startswith(".")]
 
 
@@ -253,6 +256,11 @@ def _numbered_rows(path: Path) -> tuple[dict[int, Row], list[Torn]]:
     rows = {number: row for number, row in numbered.items() if row is not None}
     torn = [n for n, row in numbered.items() if row is None or n == len(lines)]
     return rows, [Torn(path.name, number, number == max(numbered)) for number in torn]
+
+
+def _is_sample(row: Row) -> bool:
+    is_prompt = isinstance(row.get("prompt"), str | list)
+    return is_prompt and isinstance(row.get("completion"), str) and _is_number(row.get("step"))
 
 
 def json_object(line: str) -> Row | None:

@@ -15,9 +15,8 @@ from typing import NamedTuple
 from adaptiverl.commands.curves import mend_config, read_run, whole_rows
 from adaptiverl.config.loading import load_config
 from adaptiverl.config.schema import ConfigError
+from adaptiverl.files.manifest import MANIFEST, read_manifest
 from adaptiverl.training.keys import RunConfig
-
-MANIFEST = "manifest.json"  # of files/checkpoint.py, which imports torch
 
 
 class Checkpoint(NamedTuple):
@@ -64,11 +63,9 @@ class RunReader:
         for name in ("step-*", "best", "final"):
             for manifest in self.path.glob(f"{name}/{MANIFEST}"):
                 try:
-                    found[manifest.parent.name] = int(
-                        json.loads(manifest.read_text("utf-8"))["step"]
-                    )
-                except (OSError, ValueError, KeyError) as error:
-                    logging.warning("%s is damaged: %s", manifest.parent, error)
+                    found[manifest.parent.name] = read_manifest(manifest.parent).step
+                except (OSError, ValueError) as error:
+                    logging.warning("%s is damaged (%s: %s)", manifest.parent, MANIFEST, error)
         return dict(sorted(found.items(), key=lambda item: item[1]))
 
     def choose(self, which: str | None = None) -> Checkpoint:

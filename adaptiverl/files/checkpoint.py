@@ -20,10 +20,10 @@ import filelock
 import numpy as np
 import torch
 
+from adaptiverl.files.manifest import MANIFEST, Manifest, read_manifest, write_manifest
 from adaptiverl.files.room import naming
 
 log = logging.getLogger(__name__)
-MANIFEST = "manifest.json"
 LOCK = ".lock"  # in a run's folder; the operating system frees it when the process ends
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # errors of file systems without locks
 BEST, EVENTS = "best", "events.jsonl"
@@ -45,8 +45,7 @@ def save(folder: Path, step: int, write: Callable[[Path], None]) -> None:
         write(temporary)
         open_to_umask(temporary)
         files = {f.relative_to(temporary).as_posix(): _sha256(f) for f in _files(temporary)}
-        manifest = {"step": step, "files": files}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2), "utf-8")
+        write_manifest(temporary, Manifest(step, files))
         for path in [*_files(temporary), temporary]:
             _sync(path)
         replaced = folder.with_name(f".old-{folder.name}")
@@ -108,7 +107,7 @@ def to_resume(output_dir: Path) -> Path | str | None:
 def _taken_back(best: Path) -> str | None:
     """Why its step may be one that the run there has rolled back since; None if it has not."""
     events = best.parent / EVENTS
-    step = json.loads((best / MANIFEST).read_text("utf-8"))["step"]
+    step = read_manifest(best).step
     for line in events.read_text("utf-8").splitlines() if events.exists() else ():
         with contextlib.suppress(ValueError, KeyError, TypeError):  # a torn line
             row = json.loads(line)
@@ -132,9 +131,8 @@ def _found(output_dir: Path) -> list[tuple[int, bool, Path]]:
         folder = path.parent
         if not folder.name.startswith(".new-") and folder.name.removeprefix(".old-") != BEST:
             try:
-                step = int(json.loads(path.read_text("utf-8"))["step"])
-                found.append((step, folder.name == "final", folder))
-            except (ValueError, KeyError) as error:
+                found.append((read_manifest(folder).step, folder.name == "final", folder))
+            except ValueError as error:
                 log.warning("%s is damaged (%s: %s): not used", folder, MANIFEST, error)
     return found
 
@@ -238,10 +236,10 @@ def step_name(step: int) -> str:
 def damage(folder: Path) -> str | None:
     """What is wrong with the checkpoint in `folder`; None if it is whole."""
     try:
-        files = json.loads((folder / MANIFEST).read_text("utf-8"))["files"]
+        files = read_manifest(folder).files
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError) as error:
         return f"{MANIFEST}: {error}"
     for name, digest in files.items():
         if not (folder / name).is_file():
