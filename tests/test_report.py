@@ -387,7 +387,7 @@ def test_a_checkpoint_whose_manifest_says_nothing_is_none_of_the_run(tmp_path):
     out = a_run(tmp_path / "run", steps=4, count=2)
     (out / "step-000002").mkdir()
     (out / "step-000002" / "manifest.json").write_text("[2]", "utf-8")
-    assert read_run(out).checkpoints == {}
+    assert "step-000002" not in read_run(out).checkpoints
     assert adaptiverl(["explain", str(out)]) == 0
 
 
