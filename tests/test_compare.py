@@ -245,7 +245,8 @@ def test_prompts_are_compared_in_a_step_that_both_have(tmp_path, capsys, other, 
     runs = [a_run(tmp_path / name, 0.2, seed) for seed, name in enumerate("ab")]
     samples = [[(1, "first"), (2, "one")], [(2, other), (4, "four")]]
     for run, rows in zip(runs, samples, strict=True):
-        lines = [json.dumps({"step": step, "prompt": prompt}) + "\n" for step, prompt in rows]
+        texts = [{"step": step, "prompt": prompt, "completion": ""} for step, prompt in rows]
+        lines = [json.dumps(row) + "\n" for row in texts]
         (run / "samples.jsonl").write_text("".join(lines))
     assert adaptiverl(["compare", *map(str, runs), "--out", str(tmp_path / "page.html")]) == 0
     text = capsys.readouterr().out
@@ -265,6 +266,7 @@ def test_a_file_of_prompts_that_has_changed_in_between_is_not_paired(tmp_path, c
     """It has the same name: samples.jsonl says what was in it."""
     runs = [a_run(tmp_path / name, 0.2, seed) for seed, name in enumerate("ab")]
     for run, prompt in zip(runs, ("one", "two"), strict=True):
-        (run / "samples.jsonl").write_text(json.dumps({"step": 1, "prompt": prompt}) + "\n")
+        row = {"step": 1, "prompt": prompt, "completion": ""}
+        (run / "samples.jsonl").write_text(json.dumps(row) + "\n")
     assert adaptiverl(["compare", *map(str, runs), "--out", str(tmp_path / "page.html")]) == 0
     assert "on the same prompts" not in capsys.readouterr().out
