@@ -168,7 +168,7 @@ class Bench:
 
     @torch.no_grad()
     def judge(self, task: Task, sampler: Sampler, way: Method) -> dict[str, Any]:
-        """The last policy's score, reward and KL to the reference (nats a completion), entropy."""
+        """The last policy's score, reward, entropy, and nats per completion to the reference."""
         if isinstance(way, ScheduleFree):
             way.optimizer.eval()
         chance, scores, rewards, kls, entropies = random.Random(10**6), [], [], [], []

@@ -6,6 +6,7 @@ All 26 faults and 20 sound runs are in benchmarks/doctor.py.
 import json
 import math
 import random
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from adaptiverl.commands.curves import Run, change, read_run
 from adaptiverl.commands.doctor import ORDER, doctor, findings
 from adaptiverl.commands.explain import explain
 from adaptiverl.commands.report import write_report
+from adaptiverl.commands.sample_facts import facts_of
 from adaptiverl.commands.verdict import verdict
 from benchmarks.doctor import FAULTS, MINE, SOUND
 
@@ -429,6 +431,39 @@ def test_a_finished_run_that_lost_its_last_line_is_finished(main, settings, caps
     with (out / "final/model.safetensors").open("r+b") as weights:
         weights.write(b"12345678")
     assert read_run(out).state == "killed", "nobody goes on from a final/ that is damaged"
+
+
+def test_a_manifest_that_says_nothing_is_told_and_not_called_a_kill(main, settings, capsys):
+    assert main(settings | {"STEPS": 4, "SAVE_EVERY": 2}) == 0
+    out = Path(settings["OUTPUT_DIR"])
+    capsys.readouterr()
+    (out / "final/manifest.json").write_text("[1, 2]", "utf-8")
+    assert adaptiverl(["doctor", str(out)]) == 1
+    head, _, says, evidence, advice, *_ = capsys.readouterr().out.splitlines()
+    assert head == f"{out}: 4 steps of 4, finished or killed: final/ is damaged"
+    assert says == "1. a checkpoint is damaged, and no command uses it"
+    assert evidence.endswith(
+        "final/manifest.json: it has no step, or no files; others: steps 2 and 4"
+    )
+    assert advice.startswith("   change:   put manifest.json back from a copy")
+    assert "killed" not in kinds(out)
+
+
+def test_a_run_that_was_killed_says_so_beside_another_damaged_checkpoint(tmp_path):
+    run = a_run(tmp_path)
+    shutil.rmtree(run / "final")
+    (run / "step-000020").mkdir()
+    (run / "step-000020/manifest.json").write_text("{", "utf-8")
+    assert kinds(run)[:2] == ["damaged checkpoint", "killed"]
+
+
+def test_rows_of_samples_that_lack_something_are_told(tmp_path):
+    whole = {"step": 1, "prompt": "p", "completion": "c", "completion_ids": [1, 2], "reward": 0.1}
+    lacking = {name: value for name, value in whole.items() if name != "completion"}
+    run = a_run(tmp_path, samples=[whole, lacking, whole, *[lacking] * 4])
+    (found,) = (each for each in findings(read_run(run)) if each.kind == "odd samples")
+    assert found.evidence == "line 2, 4, 5, 6 and 1 more"
+    assert facts_of(read_run(run), []).count == 2
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,12 @@
 import re
 from collections.abc import Iterator
 
-from adaptiverl.commands.curves import Row, Run, mend_config
+from adaptiverl.commands.curves import Row, Run, damaged, mend_config
 from adaptiverl.commands.endings import ENDED, in_words, lost
 from adaptiverl.commands.finding import Finding
 from adaptiverl.commands.sample_facts import SampleFacts
 from adaptiverl.files.console import counted
+from adaptiverl.files.manifest import MANIFEST
 from adaptiverl.training.collapse import COLLAPSES
 
 FEW = 4  # completions per step, at most, that one prompt each cannot be learned from
@@ -22,6 +23,8 @@ def run_findings(run: Run, facts: SampleFacts) -> Iterator[Finding]:
     yield from _taken_back(run)
     yield from _torn(run)
     yield from _odd(run)
+    yield from _odd_samples(facts)
+    yield from _damaged(run)
     yield from _config(run)
     yield from _prompts(run, facts)
     yield from _batch(run)
@@ -56,7 +59,7 @@ def _ended(run: Run) -> Iterator[Finding]:
             yield Finding(
                 event["kind"], "the run could not go on", f"step {step}: {message}", advice
             )
-    elif run.state == "killed":
+    elif run.state == "killed" and "final" not in damaged(run):  # else it may have finished
         saved = max(run.checkpoints.values(), default=None)
         kept = (
             "no checkpoint was written" if saved is None else f"the last checkpoint is of {saved}"
@@ -156,6 +159,31 @@ def _odd(run: Run) -> Iterator[Finding]:
             "; ".join(run.odd[:SHOWN]) + more,
             "a run writes no such values: see which other program wrote there, and put the file "
             "back from a copy if there is one",
+        )
+
+
+def _odd_samples(facts: SampleFacts) -> Iterator[Finding]:
+    if facts.odd:
+        more = f" and {len(facts.odd) - SHOWN} more" if len(facts.odd) > SHOWN else ""
+        yield Finding(
+            "odd samples",
+            "samples.jsonl has rows without a step, a prompt or a completion: they are left out",
+            f"line {', '.join(map(str, facts.odd[:SHOWN]))}{more}",
+            "a run writes no such rows: see which other program wrote there, and put the file back "
+            "from a copy if there is one",
+        )
+
+
+def _damaged(run: Run) -> Iterator[Finding]:
+    if wrong := damaged(run):
+        others = in_words(sorted({*run.checkpoints.values()})) if run.checkpoints else "none"
+        yield Finding(
+            "damaged checkpoint",
+            "a checkpoint is damaged, and no command uses it",
+            "; ".join(f"{name}/{MANIFEST}: {why}" for name, why in wrong.items())
+            + f"; others: {others}",
+            f"put {MANIFEST} back from a copy; without it nothing shows whether the weights beside "
+            "it are whole",
         )
 
 

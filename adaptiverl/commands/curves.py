@@ -102,13 +102,21 @@ class Run:
         known = self.values(name)
         return statistics.mean(known[-max(3, len(known) // 10) :]) if known else None
 
-    def samples(self) -> Iterator[Row]:
-        """The rows of samples.jsonl, one after the other; those that are not whole are left out."""
+    def samples(self, odd: list[int] | None = None) -> Iterator[Row]:
+        """The rows of samples.jsonl, one after the other; lines that are not whole are left out.
+
+        So are rows that lack a step, prompt or completion; the numbers of their lines go to `odd`.
+        """
         path = self.path / "samples.jsonl"
         if path.exists():
             with path.open(encoding="utf-8", errors="replace") as lines:
-                rows = (json_object(line) or {} for line in lines)
-                yield from (row for row in rows if _is_sample(row))
+                for number, line in enumerate(lines, 1):
+                    if (row := json_object(line)) is None:
+                        continue
+                    if _is_sample(row):
+                        yield row
+                    elif odd is not None:
+                        odd.append(number)
 
     @property
     def rewards(self) -> list[Row]:
@@ -121,10 +129,10 @@ class Run:
 
     @cached_property
     def checkpoints(self) -> dict[str, int]:
-        """The step of each checkpoint, by the name of its folder."""
+        """The step of each checkpoint, by the name of its folder; not of those in `damaged`."""
         found = {}
         for path in _manifests(self.path):
-            with suppress(ValueError):  # doctor and RESUME say that it is damaged
+            with suppress(ValueError):
                 found[path.parent.name] = read_manifest(path.parent).step
         return found
 
@@ -193,6 +201,17 @@ def _manifests(path: Path) -> list[Path]:
     """Of all checkpoints; those that are hidden are not finished."""
     found = sorted(path.glob(f"*/{MANIFEST}"))
     return [manifest for manifest in found if not manifest.parent.name.startswith(".")]
+
+
+def damaged(run: Run) -> dict[str, str]:
+    """What is wrong with each manifest that cannot be read, by the name of its folder."""
+    found = {}
+    for path in _manifests(run.path):
+        try:
+            read_manifest(path.parent)
+        except ValueError as error:
+            found[path.parent.name] = str(error)
+    return found
 
 
 def change(first: Sequence[float], last: Sequence[float]) -> Change:

@@ -18,7 +18,8 @@ from adaptiverl.training.collapse import COLLAPSES
 
 # What is likely to have caused what follows it here; a kind that is not here comes first
 ORDER = (
-    "torn line", "no number", "config", "killed", "judge", "reward raises", "reward code",
+    "torn line", "no number", "odd samples", "damaged checkpoint",
+    "config", "killed", "judge", "reward raises", "reward code",
     "rate zero", "rate held", "gradient not finite", "gradient zero", "rate too large",
     "labels lost", "reward missing", "hacked", "conflict", "one reward drowns", "dead reward",
     "prompts cut", "one prompt", "temperature", "wrong EOS", "empty completions",

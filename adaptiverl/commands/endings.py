@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from adaptiverl.commands.curves import Run, mend_config
+from adaptiverl.commands.curves import Run, damaged, mend_config
 
 # What every run has, also where nothing was to be written there, and what is not known without it
 LOGS = {
@@ -53,6 +53,8 @@ def outcome(run: Run) -> str:
     epochs, steps = run.config.get("EPOCHS"), run.config.get("STEPS", 0)
     if epochs is not None and run.state == "finished" and reached(run) < steps:
         return f"finished: EPOCHS {epochs} came before STEPS"
+    if run.state == "killed" and "final" in damaged(run):
+        return "finished or killed: final/ is damaged"
     return run.state
 
 

@@ -19,6 +19,7 @@ class SampleFacts:
 
     count: int = 0
     steps: int = 0
+    odd: list[int] = field(default_factory=list)  # lines without step, prompt or completion
     empty: int = 0  # of one token at most: only the end
     too_large: int = 0  # with scores, and without a reward: their sum is left out
     prompts: Counter[str] = field(default_factory=Counter)
@@ -33,7 +34,7 @@ def facts_of(run: Run, end_ids: Sequence[int]) -> SampleFacts:
     facts, names = SampleFacts(), [reward["NAME"] for reward in run.rewards]
     size = run.config.get("NUM_GENERATIONS", 1)
     pairs = {pair: _Correlation() for pair in combinations(names, 2)}
-    for rows in steps_of(run):
+    for rows in steps_of(run, facts.odd):
         facts.steps += 1
         for row in rows:
             ids = row.get("completion_ids", [])
@@ -57,9 +58,9 @@ def facts_of(run: Run, end_ids: Sequence[int]) -> SampleFacts:
     return facts
 
 
-def steps_of(run: Run) -> Iterator[list[Row]]:
-    """The rows of samples.jsonl, step by step."""
-    for _, rows in groupby(run.samples(), key=itemgetter("step")):
+def steps_of(run: Run, odd: list[int] | None = None) -> Iterator[list[Row]]:
+    """The rows of samples.jsonl, step by step; `odd` is that of `Run.samples`."""
+    for _, rows in groupby(run.samples(odd), key=itemgetter("step")):
         yield list(rows)
 
 

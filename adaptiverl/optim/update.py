@@ -59,9 +59,7 @@ class LastUpdate:
         own = self.optimizer.rates if isinstance(self.optimizer, PerTensorOptimizer) else {}
         groups = self.optimizer.param_groups
         for group, lr, moved in zip(groups, self.rates, self.moved, strict=True):
-            for p in moved:
-                if p not in self.old:
-                    continue
+            for p in [p for p in moved if p in self.old]:
                 old = self.old[p]
                 new, by = p, factor
                 if _is_short(p):  # what it was scaled to before is rounded
@@ -101,13 +99,13 @@ def alignment_and_finite(optimizer: Optimizer) -> tuple[float | None, bool]:
     for group in optimizer.param_groups:
         moved = [p for p in group["params"] if p.grad is not None]
         keeps = _keeps_direction(optimizer, group)
-        known = [p for p in moved if keeps and optimizer.state.get(p)]
-        directions = _directions(optimizer, group, known)
+        known = dict.fromkeys(p for p in moved if keeps and optimizer.state.get(p))
+        directions = _directions(optimizer, group, [*known])
         for p in moved:
             grad, is_shard = _local(p.grad)
             shards |= is_shard
             g = _in_32_bits(grad.flatten())
-            if keeps and optimizer.state.get(p):
+            if p in known:
                 vector, divisor = next(directions)
                 d = _in_32_bits(_local(vector)[0].flatten())
                 products += [d.dot(g), d.dot(d), g.dot(g)]

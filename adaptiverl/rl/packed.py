@@ -13,7 +13,7 @@ from transformers import GPT2Model
 from adaptiverl.rl.gpt2 import Cache, hidden_states, prompt_attend, prompt_positions, read_prompts
 from adaptiverl.rl.rollout import Rollout
 
-LEFT_OUT = 0.1  # the share of padding from which leaving it out saves more than it costs
+LEFT_OUT = 0.1  # of all tokens: from this share on padding is left out (benchmarks/README.md)
 
 
 class Packed(Cache):

@@ -152,11 +152,11 @@ class Policy(nn.Module):
 
     def _states(self, rollout: Rollout) -> Tensor:
         """The hidden states [N, D] that predict the completions' N unmasked tokens."""
-        mask = rollout.completion_mask.bool()
         if self.gpt2:
             return predicting_states(self.base.transformer, rollout)
         start, inputs = rollout.prompt_ids.shape[1], _inputs(self.base, rollout)
-        return self.base.base_model(**inputs).last_hidden_state[:, start - 1 : -1][mask]
+        states = self.base.base_model(**inputs).last_hidden_state[:, start - 1 : -1]
+        return states[rollout.completion_mask.bool()]
 
     def _log_softmax(self, rollout: Rollout) -> Tensor:
         """[N, V] by the model's own head, for heads that do more than a projection."""
