@@ -519,6 +519,7 @@ def test_a_sum_that_is_beyond_what_is_summed_is_named(main, settings, tmp_path, 
     (tmp_path / "of_any_size.py").write_text(
         "def up(completions, **_):\n    return [0.28 for _ in completions]\n"
         "def huge(completions, **_):\n    return [3e16 for _ in completions]\n"
+        "def rarely(completions, **_):\n    return [3e16, *[None] * (len(completions) - 1)]\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     up = {"TYPE": "python", "FUNCTION": "of_any_size:up", "WEIGHT": 1e30}
@@ -538,9 +539,16 @@ def test_a_sum_that_is_beyond_what_is_summed_is_named(main, settings, tmp_path, 
     huge = {"TYPE": "python", "FUNCTION": "of_any_size:huge"}
     assert main(settings | {"REWARDS": [huge]}) == 0
     (found,) = findings(read_run(out))
+    size = settings["BATCH_SIZE"]
     assert found.says == (
         "the reward 'huge' is missing for many completions: it gives NaN, infinity or numbers "
-        "beyond 1e16, first in step 1"
+        f"beyond 1e16 ({3 * size}, first in step 1)"
+    )
+    rarely = {"TYPE": "python", "FUNCTION": "of_any_size:rarely"}
+    assert main(settings | {"REWARDS": [rarely]}) == 0
+    (found,) = findings(read_run(out))
+    assert found.says.endswith(
+        f"numbers beyond 1e16 (3, first in step 1) and None ({3 * size - 3})"
     )
 
 

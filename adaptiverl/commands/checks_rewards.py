@@ -47,10 +47,13 @@ def _missing(run: Run) -> Iterator[Finding]:
         left_out = _left_out_by_ask(run, reward)
         if share - left_out < MISSING:
             continue
-        odd = next((row for row in run.metrics if row.get(f"rewards/{name}/quarantined")), None)
+        odd = run.series(f"rewards/{name}/quarantined")  # how many up to each step
         why, advice = "it gives None", f"correct {name!r} in REWARDS (TYPE {reward['TYPE']})"
         if odd:
-            why = f"it gives NaN, infinity or numbers beyond 1e16, first in step {odd['step']}"
+            (first, _), (_, count) = odd[0], odd[-1]
+            why = f"it gives NaN, infinity or numbers beyond 1e16 ({count}, first in step {first})"
+            if (others := round(sum(rows) * run.config.get("BATCH_SIZE", 0)) - count) > 0:
+                why += f" and None ({others})"
         elif reward["TYPE"] == "human":
             why, advice = _unlabelled(run, reward)
         yield Finding(
