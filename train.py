@@ -111,8 +111,8 @@ def train(c: RunConfig, parts: Parts, folder: RunFolder, stop: StopSignal) -> No
         lengths = runtime.gather(rollout.completion_mask.sum(-1)).float()
         metrics = log.reward_metrics(reward, c.NUM_GENERATIONS)
         metrics |= log.loss_metrics(runtime.gather(sums[None]), lengths, grad_norm)
-        truncated = sampler.truncated(rollout)
-        metrics |= log.completion_metrics(runtime, rollout, truncated, lengths, c.NUM_GENERATIONS)
+        prompts, truncated = batch["prompt"], sampler.truncated(rollout)
+        metrics |= log.completion_metrics(runtime, rollout, prompts, truncated, lengths)
         metrics |= log.kl_metrics(kl, lengths, progress.kl_coef) if c.KL_COEF else {}
         informative = is_informative(reward, c.BASELINE, c.NUM_GENERATIONS)
         metrics |= update(c, parts, rollout, metrics, informative)

@@ -31,8 +31,8 @@ class CompositeReward:
     the other completions of the same prompt, so that it says nothing for or against the completion
     among them; over the batch where the prompt has no other. A completion that every component
     misses is missing itself. Scores that are not finite or beyond 1e16 either way become missing,
-    are logged and counted in `quarantined`. `reserved` says of a name whether the program uses it,
-    so that rewards may not report under it by log_metric or log_extra.
+    are logged the first time and counted in `quarantined`. `reserved` says of a name whether the
+    program uses it, so that rewards may not report under it by log_metric or log_extra.
 
     A weight that is a schedule goes by `trainer_state.global_step`, which TRL's trainers give.
     Elsewhere pass a `trainer_state` that has one, or the weight stays at its first value.
@@ -118,7 +118,7 @@ class CompositeReward:
         given |= {"prompts": prompts, "completions": completions}
 
         def check(name: str, answer: Any) -> Column:
-            scores, odd = checked(name, answer, completions)
+            scores, odd = checked(name, answer, completions, told=self.quarantined[name] > 0)
             self.quarantined[name] += odd
             return scores
 

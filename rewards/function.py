@@ -80,6 +80,12 @@ class PythonReward(Reward):
         if declared:
             return
         signature = _signature(function)
+        names = signature.parameters
+        any_name = any(each.kind == each.VAR_KEYWORD for each in names.values())
+        if not any_name and (unknown := self.args.keys() - names.keys()):
+            taken = ", ".join(name for name in names if name not in GIVEN) or "none"
+            wrong = ", ".join(sorted(unknown))
+            raise ValueError(f"{self.function} does not take the ARGS {wrong}: it takes {taken}")
         try:
             (signature.bind if complete else signature.bind_partial)(**self.args)
         except TypeError as error:
@@ -129,6 +135,8 @@ class PythonReward(Reward):
     @property
     def is_async(self) -> bool:
         self.start()
+        if isinstance(self._function, Reward):
+            return self._function.is_async
         call = type(self._function).__call__
         return any(map(inspect.iscoroutinefunction, (self._function, call)))
 

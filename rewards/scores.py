@@ -17,10 +17,11 @@ log = logging.getLogger(__name__)
 LARGEST = 1e16  # training computes in float32, which holds no sum of squares of larger ones
 
 
-def checked(name: str, answer: Any, completions: Texts) -> tuple[Column, int]:
+def checked(name: str, answer: Any, completions: Texts, told: bool = False) -> tuple[Column, int]:
     """The scores that the reward `name` answered, and how many cannot be used: now None.
 
-    These are logged in one line. Raises ValueError for what is not one score per completion.
+    These are logged in one line, unless `told`. Raises ValueError for what is not one score per
+    completion.
     """
     if not isinstance(answer, Sized) or isinstance(answer, Mapping | Set | str | bytes | bytearray):
         raise ValueError(
@@ -42,12 +43,13 @@ def checked(name: str, answer: Any, completions: Texts) -> tuple[Column, int]:
             ) from error
     odd = [i for i, score in enumerate(given) if score is not None and not abs(score) <= LARGEST]
     scores = [None if i in odd else score for i, score in enumerate(given)]
-    if odd:
+    if odd and not told:
         first = odd[0]
         log.warning(
             f"reward {name!r} is not finite, or beyond {LARGEST:g}, for {len(odd)} of "
             f"{len(scores)} completions and is left out there; the first: {given[first]} for "
-            f"{text_of(completions[first])[:80]!r}"
+            f"{text_of(completions[first])[:80]!r}. From here on such scores are only counted "
+            f"(rewards/{name}/quarantined)"
         )
     return scores, len(odd)
 

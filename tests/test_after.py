@@ -650,6 +650,11 @@ def test_a_running_scale_is_the_run_s(train, command):
     raw = found["rewards/regex"]["difference"]["mean"]
     assert abs(raw) > 0.01
     assert found["reward"]["difference"]["mean"] == pytest.approx(3 * raw / deviation)
+    assert command("export", run, run.parent / "scaled model")[0] == 0
+    card = (run.parent / "scaled model/README.md").read_text()
+    assert "| steps | reward, on a fixed scale | KL" in card, "the unit of the evaluation"
+    for row in read_jsonl(run / "metrics.jsonl"):
+        assert f"| {row['step']} | {row['reward_fixed_scale']:z.3f} |" in card
 
 
 def test_a_new_run_takes_the_evaluation_of_the_old_one_away(train, command):

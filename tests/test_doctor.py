@@ -415,17 +415,22 @@ def test_a_finished_run_that_lost_its_last_line_is_finished(main, settings, caps
     assert main(keys) == 0
     out = Path(settings["OUTPUT_DIR"])
     file = out / "metrics.jsonl"
-    file.write_bytes(file.read_bytes()[:-100])
+    whole = file.read_bytes()
 
     def said() -> list[str]:
         capsys.readouterr()
         adaptiverl(["doctor", str(out)])
         return capsys.readouterr().out.splitlines()
 
+    first, second, third, _ = whole.splitlines(keepends=True)
+    file.write_bytes(first + second + third[:-100])
+    assert said()[3].endswith("metrics.jsonl lacks steps 3 and 4")
+    assert said()[4].endswith("cuts the line off; the run is finished"), "step 3 is lost too"
+    file.write_bytes(whole[:-100])
     head, *rest = said()
     assert head == f"{out}: 4 steps of 4, finished"
     assert rest[2].endswith("the last step that can be read is 3; metrics.jsonl lacks step 4")
-    assert rest[3].endswith("cuts the line off; nothing else is lost, the run is finished")
+    assert rest[3].endswith("cuts the line off; nothing else is lost; the run is finished")
     assert main(keys | {"RESUME": "auto"}) == 0
     assert said()[:2] == [head, "metrics.jsonl lacks step 4"] and kinds(out) == []
     with (out / "final/model.safetensors").open("r+b") as weights:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import read_jsonl, without_clock
 
+from adaptiverl.__main__ import main as adaptiverl
 from adaptiverl.training.guards import Guards
 from adaptiverl.training.keys import RunConfig
 from adaptiverl.training.trends import trend
@@ -88,6 +89,30 @@ def test_rewards_that_differ_between_prompts_only(main, settings, caplog, reward
     assert bool(warnings(caplog, "equal")) == said
 
 
+@pytest.mark.parametrize(
+    ("baseline", "place", "key"),
+    [("rloo", "no prompt", "NUM_GENERATIONS"), ("batch", "no step", "BATCH_SIZE")],
+)
+def test_rewards_that_are_too_few_to_compare(
+    main, settings, caplog, capsys, reward, baseline, place, key
+):
+    """With one reward per prompt, or per batch, no change of REWARDS tells completions apart."""
+
+    def rare(completions, **_):
+        own = 4 if baseline == "rloo" else len(completions)
+        return [float(k) if k % own == 0 else None for k in range(len(completions))]
+
+    keys = {"REWARDS": [reward(rare)], "BASELINE": baseline, "STEPS": 5}
+    assert main(settings | keys) == 0
+    (text,) = warnings(caplog, "missing")
+    assert f"that {place} has two to compare" in text and text.endswith(f"or raise {key}")
+    assert not warnings(caplog, "same reward") and not warnings(caplog, "equal")
+    capsys.readouterr()
+    adaptiverl(["doctor", settings["OUTPUT_DIR"]])
+    told = capsys.readouterr().out
+    assert "is missing for many completions" in told and "the same reward" not in told
+
+
 def test_a_collapse_is_warned_of_at_once(main, settings, caplog):
     keys = {"LRATE": 50, "LR_RULE": "none", "STEPS": 6, "REWARDS": settings["REWARDS"][:1]}
     keys |= {"ON_COLLAPSE": "warn"}
@@ -120,7 +145,9 @@ def test_rewards_that_are_all_missing_are_warned_of_once(main, settings, caplog,
     (text,) = warnings(caplog, "no completion has a reward")
     assert text.startswith("step 1: ") and "mine gave None" in text and "REWARDS" in text
     odd = warnings(caplog, "reward 'mine' is not finite, or beyond 1e+16, for 8 of 8 completions")
-    assert len(odd) == (0 if value is None else 3), "one line per step"
+    assert len(odd) == (0 if value is None else 1), "once"
+    counts = [row.get("rewards/mine/quarantined") for row in rows(settings)]
+    assert counts == ([None] * 3 if value is None else [8, 16, 24])
 
 
 def test_people_who_give_no_label_are_not_said_to_give_no_numbers(main, settings, caplog, tmp_path):

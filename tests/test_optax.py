@@ -127,6 +127,7 @@ JUMPS = {
     "infinite": lambda s, big: jnp.where(s > 0.5, jnp.inf, 1e-2 * s * s),
     "hopeless": lambda s, big: big + 0 * s,
     "nothing": lambda s, big: 0 * s,
+    "still": lambda s, big: 3e-3 + 0 * s,
 }
 
 
@@ -153,7 +154,7 @@ def test_the_line_search_ends_where_torchs_does(name):
         found = jitted(big, initialized, most)
         np.testing.assert_allclose(found, [scale, now[0], end], rtol=1e-6)
         ends.add(scale)
-    assert len(ends) > 1 or name == "hopeless"
+    assert len(ends) > 1 or name in ("hopeless", "nothing", "still")
 
 
 @pytest.mark.parametrize(
@@ -206,6 +207,7 @@ BROKEN = {  # sizes of the gradient and of the KL; 0: as it is
     "a KL": (1.0, math.nan),
     "an infinite KL": (1.0, -math.inf),
     "a KL below 0": (1.0, -0.003),
+    "a KL that does not move": (1.0, 0.003),
 }
 
 

@@ -585,10 +585,10 @@ def test_args_go_to_an_async_function(argued):
     [
         ("counts", {1: 2}, "string"),
         ("counter", {}, "argued:counter does not take these ARGS: missing a required argument"),
-        ("counter", {"word": "a"}, "argued:counter does not take these ARGS"),
-        ("Counter", {"lettre": "a"}, "argued:Counter does not take these ARGS"),
+        ("counter", {"word": "a"}, "counter does not take the ARGS word: it takes letter$"),
+        ("Counter", {"lettre": "a"}, "Counter does not take the ARGS lettre: it takes letter$"),
         ("Silent", {}, r"argued:Silent makes .*, which cannot be called"),
-        ("narrow", {"letter": "b"}, "argued:narrow does not take these ARGS"),
+        ("narrow", {"letter": "b"}, "narrow does not take the ARGS letter: it takes none$"),
     ],
 )
 def test_a_function_that_cannot_be_called_so_is_refused_at_the_start(argued, name, args, message):
@@ -950,10 +950,11 @@ def test_what_is_not_finite_is_quarantined(caplog):
     assert composite.quarantined == {"odd": 3, "sound": 0}
     assert caplog.messages == [
         "reward 'odd' is not finite, or beyond 1e+16, for 3 of 4 completions and is left out "
-        "there; the first: nan for 'first'"
+        "there; the first: nan for 'first'. From here on such scores are only counted "
+        "(rewards/odd/quarantined)"
     ]
     composite(["p"] * 4, texts)
-    assert composite.quarantined["odd"] == 6
+    assert composite.quarantined["odd"] == 6 and len(caplog.messages) == 1
 
 
 @pytest.mark.parametrize("values", [[], [1.0], [1.0, 2.0, 3.0]])

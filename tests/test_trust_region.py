@@ -452,6 +452,7 @@ def test_the_target_is_not_below_the_floor():
 def test_the_rate_does_not_wind_up_behind_its_bound():
     """While an update moves nothing the rate waits at the bound, ready to fall at once."""
     world = World(lr=1.0, kind=torch.optim.Adagrad, kl=0.01, max_lr=4.0)
+    world.region.initialized = True
     for _ in range(50):
         assert world.step(measure=lambda: 0.0).lr <= 4
     assert world.region.ratio == pytest.approx(4)
@@ -535,6 +536,18 @@ def test_a_negative_kl_is_no_information(initialized, caplog):
         assert world.weight.item() == pytest.approx(-1e-3 * step)
     assert len(caplog.records) == 1 and "measure_kl gave a KL below 0" in caplog.text
     assert world.step().scale > 10 or initialized, "the next one is searched for"
+
+
+@pytest.mark.parametrize("kl", [0.0, 0.003])
+def test_a_kl_that_does_not_move_leaves_update_and_rate(kl, caplog):
+    """As of a measure_kl that was computed before the step."""
+    world = World(lr=1e-3, kl=0.01)
+    for step in (1, 2):
+        info = world.step(measure=lambda: kl)
+        assert (info.kl, info.scale, info.lr, world.region.ratio) == (kl, 1.0, 1e-3, 1.0)
+        assert world.weight.item() == pytest.approx(-1e-3 * step)
+    assert "the policy as it is when it is called" in caplog.text and len(caplog.records) == 1
+    assert world.step().scale > 10, "the next one is searched for"
 
 
 def test_a_kl_below_0_after_the_update_was_scaled_down_leaves_it_there():
@@ -625,6 +638,8 @@ def test_a_kl_with_a_gradient_is_a_number():
     assert copy.deepcopy(world.region.state_dict()) == world.region.state_dict()
     with pytest.raises(TypeError, match="measure_kl returned None; it must return the KL"):
         world.step(measure=lambda: None)
+    with pytest.raises(TypeError, match=r"measure_kl is 0\.01; it must be a function without arg"):
+        world.step(measure=0.01)
 
 
 def test_each_change_of_the_rate_has_its_reason():
@@ -683,3 +698,8 @@ def test_a_state_of_something_else_is_refused(wrong):
 def test_arguments_that_cannot_be_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         make(**wrong)
+
+
+def test_what_is_no_optimizer_is_refused():
+    with pytest.raises(TypeError, match="optimizer is -1; it must be one of torch's"):
+        TrustRegion(-1)

@@ -138,7 +138,8 @@ def _torn(run: Run) -> Iterator[Finding]:
             "a last line was written in part: the disk was full, or the power failed",
             f"{where}: no whole line; the last step that can be read is {run.step}{lacks}",
             "make room on the disk of OUTPUT_DIR; RESUME=auto cuts the line off"
-            + ("; nothing else is lost, the run is finished" if done else " and goes on"),
+            + ("; nothing else is lost" if done and not gone[1:] else "")
+            + ("; the run is finished" if done else " and goes on"),
         )
     else:
         yield Finding(

@@ -23,6 +23,7 @@ from rewards import PythonReward, Reward
 ROWS = 10  # of the table of the reward curve
 CURVE = {  # columns of that table, by name in metrics.jsonl
     "reward": "reward",
+    "reward_fixed_scale": "reward, on a fixed scale",
     "kl_per_completion": "KL, nats per completion",
     "entropy": "entropy, nats per token",
     "completions/mean_length": "tokens",
@@ -62,6 +63,8 @@ def model_card(
     metrics = metric_rows(run.path / "metrics.jsonl")
     rows = [row for row in metrics if row["step"] <= checkpoint.step]
     keys = [key for key in CURVE if any(key in row for row in rows)]
+    if "reward_fixed_scale" in keys:
+        keys.remove("reward")  # the mean of normalised rewards is always near 0
     return templates.get_template("model_card.md.jinja").render(
         version=adaptiverl.__version__,
         c=c,

@@ -303,7 +303,11 @@ class Config(BaseModel, Generic[RewardT]):
         return [
             ({"LORA_R", "LORA_ALPHA", "LORA_TARGETS"}, not self.FULLTUNE, "FULLTUNE false"),
             ({"KL_COEF_TARGET", "KL_ESTIMATOR"}, self.KL_COEF > 0, "a KL_COEF above 0"),
-            ({"EVAL_EVERY"}, evaluates or not self.EVAL_EVERY, "an EVAL_FILE or EVAL_SPLIT"),
+            (
+                {"EVAL_EVERY"},
+                evaluates or not self.EVAL_EVERY,
+                "an EVAL_FILE or EVAL_SPLIT; EVAL_EVERY 0 evaluates nothing",
+            ),
             ({"EVAL_SPLIT"}, evaluates or not self.EVAL_SPLIT, "an EVAL_EVERY above 0"),
             (
                 {"STOP_PATIENCE"},

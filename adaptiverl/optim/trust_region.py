@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from adaptiverl.optim.constants import lr_bounds
 from adaptiverl.optim.hyperparams import check_rate, clamp, needs_closure, numbers, scaled_rates
-from adaptiverl.optim.line_search import search
+from adaptiverl.optim.line_search import is_short, search
 from adaptiverl.optim.signals import SignalToNoise
 from adaptiverl.optim.update import (
     LastUpdate,
@@ -80,6 +80,8 @@ class TrustRegion:
         max_lr: float | None = None,
         record: Record | None = None,
     ):
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer is {optimizer!r:.60}; it must be one of torch's, or alike")
         if needs_closure(optimizer):
             raise ValueError(
                 f"the trust region cannot search the step of {type(optimizer).__name__}: it takes "
@@ -133,7 +135,9 @@ class TrustRegion:
         informative     whether rewards differ, within some prompt. Where none do, the gradient is
                     that of a penalty alone, and its alignment is no evidence about the rewards
 
-        The first update is also scaled up where it falls short. While all gradients are 0 before
+        The first update is also scaled up where it falls short. If that
+        brings its KL no nearer to the target, rate and update stay, and the next update counts as
+        the first. While all gradients are 0 before
         that, the KL is not measured. An update that no scale brings within bounds is taken back;
         where its KL was never finite the rate is halved. A KL below 0 is no information: update and
         rate stay as they are. A gradient that is not finite, or whose square is not, is no step:
@@ -172,10 +176,11 @@ class TrustRegion:
         if informative:
             self.observe_alignment(cosine)
         target, update = max(self.target, min_kl), LastUpdate(self.optimizer)
+        room = self.bounds[1] / rate
         self.optimizer.step()
         measure = partial(measured, measure_kl)
         try:
-            scale, kl = self.line_search(measure, update.rescale, target, self.bounds[1] / rate)
+            scale, kl = self.line_search(measure, update.rescale, target, room)
         except BaseException:  # also an interrupt: nobody has searched this update
             update.rescale(0.0)
             raise
@@ -189,9 +194,10 @@ class TrustRegion:
                 "next step begins again: a smaller min_lr lets the rate follow"
             )
         self._set_ratio(base, self.ratio * scale, "line_search", kl, info.lr)
-        # That nothing is left of an update is no sign that the rate was too small, and the
-        # next one is searched too.
-        if update.scale and not _is_none(kl, target):
+        # That nothing is left of an update is no sign that the rate was too small, nor is a KL
+        # that does not move; and the next one is searched too.
+        unmoved = not self.initialized and scale == 1 and is_short(kl, target, room)
+        if update.scale and not unmoved and not _is_none(kl, target):
             self.initialized = True
             self.steer(base, kl, target)
         return info
@@ -221,9 +227,11 @@ class TrustRegion:
                 "measure_kl gave a KL below 0, which says nothing, so the rate stays: is it "
                 "KL(before ‖ now), exact or by k3? The mean of log-ratios may be below 0"
             )
-            if scale > 1:  # searched in vain
-                rescale(1 / scale)
-                scale = 1.0
+        elif upwards and scale == 1 and is_short(kl, target, max_scale):
+            self._warn(
+                f"the KL of the first update was {kl:.2g} nats per token at every scale, so the "
+                "rate stays: does measure_kl compute the policy as it is when it is called?"
+            )
         return scale, kl
 
     def steer(self, base: float, kl: float, target: float) -> None:
@@ -286,6 +294,11 @@ class TrustRegion:
 @torch.no_grad()
 def measured(measure_kl: Callable[[], Any]) -> float:
     """The number that it gives; a tensor would keep its graph."""
+    if not callable(measure_kl):
+        raise TypeError(
+            f"measure_kl is {measure_kl!r:.60}; it must be a function without arguments that "
+            "returns the KL in nats per token, called after the step"
+        )
     kl = measure_kl()
     if kl is None:
         raise TypeError("measure_kl returned None; it must return the KL in nats per token")

@@ -1,7 +1,8 @@
 """How much a policy repeats itself, which shows early that it exploits a reward."""
 
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 Ids = Sequence[Sequence[int]]
 OWN_TEXTS = 0.8  # equal pairs of two prompts per equal pair of one: below it prompts are answered
@@ -20,15 +21,14 @@ def repetition(completions: Ids, n: int = 3) -> float:
     return 1 - sum(len(set(grams)) for grams in every) / count if count else 0.0
 
 
-def equal_pairs(completions: Ids, group_size: int) -> tuple[float, float]:
+def equal_pairs(completions: Ids, prompts: Sequence[str]) -> tuple[float, float]:
     """The shares of equal pairs of completions of one prompt, and of two: 1 if all are equal.
 
-    `group_size` completions in a row are of one prompt. 0 where there are no such pairs.
+    `prompts` has the prompt of each completion. 0 where there are no such pairs.
     """
     texts = [tuple(ids) for ids in completions]
-    groups = [texts[k : k + group_size] for k in range(0, len(texts), group_size)]
-    within, all_within = (sum(map(count, groups)) for count in (_equal, _pairs))
-    across, all_across = _equal(texts) - within, _pairs(texts) - all_within
+    within, all_within = _equal(zip(prompts, texts, strict=True)), _equal(prompts)
+    across, all_across = _equal(texts) - within, math.comb(len(texts), 2) - all_within
     return within / max(all_within, 1), across / max(all_across, 1)
 
 
@@ -37,12 +37,9 @@ def is_answering(within: float, across: float) -> bool:
     return across < OWN_TEXTS * within
 
 
-def _equal(texts: Sequence[tuple[int, ...]]) -> int:
-    return sum(n * (n - 1) // 2 for n in Counter(texts).values())
-
-
-def _pairs(texts: Sequence[tuple[int, ...]]) -> int:
-    return len(texts) * (len(texts) - 1) // 2
+def _equal(values: Iterable[Hashable]) -> int:
+    """How many pairs of them are equal."""
+    return sum(math.comb(n, 2) for n in Counter(values).values())
 
 
 def _grams(ids: Sequence[int], n: int) -> list[tuple[int, ...]]:

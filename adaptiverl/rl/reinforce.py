@@ -89,6 +89,12 @@ def is_informative(rewards: Tensor, baseline: str, group_size: int = 1) -> bool:
     return zero_std_share(rewards, group_size if baseline in PER_PROMPT else 1) < 1
 
 
+def are_compared(rewards: Tensor, baseline: str, group_size: int = 1) -> bool:
+    """Whether `baseline` compares any two rewards [B] that are not missing."""
+    groups = _groups(rewards, group_size if baseline in PER_PROMPT else 1)
+    return bool((~groups.isnan()).sum(-1).max() > 1)
+
+
 def _groups(rewards: Tensor, group_size: int) -> Tensor:
     """The rewards that are compared with each other, one row per group."""
     return rewards.view(-1, group_size if group_size > 1 else len(rewards))

@@ -29,6 +29,11 @@ CONSTANT = (
     "(frac_reward_zero_std). Change REWARDS so that they tell completions apart; if rewards are "
     "rare, raise NUM_GENERATIONS and BATCH_SIZE"
 )
+ALONE = (
+    "rewards are missing for so many completions that {place} has two to compare, and none have "
+    "differed for {steps} steps in a row: rewards teach nothing. See why they are missing "
+    "(rewards/NAME/missing in metrics.jsonl), or raise {key}"
+)
 STUCK = (
     "rewards differ between prompts, but the {group} completions of one prompt have had equal "
     "rewards for {steps} steps in a row, and BASELINE {baseline} compares only these: {trains}. "

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from adaptiverl.rl.diversity import is_answering
-from adaptiverl.rl.reinforce import PER_PROMPT, is_informative, zero_std_share
+from adaptiverl.rl.reinforce import PER_PROMPT, are_compared, is_informative, zero_std_share
 from adaptiverl.training import guard_texts as say
 from adaptiverl.training.collapse import COLLAPSES, Collapsed, sound_before
 from adaptiverl.training.keys import RunConfig
@@ -172,10 +172,19 @@ class Guards:
         elif flat and (message := self._collapsed(metrics)):
             yield message
         elif self.flat_steps >= min(limit, self.last_step):
-            text = say.STUCK if self.varied and group > 1 else say.CONSTANT
-            kind = "stuck" if text is say.STUCK else "constant"
-            values = {"steps": self.flat_steps, "group": group, "baseline": c.BASELINE}
-            told = text.format(trains=trains, **values)
+            kind, text = "constant", say.CONSTANT
+            if not are_compared(reward, c.BASELINE, c.NUM_GENERATIONS) and len(reward) > 1:
+                kind, text = "alone", say.ALONE
+            elif self.varied and group > 1:
+                kind, text = "stuck", say.STUCK
+            told = text.format(
+                trains=trains,
+                steps=self.flat_steps,
+                group=group,
+                baseline=c.BASELINE,
+                place="no prompt" if group > 1 else "no step",
+                key="NUM_GENERATIONS" if group > 1 else "BATCH_SIZE",
+            )
             if (largest := reward.abs().nan_to_num().max().item()) >= LARGE_REWARD:
                 told += say.ROUNDED.format(size=largest, least=largest * FLOAT32)
             yield kind, told

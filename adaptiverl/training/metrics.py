@@ -68,11 +68,16 @@ def loss_metrics(sums: Tensor, lengths: Tensor, grad_norm: Tensor) -> Metrics:
 
 
 def completion_metrics(
-    runtime: Runtime, rollout: Rollout, truncated: Tensor, lengths: Tensor, group_size: int
+    runtime: Runtime,
+    rollout: Rollout,
+    prompts: Sequence[Prompt],
+    truncated: Tensor,
+    lengths: Tensor,
 ) -> Metrics:
     """Of all processes' completions; MAX_NEW_TOKENS ended those of this one in `truncated`."""
     cut, token_ids = runtime.gather(truncated), runtime.gather_objects(rollout.tokens())
-    within, across = equal_pairs(token_ids, group_size)
+    texts = runtime.gather_objects([readable(prompt) for prompt in prompts])
+    within, across = equal_pairs(token_ids, texts)
     return {
         "completions/mean_length": lengths.mean().item(),
         "completions/clipped_ratio": cut.float().mean().item(),

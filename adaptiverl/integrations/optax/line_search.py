@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 
 from adaptiverl.optim.line_search import KL_TOLERANCE, LOST, MAX_MEASUREMENTS, MAX_RESCALE
-from adaptiverl.optim.trust_region import ROUNDING
 
 
 def line_search(
@@ -32,7 +31,7 @@ def line_search(
     def body(search: tuple[Any, ...]) -> tuple[Any, ...]:
         count, scale, kl, within, kl_within, beyond, known, _ = search
         far = is_far(kl)
-        short = jnp.logical_not(initialized) & (kl < target / KL_TOLERANCE) & (scale < max_scale)
+        short = jnp.logical_not(initialized) & is_short(kl, target, max_scale / scale)
         beyond = jnp.where(far, scale, beyond)
         within, kl_within = jnp.where(far, within, scale), jnp.where(far, kl_within, kl)
         ratio = jnp.where(jnp.isnan(kl), 0.0, jnp.where(kl > 0, target / kl, jnp.inf))
@@ -50,14 +49,20 @@ def line_search(
     none, yes = 0 * one, jnp.asarray(True)
     search = (0, one, first, none, none, jnp.inf * one, jnp.isfinite(first), yes)
     search = jax.lax.while_loop(lambda s: (s[0] < MAX_MEASUREMENTS) & s[-1], body, search)
-    _, scale, kl, within, kl_within, _, known, _ = search
+    _, scale, kl, within, kl_within, beyond, known, _ = search
     failed = is_far(kl)
     applied, kl = jnp.where(failed, within, scale), jnp.where(failed, kl_within, kl)
     on_rate = jnp.where(failed & (within > 0), within, jnp.where(known, scale, LOST))
-    # A KL below 0 says nothing: the update was scaled up in vain
-    vain = (kl < -jnp.maximum(ROUNDING[0] * target, ROUNDING[1])) & (on_rate > 1)
+    # A KL that did not come up to the target, or is not above 0, says nothing
+    vain = (kl <= 0) | ((beyond == jnp.inf) & is_short(kl, target, max_scale / scale))
+    vain &= (on_rate > 1) & jnp.logical_not(failed)
     on_rate, applied = jnp.where(vain, 1.0, on_rate), jnp.where(vain, 1.0, applied)
     return on_rate, applied, jnp.where(known, kl, jnp.nan)
+
+
+def is_short(kl: Any, target: Any, room: Any) -> Any:
+    """Whether the KL is too small, and an update may be `room` times as large."""
+    return (kl < target / KL_TOLERANCE) & (room > 1)
 
 
 def _like(value: Any, other: Any) -> Any:

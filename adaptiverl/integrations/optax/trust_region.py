@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adaptiverl.integrations.optax.line_search import line_search
+from adaptiverl.integrations.optax.line_search import is_short, line_search
 from adaptiverl.optim.constants import lr_bounds
 from adaptiverl.optim.hyperparams import check_rate, numbers
 from adaptiverl.optim.signals import SignalToNoise
@@ -131,7 +131,9 @@ def trust_region(
         ratio = jnp.clip(state.ratio * scale, *bounds)
         factor = jnp.where(found > 0, jnp.clip((target / found) ** 0.25, 0.5, 2.0), 2.0)
         none = found < -jnp.maximum(ROUNDING[0] * target, ROUNDING[1])  # no KL, no information
-        kept = active & (applied > 0) & ~none  # that nothing is left says nothing about the rate
+        unmoved = ~state.initialized & (scale == 1) & is_short(found, target, high / rate)
+        # That nothing is left of an update says nothing about the rate
+        kept = active & (applied > 0) & ~none & ~unmoved
         lost = jnp.where(active, jnp.isnan(found), ~finite)  # the step is left out
         ratio = jnp.where(kept, jnp.clip(ratio * factor, *bounds), ratio)
         new = seen._replace(
