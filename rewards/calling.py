@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from rewards.base import Column, Reward
 
+RAISED_BY = "raised by the "  # begins the note on an error, before the name
 SIGNALS_EVERY = 0.5  # seconds between looks for Ctrl-C, at most
 
 
@@ -148,4 +149,4 @@ def _as_failure(error: BaseException, name: str) -> RuntimeError:
 
 
 def _note(name: str) -> str:
-    return f"reward {name!r}"
+    return f"{RAISED_BY}reward {name!r}"

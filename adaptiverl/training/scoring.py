@@ -28,6 +28,7 @@ from adaptiverl.training.keys import RunConfig
 from adaptiverl.training.metrics import Metrics
 from adaptiverl.training.runtime import Runtime
 from rewards import CompositeReward, FatalJudgeError, HumanReward, Interrupted, Reward
+from rewards.calling import RAISED_BY
 
 # Names that rewards are called with; a column of that name is not passed on.
 RESERVED = {
@@ -115,7 +116,7 @@ class Scoring:
         except Interrupted as stopped:
             failure = WaitEnded(str(stopped))
         except Exception as error:
-            name = getattr(error, "__notes__", ["a reward"])[0]
+            name = getattr(error, "__notes__", ["a reward"])[0].removeprefix(RAISED_BY)
             if frames := _own_frames(error):
                 logging.error("%s failed", name, exc_info=(type(error), error, frames))
             failure = Paused(f"{name} failed ({type(error).__name__}: {error})")
