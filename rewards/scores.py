@@ -61,6 +61,8 @@ def _short(value: Any) -> str:
 
 def _number(value: Any) -> float:
     """As a float; infinite where it is an integer that no float can hold."""
+    if isinstance(value, str | bytes):  # float would read the digits in it
+        raise TypeError("a text is no score")
     try:
         return float(value.detach() if isinstance(value, Tensor) else value)
     except OverflowError:

@@ -222,7 +222,8 @@ def test_generate_repeats_itself_with_the_same_seed_and_scores_what_it_shows(tra
     assert command(*words)[1] == out
     assert command(*words[:-1], 6)[1] != out
     assert re.findall(r"^> (.*)$", out, flags=re.MULTILINE) == ["This film", "The plot"]
-    rows = re.findall(r"^\[\d\] (.*)$\n    reward (\S+) \(regex (\S+), length (\S+),", out, re.M)
+    scored = r"^\[\d\] (.*)$\n    reward (\S+) \(raw: regex (\S+), length (\S+),"
+    rows = re.findall(scored, out, re.M)
     assert len(rows) == 6
     for text, total, regex, length in rows:
         assert float(regex) == ("th" in text)
@@ -626,7 +627,7 @@ def test_rewards_that_cost_or_cannot_score_are_left_out_and_named(copy, command)
     (copy / "config.json").write_text(json.dumps(config))
     status, out, err = command("generate", copy, "This", "-n", 2)
     partial = "reward without judge, human, cosine"  # no figure that one takes for the run's
-    assert status == 0 and out.count(f"\n    {partial} ") == out.count("(regex ") == 2
+    assert status == 0 and out.count(f"\n    {partial} ") == out.count("(raw: regex ") == 2
     for name in ("judge", "human"):
         assert f"left out  {name}: it asks people or a paid service; --all-rewards" in err
     assert "left out  cosine: a prompt that is typed has no column 'reference' (COLUMN)" in err

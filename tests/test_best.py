@@ -49,8 +49,11 @@ def test_patience_counts_evaluations():
 @pytest.mark.parametrize(
     ("keys", "why"),
     [
-        ({"STOP_KL": 5.0}, "STOP_KL: 5.50 nats per completion have reached 5"),
-        ({"STOP_REWARD": 0.55}, "STOP_REWARD: a reward of 0.550 has reached 0.55"),
+        ({"STOP_KL": 5.0}, "STOP_KL: 5.50 nats per completion, mean of 10 steps, have reached 5"),
+        (
+            {"STOP_REWARD": 0.55},
+            "STOP_REWARD: a reward of 0.550, mean of 10 steps, has reached 0.55",
+        ),
     ],
 )
 def test_kl_and_reward_are_means_of_ten_steps(keys, why):

@@ -16,7 +16,7 @@ from adaptiverl.config.loading import load_config
 from adaptiverl.config.schema import LR_BOUNDS, Config, ConfigError
 from adaptiverl.optim.constants import BOUNDS
 from adaptiverl.optim.rules import ARGUMENTS, names
-from adaptiverl.rl.reinforce import BASELINES, PER_PROMPT
+from adaptiverl.rl.reinforce import BASELINES
 from adaptiverl.rl.sampling.sampler import BACKENDS
 from adaptiverl.training.build import ARGUMENTS as OF_THE_OPTIMIZER
 from adaptiverl.training.build import adaptive, base_optimizer, try_rules
@@ -624,7 +624,7 @@ def test_contradictions(mistake, keys, part):
     assert part in mistake(keys)
 
 
-@pytest.mark.parametrize("baseline", sorted(PER_PROMPT))
+@pytest.mark.parametrize("baseline", ["batch", "rloo"])
 def test_what_compares_completions_needs_two(mistake, baseline):
     assert mistake({"BASELINE": baseline, "BATCH_SIZE": 1, "NUM_GENERATIONS": 1}) == (
         f"config.json: BASELINE {baseline} compares completions: BATCH_SIZE 1 has only one"

@@ -337,7 +337,9 @@ def test_a_value_that_is_no_finite_number_is_said_and_counts_as_missing(tmp_path
     rows[8]["kl"] = value
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = findings(read_run(run))[0]
-    assert found.says == "a file has values that are no finite numbers: they count as missing"
+    assert found.says == (
+        "a file has values that are no finite numbers, or steps twice: they are left out"
+    )
     assert found.evidence == (
         "line 7 of metrics.jsonl: reward, entropy, kl, kl_per_completion, lr; "
         "line 9 of metrics.jsonl: kl"
@@ -367,6 +369,30 @@ def test_a_step_or_a_change_that_is_no_number_is_left_out(tmp_path):
     assert adaptiverl(["explain", str(run)]) == 0 and write_report(run).exists()
 
 
+def test_steps_that_come_twice_are_said_and_count_once(tmp_path, capsys):
+    """As of a file that was appended to itself."""
+    run = a_run(tmp_path)
+    before = read_run(run).values("reward")
+    rows = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text("\n".join([*rows, *rows[2:4]]) + "\n")
+    assert read_run(run).values("reward") == before
+    (found,) = findings(read_run(run))
+    assert found.evidence == (
+        "line 41 of metrics.jsonl: step 3 after step 40; "
+        "line 42 of metrics.jsonl: step 4 after step 40"
+    )
+    assert doctor(run)[0].startswith(f"{run}: 40 steps of 40, finished\n")
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_file_of_something_else_is_not_a_line_that_was_cut_off(tmp_path, whole):
+    run = a_run(tmp_path)
+    (run / "controller.jsonl").write_text("garbage\n" * 9 + "garbage" + "\n" * whole)
+    (found,) = findings(read_run(run))
+    assert found.says == "a file has lines that cannot be read"
+    assert found.evidence.endswith("line 4 of controller.jsonl and 6 lines more: no JSON")
+
+
 @pytest.mark.parametrize("text", ["{\n", "", "[]", "{}", "\xff"])
 def test_a_config_that_cannot_be_read_is_said(tmp_path, capsys, text):
     run = a_run(tmp_path)
@@ -393,7 +419,7 @@ def test_a_line_that_is_broken_in_the_middle_is_not_one_that_ends_the_file(tmp_p
     (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     (found,) = findings(read_run(run))
     assert found.kind == "torn line" and found.says == (
-        "a file has a line that cannot be read, with whole ones after it"
+        "a file has a line that cannot be read, and does not end within it"
     )
     assert found.evidence == "line 6 of metrics.jsonl: no JSON; metrics.jsonl lacks steps 6 and 7"
     assert "RESUME" not in found.advice and "delete the line" in found.advice

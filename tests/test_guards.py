@@ -55,6 +55,13 @@ def test_equal_rewards_are_warned_of_once(main, settings, caplog, steps, at):
     assert "Change REWARDS" in text and "NUM_GENERATIONS" in text
 
 
+def test_equal_rewards_without_a_comparison_train_noise(main, settings, caplog):
+    assert main(settings | {"REWARDS": ONE, "KL_COEF": 0, "BASELINE": "none"}) == 0
+    assert min(row["grad_norm"] for row in rows(settings)) > 0
+    (text,) = warnings(caplog, "the same reward")
+    assert "so what is trained is noise: BASELINE none compares no completions" in text
+
+
 def test_equal_rewards_without_a_penalty_leave_the_weights_alone(main, settings, tiny):
     from safetensors.torch import load_file
 

@@ -210,6 +210,26 @@ def test_the_share_of_prompts_without_a_difference(rewards, group_size, share):
     assert reinforce.zero_std_share(torch.tensor(rewards), group_size) == share
 
 
+@pytest.mark.parametrize(
+    ("rewards", "baseline", "group_size", "compared", "informative"),
+    [
+        ([1.0, 1.0, 0.0, 0.0], "rloo", 2, True, False),
+        ([1.0, 1.0, 0.0, 0.0], "batch", 2, True, True),
+        ([1.0, NAN, NAN, 0.0], "rloo", 2, False, False),
+        ([1.0, NAN, NAN, 0.0], "batch", 2, True, True),
+        ([1.0, NAN, NAN, NAN], "batch", 2, False, False),
+        ([1.0, 1.0], "none", 2, True, False),
+        ([1.0], "none", 1, False, True),  # one completion per step: steps differ
+        ([1.0], "ema", 1, False, True),
+        ([NAN], "ema", 1, False, False),
+    ],
+)
+def test_what_rewards_can_teach(rewards, baseline, group_size, compared, informative):
+    given = torch.tensor(rewards), baseline, group_size
+    assert reinforce.are_compared(*given) == compared
+    assert reinforce.is_informative(*given) == informative
+
+
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match=f"one of {', '.join(BASELINES)}, not 'unheard of'"):
         advantages(torch.zeros(2), "unheard of")

@@ -132,7 +132,7 @@ def test_three_times_then_the_run_ends_with_the_cause(main, settings, capsys):
     first, last = found[0]["step"], found[2]["step"]
     assert "What moved lr:\n  rollback        × 0.001 in step 1: the policy had" in explain(out)
     text, _ = doctor(out)
-    assert "the policy broke, 3 times: the learning rate was too large\n" in text
+    assert "the policy broke, 4 times: the learning rate was too large\n" in text
     assert f"evidence: first in step {first}: the policy" in text
     assert f"; last in step {last}; lr went from 50 to 0.05\n" in text
 

@@ -65,6 +65,15 @@ def test_prompts_of_a_csv_are_texts(tmp_path):
     assert rows == [{"prompt": "12"}, {"prompt": "NA"}]
 
 
+def test_a_blank_line_of_a_csv_is_no_row_and_a_blank_field_is_one(tmp_path):
+    rows = load(tmp_path, "a.csv", "\n  \nprompt\nThis\n\n   \nThat\n")
+    assert rows == [{"prompt": "This"}, {"prompt": "   "}, {"prompt": "That"}]
+    rows = load(tmp_path, "b.csv", "prompt,genre\nThis,a\n   \n   ,b\n")
+    assert rows == [{"prompt": "This", "genre": "a"}, {"prompt": "   ", "genre": "b"}]
+    with pytest.raises(ValueError, match=r"prompt in row 1 \(counted from 0\) is missing"):
+        load(tmp_path, "c.csv", 'prompt\nThis\n""\nThat\n')
+
+
 def test_spaces_around_the_names_of_a_csv(tmp_path):
     rows = load(tmp_path, "a.csv", "genre, prompt \ndrama, This\n")
     assert rows == [{"genre": "drama", "prompt": " This"}]

@@ -550,6 +550,18 @@ def test_a_kl_that_does_not_move_leaves_update_and_rate(kl, caplog):
     assert world.step().scale > 10, "the next one is searched for"
 
 
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.RMSprop])
+def test_a_rate_whose_updates_are_lost_in_rounding_rises(kind, caplog):
+    """From 1e-9 a weight of 1 in 32 bits does not move, and a copy of it scales nothing."""
+    world = World(lr=1e-9, kl=0.01, kind=kind)
+    world.weight = torch.nn.Parameter(torch.ones(1))
+    world.optimizer.param_groups[0]["params"] = [world.weight]
+    first = world.step()
+    assert (first.kl, world.weight.item()) == (0, 1) and world.region.ratio == 30
+    infos = [world.step() for _ in range(3)]
+    assert 0.005 <= infos[-1].kl <= 0.02 and not caplog.records
+
+
 def test_a_kl_below_0_after_the_update_was_scaled_down_leaves_it_there():
     world = World(lr=1.0, kl=0.01)
     world.region.initialized = True

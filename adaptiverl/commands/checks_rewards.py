@@ -140,6 +140,8 @@ def _weights(reward: Row) -> list[float]:
 
 
 def _flat(run: Run, facts: SampleFacts) -> Iterator[Finding]:
+    if run.config.get("BATCH_SIZE") == 1:  # there is nothing to be equal to
+        return
     shares = run.values("frac_reward_zero_std")
     known = run.values("reward")
     if len(shares) >= 5 and known and statistics.mean(shares) >= FLAT:

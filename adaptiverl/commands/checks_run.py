@@ -98,9 +98,11 @@ def _reward_code(run: Run) -> Iterator[Finding]:
 def _taken_back(run: Run) -> Iterator[Finding]:
     back = [event for event in run.events if event["action"] == "rollback"]
     if back and not run.trust_region:  # what was taken back is in no curve that would show it
+        ended = [event for event in run.events if event["action"] == "stop"]
+        broke = len(back) + sum(event["kind"] in COLLAPSES for event in ended)
         yield Finding(
             "rate too large",
-            f"the policy broke, {counted(len(back), 'time')}: the learning rate was too large",
+            f"the policy broke, {counted(broke, 'time')}: the learning rate was too large",
             _when(run, back),
             "use LR_RULE trust_region, or a much smaller LRATE",
         )
@@ -128,10 +130,12 @@ def _when(run: Run, back: list[Row]) -> str:
 def _torn(run: Run) -> Iterator[Finding]:
     if not run.torn or run.state == "running":
         return
-    where = ", ".join(f"line {each.line} of {each.file}" for each in run.torn)
+    named = [f"line {each.line} of {each.file}" for each in run.torn]
+    more = f" and {len(named) - SHOWN} lines more" if len(named) > SHOWN else ""
+    where = ", ".join(named[:SHOWN]) + more
     gone = lost(run)
     lacks = f"; metrics.jsonl lacks {in_words(gone)}" if gone else ""
-    if any(each.is_last for each in run.torn):
+    if all(each.is_last for each in run.torn):  # else something else has written there
         done = run.state == "finished"
         yield Finding(
             "torn line",
@@ -144,7 +148,9 @@ def _torn(run: Run) -> Iterator[Finding]:
     else:
         yield Finding(
             "torn line",
-            "a file has a line that cannot be read, with whole ones after it",
+            "a file has a line that cannot be read, and does not end within it"
+            if len(run.torn) == 1
+            else "a file has lines that cannot be read",
             f"{where}: no JSON{lacks}",
             "nothing brings back what stood there, and the checkpoints do not need it; delete the "
             "line, and this is not said again",
@@ -156,7 +162,7 @@ def _odd(run: Run) -> Iterator[Finding]:
         more = f", and {len(run.odd) - SHOWN} lines more" if len(run.odd) > SHOWN else ""
         yield Finding(
             "no number",
-            "a file has values that are no finite numbers: they count as missing",
+            "a file has values that are no finite numbers, or steps twice: they are left out",
             "; ".join(run.odd[:SHOWN]) + more,
             "a run writes no such values: see which other program wrote there, and put the file "
             "back from a copy if there is one",

@@ -43,7 +43,7 @@ class Change(NamedTuple):
 
 
 class Torn(NamedTuple):
-    """A line that is not whole: of which file, its number, and whether it is the last."""
+    """A line that is not whole: of which file, its number, and whether the file ends within it."""
 
     file: str
     line: int
@@ -54,7 +54,8 @@ class Torn(NamedTuple):
 class Run:
     """The files of a run; `torn` are their lines that are not whole.
 
-    `odd` says which values of which lines are no finite numbers where such belong: left out.
+    `odd` says which values of which lines are no finite numbers where such belong, and which steps
+    come twice: left out.
     """
 
     path: Path
@@ -245,14 +246,22 @@ def metric_rows(path: Path) -> list[Row]:
 def _drop_odd(file: str, rows: dict[int, Row], names: Sequence[str] | None = None) -> list[str]:
     """Drops values that are no finite numbers, and says where; a row without its step goes whole.
 
-    `names` are those that a row must have, all or none; None for any, and null is a missing one.
+    So does one whose step is not above that of the row before. `names` are those that a row must
+    have, all or none; None for any, and null is a missing one.
     """
-    said = []
+    said, last = [], 0
     for line, row in list(rows.items()):
         named = names or [name for name, value in row.items() if value is not None]
         odd = [name for name in named if not _is_number(row.get(name))]
-        if names is None and not isinstance(row.get("step"), int):
-            odd = ["step", *(name for name in odd if name != "step")]
+        if names is None:
+            if not isinstance(step := row.get("step"), int):
+                odd = ["step", *(name for name in odd if name != "step")]
+            elif step <= last:
+                said.append(f"line {line} of {file}: step {step} after step {last}")
+                del rows[line]
+                continue
+            else:
+                last = step
         for name in odd:
             row.pop(name, None)
         if odd and (names or "step" in odd):
@@ -274,7 +283,7 @@ def _numbered_rows(path: Path) -> tuple[dict[int, Row], list[Torn]]:
     numbered = {number: json_object(line) for number, line in enumerate(lines, 1) if line}
     rows = {number: row for number, row in numbered.items() if row is not None}
     torn = [n for n, row in numbered.items() if row is None or n == len(lines)]
-    return rows, [Torn(path.name, number, number == max(numbered)) for number in torn]
+    return rows, [Torn(path.name, number, number == len(lines)) for number in torn]
 
 
 def _is_sample(row: Row) -> bool:

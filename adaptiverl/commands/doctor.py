@@ -89,5 +89,6 @@ def doctor(folder: Path) -> tuple[str, int]:
             f"   change:   {each.advice}",
         ]
     if not found:
-        lines += ["", "nothing is wrong, as far as its files show"]
+        nothing = "nothing else is wrong" if len(lines) > 1 else "nothing is wrong"
+        lines += ["", f"{nothing}, as far as its files show"]
     return "\n".join(lines), int(bool(found))

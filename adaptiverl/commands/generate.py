@@ -179,7 +179,7 @@ class Answers:
                     at = i * rows + row
                     if by_reward:
                         scored = _scores(by_reward, at)
-                        yield f"    {self.rewards.sum_name} {_shown(total[at])} ({scored})"
+                        yield f"    {self.rewards.sum_name} {_shown(total[at])} (raw: {scored})"
 
         return printable("\n".join(lines()))
 

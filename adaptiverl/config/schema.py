@@ -284,8 +284,8 @@ class Config(BaseModel, Generic[RewardT]):
             yield f"BATCH_SIZE {self.BATCH_SIZE} must be a multiple of GRAD_ACCUM {self.GRAD_ACCUM}"
         if self.MAXSEQ is not None and self.MAXSEQ <= self.MAX_NEW_TOKENS:
             yield "MAXSEQ leaves no room for a prompt before MAX_NEW_TOKENS"
-        if self.BASELINE == "rloo" and self.BATCH_SIZE == 1:
-            yield "BASELINE rloo compares completions: BATCH_SIZE 1 has only one"
+        if self.BASELINE in ("rloo", "batch") and self.BATCH_SIZE == 1:
+            yield f"BASELINE {self.BASELINE} compares completions: BATCH_SIZE 1 has only one"
         if self.EVAL_SPLIT > 0 and self.EVAL_FILE is not None:
             yield "EVAL_SPLIT and EVAL_FILE exclude each other: both name what to evaluate on"
         if self.MIN_MOMENTUM > self.MAX_MOMENTUM:

@@ -28,6 +28,8 @@ class RewardTap:
     """
 
     def __new__(cls, reward: Callable[..., Any]) -> "RewardTap":
+        if not callable(reward):
+            raise TypeError(f"reward is {reward!r:.60}; it must be a reward function, as TRL's")
         called = reward
         while isinstance(called, partial):
             called = called.func

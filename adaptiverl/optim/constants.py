@@ -35,8 +35,8 @@ class Constant:
 POSITIVE, NOT_NEGATIVE, SHARE = "(0, inf)", "[0, inf)", "[0, 1]"
 # Names and defaults are those of the design documents where these have them.
 CONSTANTS = {
-    "up_factor": Constant(1.05, POSITIVE, "factor on the rate when the loss falls"),
-    "down_factor": Constant(0.7, POSITIVE, "factor on the rate when the loss rises"),
+    "up_factor": Constant(1.05, "[1, inf)", "factor on the rate when the loss falls"),
+    "down_factor": Constant(0.7, "(0, 1]", "factor on the rate when the loss rises"),
     "reward_up": Constant(1.03, POSITIVE, "factor on the rate when the reward rises"),
     "reward_down": Constant(0.9, POSITIVE, "factor on the rate when the reward falls"),
     "momentum_up": Constant(0.01, SHARE, "added to the momentum when things get better"),

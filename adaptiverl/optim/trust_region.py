@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from adaptiverl.optim.constants import lr_bounds
 from adaptiverl.optim.hyperparams import check_rate, clamp, needs_closure, numbers, scaled_rates
-from adaptiverl.optim.line_search import is_short, search
+from adaptiverl.optim.line_search import MAX_RESCALE, is_short, search
 from adaptiverl.optim.signals import SignalToNoise
 from adaptiverl.optim.update import (
     LastUpdate,
@@ -135,14 +135,14 @@ class TrustRegion:
         informative     whether rewards differ, within some prompt. Where none do, the gradient is
                     that of a penalty alone, and its alignment is no evidence about the rewards
 
-        The first update is also scaled up where it falls short. If that
-        brings its KL no nearer to the target, rate and update stay, and the next update counts as
-        the first. While all gradients are 0 before
-        that, the KL is not measured. An update that no scale brings within bounds is taken back;
-        where its KL was never finite the rate is halved. A KL below 0 is no information: update and
-        rate stay as they are. A gradient that is not finite, or whose square is not, is no step:
-        weights, optimizer state and rate stay. After that, and where the KL was never finite, the
-        info has a scale of 0 and no KL.
+        The first update is also scaled up where it falls short. If that brings its KL no nearer to
+        the target, the update stays, and the next one counts as the first; so does the rate, unless
+        rounding has left nothing of the update. While all gradients are 0 before that, the KL is
+        not measured. An update that no scale brings within bounds is taken back; where its KL was
+        never finite the rate is halved. A KL below 0 is no information: update and rate stay as
+        they are. A gradient that is not finite, or whose square is not, is no step: weights,
+        optimizer state and rate stay. After that, and where the KL was never finite, the info has a
+        scale of 0 and no KL.
         Under a GradScaler, which may skip a step, wrap the optimizer in AdaptiveOptimizer instead.
         """
         base = self._base_rate()
@@ -194,13 +194,25 @@ class TrustRegion:
                 "next step begins again: a smaller min_lr lets the rate follow"
             )
         self._set_ratio(base, self.ratio * scale, "line_search", kl, info.lr)
-        # That nothing is left of an update is no sign that the rate was too small, nor is a KL
-        # that does not move; and the next one is searched too.
-        unmoved = not self.initialized and scale == 1 and is_short(kl, target, room)
-        if update.scale and not unmoved and not _is_none(kl, target):
-            self.initialized = True
-            self.steer(base, kl, target)
+        # That nothing is left of an update is no sign that the rate was too small, and the
+        # next one is searched too.
+        if update.scale and not _is_none(kl, target):
+            if not self.initialized and scale == 1 and is_short(kl, target, room):
+                self._stay(base, kl, update)
+            else:
+                self.initialized = True
+                self.steer(base, kl, target)
         return info
+
+    def _stay(self, base: float, kl: float, update: LastUpdate) -> None:
+        """After a first update whose KL is too small at every scale: the next one is the first."""
+        if update.is_lost():  # and scaling nothing gives nothing
+            self._set_ratio(base, self.ratio * MAX_RESCALE, "line_search", kl)
+            return
+        self._warn(
+            f"the KL of the first update was {kl:.2g} nats per token at every scale, so the "
+            "rate stays: does measure_kl compute the policy as it is when it is called?"
+        )
 
     def line_search(
         self,
@@ -226,11 +238,6 @@ class TrustRegion:
             self._warn(
                 "measure_kl gave a KL below 0, which says nothing, so the rate stays: is it "
                 "KL(before ‖ now), exact or by k3? The mean of log-ratios may be below 0"
-            )
-        elif upwards and scale == 1 and is_short(kl, target, max_scale):
-            self._warn(
-                f"the KL of the first update was {kl:.2g} nats per token at every scale, so the "
-                "rate stays: does measure_kl compute the policy as it is when it is called?"
             )
         return scale, kl
 

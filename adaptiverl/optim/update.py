@@ -54,6 +54,14 @@ class LastUpdate:
         self.new: dict[Tensor, Tensor] = {}  # as the step left them, of 16 bits
 
     @torch.no_grad()
+    def is_lost(self) -> bool:
+        """Whether rounding has left nothing of it in weights that were copied, in one process."""
+        copies = [(_local(p), _local(old)) for p, old in self.old.items()]
+        return bool(copies) and all(
+            not is_shard and bool((p == old).all()) for (p, is_shard), (old, _) in copies
+        )
+
+    @torch.no_grad()
     def rescale(self, factor: float) -> None:
         """Multiplies the update by `factor`: 1 leaves it, 0 takes it back."""
         own = self.optimizer.rates if isinstance(self.optimizer, PerTensorOptimizer) else {}

@@ -130,9 +130,7 @@ def load_policy(
         lm = _whole(base, **kwargs)
         if not (adapter and full_tune):
             return lm
-        from peft import PeftModel  # seconds to import
-
-        return merge(PeftModel.from_pretrained(lm, model)).requires_grad_()
+        return merge(_peft().PeftModel.from_pretrained(lm, model)).requires_grad_()
 
     lm = _whole(str(checkpoint), **kwargs) if checkpoint and full_tune else first_model()
     if quantize == "4bit" or (stored and stored.get("load_in_4bit")):
@@ -149,17 +147,14 @@ def load_policy(
         first = first_model() if checkpoint else lm
         return Policy(lm, copy.deepcopy(first).eval().requires_grad_(False), **of_policy)
 
-    from peft import LoraConfig, PeftModel, get_peft_model
-
-    # peft 0.21 asks transformers for an attribute by its old name
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    peft = _peft()
     if checkpoint or adapter:
-        lm = PeftModel.from_pretrained(lm, checkpoint or model, is_trainable=True)
+        lm = peft.PeftModel.from_pretrained(lm, checkpoint or model, is_trainable=True)
         if adapter and reference:
             lm.load_adapter(model, REFERENCE, torch_device=str(device))
         return Policy(lm, **of_policy)
     transposed = any(isinstance(module, Conv1D) for module in lm.modules())  # GPT-2's
-    config = LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=transposed, **(lora or {}))
+    config = peft.LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=transposed, **(lora or {}))
     kind, targets = lm.config.model_type, (lora or {}).get("target_modules")
     names = {
         name.rpartition(".")[-1]
@@ -175,12 +170,20 @@ def load_policy(
         if lost:
             raise LoraTargetsError(f"the model has no module {', '.join(lost)}. {hint}")
     try:
-        return Policy(get_peft_model(lm, config), **of_policy)
+        return Policy(peft.get_peft_model(lm, config), **of_policy)
     except ValueError as error:
         reason = str(error).splitlines()[0]
         if not targets:  # config's own is an empty set for some
             reason = f"peft has no layers in mind for a model of type {kind}."
         raise LoraTargetsError(f"{reason} {hint}") from error
+
+
+def _peft() -> Any:
+    import peft  # seconds
+
+    # peft 0.21 asks transformers for an attribute by its old name
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    return peft
 
 
 def _whole(model: str, **kwargs: Any) -> Any:

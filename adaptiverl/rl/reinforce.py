@@ -42,6 +42,7 @@ BASELINES: dict[str, Callable[[Tensor, int, float | None], Tensor]] = {
     "rloo": _rloo,
 }
 PER_PROMPT = {"rloo"}  # baselines that compare the completions of one prompt, not of the batch
+COMPARE_NONE = {"none", "ema"}  # those that a single completion can be trained with
 
 
 def advantages(
@@ -85,7 +86,12 @@ def zero_std_share(rewards: Tensor, group_size: int = 1) -> float:
 
 
 def is_informative(rewards: Tensor, baseline: str, group_size: int = 1) -> bool:
-    """Whether any rewards [B] that `baseline` compares with each other differ."""
+    """Whether any rewards [B] that `baseline` compares with each other differ.
+
+    A single completion tells something where the baseline compares none.
+    """
+    if len(rewards) == 1 and baseline in COMPARE_NONE:
+        return not rewards.isnan().item()
     return zero_std_share(rewards, group_size if baseline in PER_PROMPT else 1) < 1
 
 

@@ -56,9 +56,15 @@ class Best:
                 f"{self.best_score:.3f}, of step {self.best_step}"
             )
         if c.STOP_KL is not None and kl is not None and kl >= c.STOP_KL:
-            return f"STOP_KL: {kl:.2f} nats per completion have reached {c.STOP_KL:g}"
+            return (
+                f"STOP_KL: {kl:.2f} nats per completion, mean of {SMOOTHED} steps, have reached "
+                f"{c.STOP_KL:g}"
+            )
         if c.STOP_REWARD is not None and reward is not None and reward >= c.STOP_REWARD:
-            return f"STOP_REWARD: a reward of {reward:.3f} has reached {c.STOP_REWARD:g}"
+            return (
+                f"STOP_REWARD: a reward of {reward:.3f}, mean of {SMOOTHED} steps, has reached "
+                f"{c.STOP_REWARD:g}"
+            )
         return None
 
     def _mean(self, name: str) -> float | None:

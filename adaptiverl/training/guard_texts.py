@@ -71,18 +71,19 @@ KL_BEYOND = (
     "were too large. Use {smaller}, or raise KL_COEF"
 )
 KL_LARGE = (
-    "the KL to the first policy has reached {kl:.2f} nats per token ({total:.0f} per completion): "
-    "the policy leaves the model's language. Raise KL_COEF, set KL_COEF_TARGET, or use {smaller}; "
-    "STOP_KL ends a run at a KL"
+    "the KL to the first policy has reached {kl:.2f} nats per token ({total:.0f} per completion), "
+    "mean of five steps: the policy leaves the model's language. Raise KL_COEF, set "
+    "KL_COEF_TARGET, or use {smaller}; STOP_KL ends a run at a KL"
 )
 ENTROPY = (
-    "the entropy has fallen from {before:.2f} to {now:.2f} nats per token: the policy soon has one "
-    "text per prompt, and nothing to learn from. Raise KL_COEF or TEMPERATURE, or use {smaller}"
+    "the entropy has fallen from {before:.2f} to {now:.2f} nats per token, mean of five steps: the "
+    "policy soon has one text per prompt, and nothing to learn from. Raise KL_COEF or TEMPERATURE, "
+    "or use {smaller}"
 )
 DISTINCT = (
     "completions repeat each other: the share of different word pairs (distinct-2) has fallen from "
-    "{before:.2f} to {now:.2f}. Likely cause: a reward that pays for a phrase. Look at "
-    "samples.jsonl; change REWARDS or raise KL_COEF"
+    "{before:.2f} to {now:.2f}, mean of five steps. Likely cause: a reward that pays for a phrase. "
+    "Look at samples.jsonl; change REWARDS or raise KL_COEF"
 )
 PARTED = (
     "{falling} falls while {rising} rises, both beyond {errors:g} standard errors over {count} "
