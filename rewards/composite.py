@@ -70,6 +70,7 @@ class CompositeReward:
         self.scales |= scales or {}
         self.monitor = BalanceMonitor()
         self.quarantined = dict.fromkeys(self.rewards, 0)
+        self.told: set[str] = set()  # whose odd scores this process has logged
         self.metrics: dict[str, float] = {}  # what rewards reported through log_metric last
         self.extras: dict[str, list] = {}  # and through log_extra: one value per completion
         self.reserved = reserved
@@ -118,8 +119,9 @@ class CompositeReward:
         given |= {"prompts": prompts, "completions": completions}
 
         def check(name: str, answer: Any) -> Column:
-            scores, odd = checked(name, answer, completions, told=self.quarantined[name] > 0)
+            scores, odd = checked(name, answer, completions, name in self.told)
             self.quarantined[name] += odd
+            self.told |= {name} if odd else set()
             return scores
 
         wait = begin_calls(self.rewards, given, check)

@@ -80,9 +80,11 @@ class PythonReward(Reward):
         if declared:
             return
         signature = _signature(function)
-        names = signature.parameters
-        any_name = any(each.kind == each.VAR_KEYWORD for each in names.values())
-        if not any_name and (unknown := self.args.keys() - names.keys()):
+        kinds = {name: each.kind for name, each in signature.parameters.items()}
+        by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        names = [name for name, kind in kinds.items() if kind in by_name]
+        any_name = inspect.Parameter.VAR_KEYWORD in kinds.values()
+        if not any_name and (unknown := self.args.keys() - {*names}):
             taken = ", ".join(name for name in names if name not in GIVEN) or "none"
             wrong = ", ".join(sorted(unknown))
             raise ValueError(f"{self.function} does not take the ARGS {wrong}: it takes {taken}")

@@ -48,8 +48,7 @@ def checked(name: str, answer: Any, completions: Texts, told: bool = False) -> t
         log.warning(
             f"reward {name!r} is not finite, or beyond {LARGEST:g}, for {len(odd)} of "
             f"{len(scores)} completions and is left out there; the first: {given[first]} for "
-            f"{text_of(completions[first])[:80]!r}. From here on such scores are only counted "
-            f"(rewards/{name}/quarantined)"
+            f"{text_of(completions[first])[:80]!r}. From here on such scores are only counted"
         )
     return scores, len(odd)
 
@@ -61,7 +60,7 @@ def _short(value: Any) -> str:
 
 def _number(value: Any) -> float:
     """As a float; infinite where it is an integer that no float can hold."""
-    if isinstance(value, str | bytes):  # float would read the digits in it
+    if isinstance(value, str | bytes | bytearray | memoryview):  # float would read the digits in it
         raise TypeError("a text is no score")
     try:
         return float(value.detach() if isinstance(value, Tensor) else value)

@@ -378,8 +378,7 @@ def test_steps_that_come_twice_are_said_and_count_once(tmp_path, capsys):
     assert read_run(run).values("reward") == before
     (found,) = findings(read_run(run))
     assert found.evidence == (
-        "line 41 of metrics.jsonl: step 3 after step 40; "
-        "line 42 of metrics.jsonl: step 4 after step 40"
+        "line 41 of metrics.jsonl: step 3 again; line 42 of metrics.jsonl: step 4 again"
     )
     assert doctor(run)[0].startswith(f"{run}: 40 steps of 40, finished\n")
 
@@ -389,7 +388,7 @@ def test_a_file_of_something_else_is_not_a_line_that_was_cut_off(tmp_path, whole
     run = a_run(tmp_path)
     (run / "controller.jsonl").write_text("garbage\n" * 9 + "garbage" + "\n" * whole)
     (found,) = findings(read_run(run))
-    assert found.says == "a file has lines that cannot be read"
+    assert found.says == "lines of a file cannot be read"
     assert found.evidence.endswith("line 4 of controller.jsonl and 6 lines more: no JSON")
 
 
@@ -418,11 +417,9 @@ def test_a_line_that_is_broken_in_the_middle_is_not_one_that_ends_the_file(tmp_p
     lines[5:7] = [lines[5][:50] + lines[6]]
     (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     (found,) = findings(read_run(run))
-    assert found.kind == "torn line" and found.says == (
-        "a file has a line that cannot be read, and does not end within it"
-    )
+    assert found.kind == "torn line" and found.says == ("a line of a file cannot be read")
     assert found.evidence == "line 6 of metrics.jsonl: no JSON; metrics.jsonl lacks steps 6 and 7"
-    assert "RESUME" not in found.advice and "delete the line" in found.advice
+    assert "RESUME" not in found.advice and "delete what cannot be read" in found.advice
     assert adaptiverl(["explain", str(run)]) == 0
     said = capsys.readouterr().out
     assert f"{run}: steps 1 to 40 of 40, finished\n" in said

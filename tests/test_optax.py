@@ -128,6 +128,9 @@ JUMPS = {
     "hopeless": lambda s, big: big + 0 * s,
     "nothing": lambda s, big: 0 * s,
     "still": lambda s, big: 3e-3 + 0 * s,
+    "still and far below": lambda s, big: 1e-4 + 0 * s,
+    "from nothing to too far": lambda s, big: jnp.where(s > 2.0, 1.0, 0.0),
+    "saturated": lambda s, big: 3e-3 * s * s / (1 + s * s),
 }
 
 
@@ -154,7 +157,7 @@ def test_the_line_search_ends_where_torchs_does(name):
         found = jitted(big, initialized, most)
         np.testing.assert_allclose(found, [scale, now[0], end], rtol=1e-6)
         ends.add(scale)
-    assert len(ends) > 1 or name in ("hopeless", "nothing", "still")
+    assert len(ends) > 1 or name in ("hopeless", "nothing", "still", "still and far below")
 
 
 @pytest.mark.parametrize(
@@ -208,6 +211,7 @@ BROKEN = {  # sizes of the gradient and of the KL; 0: as it is
     "an infinite KL": (1.0, -math.inf),
     "a KL below 0": (1.0, -0.003),
     "a KL that does not move": (1.0, 0.003),
+    "a KL that does not move and is small": (1.0, 1e-4),
 }
 
 

@@ -222,6 +222,7 @@ def test_the_share_of_prompts_without_a_difference(rewards, group_size, share):
         ([1.0], "none", 1, False, True),  # one completion per step: steps differ
         ([1.0], "ema", 1, False, True),
         ([NAN], "ema", 1, False, False),
+        ([NAN, 2.0, NAN], "none", 1, False, True),
     ],
 )
 def test_what_rewards_can_teach(rewards, baseline, group_size, compared, informative):

@@ -950,8 +950,7 @@ def test_what_is_not_finite_is_quarantined(caplog):
     assert composite.quarantined == {"odd": 3, "sound": 0}
     assert caplog.messages == [
         "reward 'odd' is not finite, or beyond 1e+16, for 3 of 4 completions and is left out "
-        "there; the first: nan for 'first'. From here on such scores are only counted "
-        "(rewards/odd/quarantined)"
+        "there; the first: nan for 'first'. From here on such scores are only counted"
     ]
     composite(["p"] * 4, texts)
     assert composite.quarantined["odd"] == 6 and len(caplog.messages) == 1

@@ -129,7 +129,7 @@ def test_three_times_then_the_run_ends_with_the_cause(main, settings, capsys):
         f"{out / 'step-000000'}"
     )
     assert not (out / "final").exists()
-    first, last = found[0]["step"], found[2]["step"]
+    first, last = found[0]["step"], found[3]["step"]
     assert "What moved lr:\n  rollback        × 0.001 in step 1: the policy had" in explain(out)
     text, _ = doctor(out)
     assert "the policy broke, 4 times: the learning rate was too large\n" in text

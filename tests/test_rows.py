@@ -67,7 +67,7 @@ def test_prompts_of_a_csv_are_texts(tmp_path):
 
 def test_a_blank_line_of_a_csv_is_no_row_and_a_blank_field_is_one(tmp_path):
     rows = load(tmp_path, "a.csv", "\n  \nprompt\nThis\n\n   \nThat\n")
-    assert rows == [{"prompt": "This"}, {"prompt": "   "}, {"prompt": "That"}]
+    assert rows == [{"prompt": "This"}, {"prompt": "That"}]
     rows = load(tmp_path, "b.csv", "prompt,genre\nThis,a\n   \n   ,b\n")
     assert rows == [{"prompt": "This", "genre": "a"}, {"prompt": "   ", "genre": "b"}]
     with pytest.raises(ValueError, match=r"prompt in row 1 \(counted from 0\) is missing"):

@@ -538,7 +538,7 @@ def test_a_negative_kl_is_no_information(initialized, caplog):
     assert world.step().scale > 10 or initialized, "the next one is searched for"
 
 
-@pytest.mark.parametrize("kl", [0.0, 0.003])
+@pytest.mark.parametrize("kl", [0.0, 1e-6, 1e-4, 0.003])
 def test_a_kl_that_does_not_move_leaves_update_and_rate(kl, caplog):
     """As of a measure_kl that was computed before the step."""
     world = World(lr=1e-3, kl=0.01)
@@ -548,6 +548,36 @@ def test_a_kl_that_does_not_move_leaves_update_and_rate(kl, caplog):
         assert world.weight.item() == pytest.approx(-1e-3 * step)
     assert "the policy as it is when it is called" in caplog.text and len(caplog.records) == 1
     assert world.step().scale > 10, "the next one is searched for"
+
+
+@pytest.mark.parametrize("decay", [0.01, 0.1, 3.0])
+def test_an_update_that_was_scaled_in_vain_leaves_the_weights_of_its_step(decay):
+    """Larger rates than 0.5 / decay could not be taken off again."""
+    world = World(lr=1e-3, kl=0.01)
+    world.weight.data += 1
+    world.optimizer.param_groups[0]["weight_decay"] = decay
+    world.step(measure=lambda: 0.0)
+    assert world.weight.item() == pytest.approx(1 - 1e-3 - 1e-3 * decay, abs=1e-9)
+
+
+def test_a_kl_that_rises_to_less_than_the_target_is_one_that_moves():
+    world = World(lr=1e-7, kl=0.01)
+    info = world.step(measure=lambda: 0.003 * (square := world.kl()) / (1e-6 + square))
+    assert info.scale > 1e4 and info.kl == pytest.approx(0.003, rel=0.1)
+
+
+@pytest.mark.parametrize("edge", [3e-7, 1e-5, 1e-2])
+def test_a_kl_that_jumps_from_nothing_to_too_far_is_searched(edge, caplog):
+    world = World(lr=1e-7, kl=0.01)
+    info = world.step(measure=lambda: float(world.kl() > edge**2))
+    assert edge / 2 < info.lr <= edge and info.kl == 0 and not caplog.records
+
+
+def test_rounding_at_a_small_max_lr_is_no_kl_that_does_not_move(caplog):
+    world = World(lr=1e-7, kl=0.01, max_lr=1e-6)
+    noise = iter([-4e-9, 2e-9, -6e-9, 1e-9, 3e-9])
+    infos = [world.step(measure=lambda: next(noise)) for _ in range(3)]
+    assert [info.lr for info in infos] == [1e-6] * 3 and not caplog.records
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.RMSprop])
@@ -713,5 +743,5 @@ def test_arguments_that_cannot_be_are_refused(wrong, message):
 
 
 def test_what_is_no_optimizer_is_refused():
-    with pytest.raises(TypeError, match="optimizer is -1; it must be one of torch's"):
+    with pytest.raises(TypeError, match=r"optimizer is -1; it must be a torch\.optim\.Optimizer"):
         TrustRegion(-1)

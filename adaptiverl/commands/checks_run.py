@@ -99,11 +99,11 @@ def _taken_back(run: Run) -> Iterator[Finding]:
     back = [event for event in run.events if event["action"] == "rollback"]
     if back and not run.trust_region:  # what was taken back is in no curve that would show it
         ended = [event for event in run.events if event["action"] == "stop"]
-        broke = len(back) + sum(event["kind"] in COLLAPSES for event in ended)
+        broke = [*back, *(event for event in ended if event["kind"] in COLLAPSES)]
         yield Finding(
             "rate too large",
-            f"the policy broke, {counted(broke, 'time')}: the learning rate was too large",
-            _when(run, back),
+            f"the policy broke, {counted(len(broke), 'time')}: the learning rate was too large",
+            _when(run, broke),
             "use LR_RULE trust_region, or a much smaller LRATE",
         )
     elif back:
@@ -117,7 +117,7 @@ def _taken_back(run: Run) -> Iterator[Finding]:
 
 
 def _when(run: Run, back: list[Row]) -> str:
-    """The first rollback and the last, and from where to where they brought what they changed."""
+    """The first collapse and the last, and from where to where rollbacks brought what they move."""
     said = f"in step {back[0]['step']}: {back[0]['message']}"
     if len(back) > 1:
         said = f"first {said}; last in step {back[-1]['step']}"
@@ -148,12 +148,10 @@ def _torn(run: Run) -> Iterator[Finding]:
     else:
         yield Finding(
             "torn line",
-            "a file has a line that cannot be read, and does not end within it"
-            if len(run.torn) == 1
-            else "a file has lines that cannot be read",
+            "lines of a file cannot be read" if run.torn[1:] else "a line of a file cannot be read",
             f"{where}: no JSON{lacks}",
-            "nothing brings back what stood there, and the checkpoints do not need it; delete the "
-            "line, and this is not said again",
+            "nothing brings back what stood there, and the checkpoints do not need it; delete what "
+            "cannot be read, and this is not said again",
         )
 
 

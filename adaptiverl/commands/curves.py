@@ -246,22 +246,22 @@ def metric_rows(path: Path) -> list[Row]:
 def _drop_odd(file: str, rows: dict[int, Row], names: Sequence[str] | None = None) -> list[str]:
     """Drops values that are no finite numbers, and says where; a row without its step goes whole.
 
-    So does one whose step is not above that of the row before. `names` are those that a row must
-    have, all or none; None for any, and null is a missing one.
+    So does one whose step a row before has. `names` are those that a row must have, all or none;
+    None for any, and null is a missing one.
     """
-    said, last = [], 0
+    said, seen = [], set()
     for line, row in list(rows.items()):
         named = names or [name for name, value in row.items() if value is not None]
         odd = [name for name in named if not _is_number(row.get(name))]
         if names is None:
             if not isinstance(step := row.get("step"), int):
                 odd = ["step", *(name for name in odd if name != "step")]
-            elif step <= last:
-                said.append(f"line {line} of {file}: step {step} after step {last}")
+            elif step in seen:
+                said.append(f"line {line} of {file}: step {step} again")
                 del rows[line]
                 continue
             else:
-                last = step
+                seen.add(step)
         for name in odd:
             row.pop(name, None)
         if odd and (names or "step" in odd):

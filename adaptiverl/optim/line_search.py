@@ -24,10 +24,11 @@ def search(
     `rescale(s)` multiplies the update by s. An update that falls short is scaled up if `upwards`.
     The search keeps the largest scale within bounds and the smallest one beyond, and bisects where
     the quadratic law leads out of that bracket: the KL of a mixture of experts jumps. Where no
-    scale is within bounds, the update is taken back: rescale(0), and a KL of 0. Where the KL falls
-    short at every scale, or is not above 0 at the last, the factor is 1.
+    scale is within bounds, the update is taken back: rescale(0), and a KL of 0. Where a KL stays
+    exactly the same while the update is scaled up, the factor is 1.
     """
-    scale, kl = 1.0, measure_kl()
+    scale, first = 1.0, measure_kl()
+    kl = first
     within, kl_within, beyond, known = 0.0, 0.0, math.inf, math.isfinite(kl)
     for _ in range(MAX_MEASUREMENTS):
         far = _is_far(kl, target)
@@ -49,9 +50,7 @@ def search(
     if _is_far(kl, target):
         rescale(within / scale)
         scale, kl = within or (scale if known else LOST), kl_within
-    elif scale > 1 and (
-        kl <= 0 or (beyond == math.inf and is_short(kl, target, max_scale / scale))
-    ):
+    elif scale > 1 and kl == first and beyond == math.inf:
         rescale(1 / scale)
         scale = 1.0
     return scale, kl, known

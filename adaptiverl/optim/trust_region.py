@@ -81,7 +81,7 @@ class TrustRegion:
         record: Record | None = None,
     ):
         if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"optimizer is {optimizer!r:.60}; it must be one of torch's, or alike")
+            raise TypeError(f"optimizer is {optimizer!r:.60}; it must be a torch.optim.Optimizer")
         if needs_closure(optimizer):
             raise ValueError(
                 f"the trust region cannot search the step of {type(optimizer).__name__}: it takes "
@@ -135,14 +135,16 @@ class TrustRegion:
         informative     whether rewards differ, within some prompt. Where none do, the gradient is
                     that of a penalty alone, and its alignment is no evidence about the rewards
 
-        The first update is also scaled up where it falls short. If that brings its KL no nearer to
-        the target, the update stays, and the next one counts as the first; so does the rate, unless
-        rounding has left nothing of the update. While all gradients are 0 before that, the KL is
-        not measured. An update that no scale brings within bounds is taken back; where its KL was
-        never finite the rate is halved. A KL below 0 is no information: update and rate stay as
-        they are. A gradient that is not finite, or whose square is not, is no step: weights,
-        optimizer state and rate stay. After that, and where the KL was never finite, the info has a
-        scale of 0 and no KL.
+        The first update is also scaled up where it falls short. If its KL stays exactly the same,
+        update and rate stay, and the next update counts as the first. Where that is because 32 bits
+        have lost the update, the rate is multiplied by 30. While all gradients are 0 before that,
+        the KL is not measured.
+
+        An update that no scale brings within bounds is taken back; where its KL was never finite
+        the rate is halved. A KL below 0 is no information: update and rate stay as they are. A
+        gradient that is not finite, or whose square is not, is no step: weights, optimizer state
+        and rate stay. After that, and where the KL was never finite, the info has a scale of 0 and
+        no KL.
         Under a GradScaler, which may skip a step, wrap the optimizer in AdaptiveOptimizer instead.
         """
         base = self._base_rate()
@@ -176,7 +178,7 @@ class TrustRegion:
         if informative:
             self.observe_alignment(cosine)
         target, update = max(self.target, min_kl), LastUpdate(self.optimizer)
-        room = self.bounds[1] / rate
+        room = min(self.bounds[1] / rate, update.max_scale)
         self.optimizer.step()
         measure = partial(measured, measure_kl)
         try:
@@ -205,13 +207,14 @@ class TrustRegion:
         return info
 
     def _stay(self, base: float, kl: float, update: LastUpdate) -> None:
-        """After a first update whose KL is too small at every scale: the next one is the first."""
+        """After a first update whose KL was the same at every scale: the next one is the first."""
         if update.is_lost():  # and scaling nothing gives nothing
             self._set_ratio(base, self.ratio * MAX_RESCALE, "line_search", kl)
             return
         self._warn(
-            f"the KL of the first update was {kl:.2g} nats per token at every scale, so the "
-            "rate stays: does measure_kl compute the policy as it is when it is called?"
+            "the KL of the first update is the same at every scale, so the rate stays: does "
+            "measure_kl compute the policy as it is when it is called? If it is 0, max_lr may be "
+            "too small to move the policy"
         )
 
     def line_search(
@@ -239,6 +242,9 @@ class TrustRegion:
                 "measure_kl gave a KL below 0, which says nothing, so the rate stays: is it "
                 "KL(before ‖ now), exact or by k3? The mean of log-ratios may be below 0"
             )
+            if scale > 1:  # searched in vain
+                rescale(1 / scale)
+                scale = 1.0
         return scale, kl
 
     def steer(self, base: float, kl: float, target: float) -> None:

@@ -15,6 +15,7 @@ from adaptiverl.optim.hyperparams import Group
 from adaptiverl.optim.mini import AdamMini, denominators
 
 LARGEST_LR = 10.0  # up to which AdamW's updates are small enough to be taken off again
+SAFE_DECAY = 0.5  # of lr · weight decay, up to which it is safe to divide by 1 less that
 
 
 class PerTensorOptimizer:
@@ -55,11 +56,24 @@ class LastUpdate:
 
     @torch.no_grad()
     def is_lost(self) -> bool:
-        """Whether rounding has left nothing of it in weights that were copied, in one process."""
-        copies = [(_local(p), _local(old)) for p, old in self.old.items()]
-        return bool(copies) and all(
-            not is_shard and bool((p == old).all()) for (p, is_shard), (old, _) in copies
-        )
+        """Whether rounding has left nothing of it, in weights that were copied."""
+        if not self.old:
+            return False
+        moved = [_local(p)[0].ne(_local(old)[0]).any() for p, old in self.old.items()]
+        return not _any(moved, any(_local(p)[1] for p in self.old))
+
+    @property
+    def max_scale(self) -> float:
+        """The largest factor, from which the update can be made smaller again."""
+        largest = math.inf
+        for group, lr, moved in zip(
+            self.optimizer.param_groups, self.rates, self.moved, strict=True
+        ):
+            if lr and any(p not in self.old for p in moved):
+                decay = float(group["weight_decay"])
+                rate = min(LARGEST_LR, SAFE_DECAY / decay if decay else math.inf)
+                largest = min(largest, rate / lr)
+        return largest
 
     @torch.no_grad()
     def rescale(self, factor: float) -> None:
@@ -149,12 +163,15 @@ def has_gradient(optimizer: Optimizer) -> bool:
     """Whether any gradient is not 0."""
     own = [p.grad for group in optimizer.param_groups for p in group["params"]]
     local = [_local(grad) for grad in own if grad is not None]
-    if not local:
-        return False
-    found = torch.stack([grad.any() for grad, _ in local]).any().float()
-    if any(shards for _, shards in local):
-        torch.distributed.all_reduce(found)
-    return bool(found)
+    return bool(local) and _any([grad.any() for grad, _ in local], any(s for _, s in local))
+
+
+def _any(found: list[Tensor], shards: bool) -> bool:
+    """Whether any of them is true, in any process if these have shards of the same."""
+    one = _stacked(found).any().float()
+    if shards:
+        torch.distributed.all_reduce(one)
+    return bool(one)
 
 
 def supports_alignment(optimizer: Optimizer) -> bool:
@@ -197,7 +214,7 @@ def _keeps_direction(optimizer: Optimizer, group: Group) -> bool:
         return False
     kind = _torch_class(optimizer)
     if kind in (torch.optim.AdamW, AdamMini):
-        return float(group["lr"]) * decay < 0.5  # beyond, dividing by 1 − lr · decay is unsafe
+        return float(group["lr"]) * decay < SAFE_DECAY
     return kind in (torch.optim.SGD, torch.optim.RMSprop) and group["momentum"] > 0
 
 

@@ -50,10 +50,7 @@ def separator_hint(line: str) -> str | None:
 
 
 def _records(path: Path) -> Iterator[list[str]]:
-    """The fields of each record, the names first; blank lines are none.
-
-    Spaces alone are a value where there is one column, as they are in a field of several.
-    """
+    """The fields of each record, the names first; blank lines, also of spaces, are none."""
     first: list[str] = []
     end = 0
     with path.open(newline="", encoding="utf-8-sig") as file:
@@ -61,7 +58,7 @@ def _records(path: Path) -> Iterator[list[str]]:
         try:
             for fields in lines:
                 begin, end = end + 1, lines.line_num
-                if not fields or (len(first) != 1 and [text.strip() for text in fields] == [""]):
+                if not fields or (len(fields) == 1 and fields[0].isspace()):
                     continue
                 first = first or fields
                 if len(fields) != len(first):

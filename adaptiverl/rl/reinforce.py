@@ -88,10 +88,10 @@ def zero_std_share(rewards: Tensor, group_size: int = 1) -> float:
 def is_informative(rewards: Tensor, baseline: str, group_size: int = 1) -> bool:
     """Whether any rewards [B] that `baseline` compares with each other differ.
 
-    A single completion tells something where the baseline compares none.
+    A single one tells something where the baseline compares none.
     """
-    if len(rewards) == 1 and baseline in COMPARE_NONE:
-        return not rewards.isnan().item()
+    if baseline in COMPARE_NONE and (~rewards.isnan()).sum() == 1:
+        return True
     return zero_std_share(rewards, group_size if baseline in PER_PROMPT else 1) < 1
 
 

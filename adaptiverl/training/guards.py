@@ -15,7 +15,6 @@ from torch import Tensor
 
 from adaptiverl.rl.diversity import is_answering
 from adaptiverl.rl.reinforce import (
-    COMPARE_NONE,
     PER_PROMPT,
     are_compared,
     is_informative,
@@ -173,8 +172,8 @@ class Guards:
         self.moved |= not flat
         limit = FLAT_STEPS_LATER if self.moved else FLAT_STEPS
         trains = "only the KL penalty trains the policy" if c.KL_COEF else "nothing is trained"
-        if c.BASELINE in COMPARE_NONE:
-            trains = f"what is trained is noise: BASELINE {c.BASELINE} compares no completions"
+        if c.BASELINE == "none" and reward.nan_to_num().any():
+            trains = "what is trained is noise: BASELINE none compares no completions"
         if mean is None:
             yield "missing", _missing(c)
         elif flat and (message := self._collapsed(metrics)):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from adaptiverl.optim.line_search import KL_TOLERANCE, LOST, MAX_MEASUREMENTS, MAX_RESCALE
+from adaptiverl.optim.trust_region import ROUNDING
 
 
 def line_search(
@@ -53,9 +54,9 @@ def line_search(
     failed = is_far(kl)
     applied, kl = jnp.where(failed, within, scale), jnp.where(failed, kl_within, kl)
     on_rate = jnp.where(failed & (within > 0), within, jnp.where(known, scale, LOST))
-    # A KL that did not come up to the target, or is not above 0, says nothing
-    vain = (kl <= 0) | ((beyond == jnp.inf) & is_short(kl, target, max_scale / scale))
-    vain &= (on_rate > 1) & jnp.logical_not(failed)
+    # A KL below 0 says nothing, nor does one that is the same at every scale
+    vain = kl < -jnp.maximum(ROUNDING[0] * target, ROUNDING[1])
+    vain = (vain | ((kl == first) & (beyond == jnp.inf) & jnp.logical_not(failed))) & (on_rate > 1)
     on_rate, applied = jnp.where(vain, 1.0, on_rate), jnp.where(vain, 1.0, applied)
     return on_rate, applied, jnp.where(known, kl, jnp.nan)
 
