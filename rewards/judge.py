@@ -55,7 +55,7 @@ class JudgeReward(Reward):
     """
 
     external: ClassVar[bool] = True
-    counts: ClassVar[frozenset[str]] = frozenset({"calls", "retries", "cached", "cost"})
+    counts: ClassVar[frozenset[str]] = frozenset({"calls", "retries", "cached", "rejected", "cost"})
     training_keys: ClassVar[frozenset[str]] = Reward.training_keys | {"MAX_MISSING"}
     free_keys: ClassVar[frozenset[str]] = frozenset({
         "BASE_URL", "KEY_ENV", "CONCURRENCY", "REQUESTS_PER_MINUTE", "TOKENS_PER_MINUTE", "TIMEOUT",

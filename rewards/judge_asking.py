@@ -49,7 +49,8 @@ class Batch:
     def counts(self, with_cost: bool) -> dict[str, float]:
         """What the call took."""
         counts = {"calls": self.calls, "retries": self.retries, "cached": self.cached}
-        return counts | ({"cost": self.cost} if with_cost else {})
+        rejected = {"rejected": self.rejected} if self.rejected else {}
+        return counts | rejected | ({"cost": self.cost} if with_cost else {})
 
 
 @dataclass

@@ -99,11 +99,13 @@ class Budget:
     def hold(self, account: Account, cache: JudgeCache, tokens: tuple[float, float]) -> Hold | None:
         """A hold on one more answer; None where the budget is spent, which is warned of once.
 
-        Answers had count, and those that anybody in this process awaits.
+        Answers had count, and those that anybody in this process awaits, at what they cost so far.
         """
         with account.lock:
             calls, *spent = cache.spent
-            awaited = [self.cost(*hold.tokens) for hold in account.holds]
+            usual = self.cost(*spent) / calls if calls else 0.0
+            # By their text alone answers are too cheap where a model thinks before it answers
+            awaited = [max(self.cost(*hold.tokens), usual) for hold in account.holds]
             calls, cost = calls + len(awaited), self.cost(*spent) + sum(awaited)
             over = []
             if self.max_calls is not None and calls >= self.max_calls:

@@ -21,7 +21,7 @@ NAMES = {"-": "bad", "+": "good", "1": "worst", "5": "best"}  # of answers, as p
 ABSENCE_TIMEOUT = 10.0  # seconds without a request from somebody's page: they have gone
 IDLE_TIMEOUT = 60.0  # seconds without a key or a movement: the page is open, and nobody is at it
 TOO_LATE = "that one was labelled already, or timed out"
-UNDO_EXPIRED = "nothing to undo: that batch has been trained on"
+UNDO_EXPIRED = "nothing to undo: you have labelled nothing in this batch"
 
 
 @dataclass(frozen=True)

@@ -807,6 +807,11 @@ def test_what_is_no_function_is_refused_where_it_is_given(name):
         AdaptiveOptimizer(BASES["SGD"](model().parameters()), "trust_region", **{name: 3})
 
 
+def test_an_adaptive_optimizer_in_another_is_refused():
+    with pytest.raises(TypeError, match="base is an AdaptiveOptimizer already"):
+        AdaptiveOptimizer(AdaptiveOptimizer(BASES["SGD"](model().parameters()), "trend"), "trend")
+
+
 def test_a_text_is_no_number():
     optimizer = AdaptiveOptimizer(BASES["SGD"](model().parameters()), reward_rule="trend")
     with pytest.raises(TypeError, match="reward is '1'; it must be one number"):

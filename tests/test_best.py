@@ -42,7 +42,8 @@ def test_patience_counts_evaluations():
     seen = looked_at([0.1, 0.3, 0.2, None, 0.2], STOP_PATIENCE=2)
     assert [best.why_stop is not None for best in seen] == [False] * 4 + [True]
     assert seen[-1].why_stop == (
-        "STOP_PATIENCE: 2 evaluations without a better score than 0.300, of step 2"
+        "STOP_PATIENCE: 2 evaluations without a better eval/score (reward less KL penalty) than "
+        "0.300, of step 2"
     )
 
 

@@ -8,7 +8,7 @@ import statistics
 from pathlib import Path
 
 import pytest
-from conftest import written_run
+from conftest import read_jsonl, written_run
 
 from adaptiverl.__main__ import main as adaptiverl
 from adaptiverl.commands.charts import POINTS, Series, chart, number
@@ -99,11 +99,27 @@ def test_figures_say_of_which_steps_they_are_the_mean(tmp_path, capsys):
     out = tmp_path / "page.html"
     assert adaptiverl(["compare", *map(str, runs), "--out", str(out)]) == 0
     note = (
-        "Means over the last 10 steps that have a value, fewer in a shorter run. ± is one "
-        "standard error."
+        "Means over the last 10 steps that have a value, fewer in a shorter run; eval/… is of the "
+        "last evaluation. ± is one standard error."
     )
     assert f"\n{note}\n" in capsys.readouterr().out and f">{note}<" in out.read_text()
     assert "equally long" not in out.read_text()
+
+
+def test_an_evaluation_is_compared_by_the_last_one(tmp_path, capsys):
+    """They lie many steps apart, so that a mean of several is one over the whole run."""
+    runs = [a_run(tmp_path / name, 0.2, 1) for name in ("a", "b")]
+    for run, every in zip(runs, (8, 24), strict=True):
+        rows = read_jsonl(run / "metrics.jsonl")
+        for row in rows[every - 1 :: every]:
+            row["eval/reward"] = row["step"] / 100
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert adaptiverl(["compare", *map(str, runs), "--out", str(tmp_path / "x.html")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    head = next(line for line in lines if line.startswith("run "))
+    at = head.index("eval/reward")
+    figures = [line[at : at + 11].strip() for line in lines if line[:2] in ("a ", "b ")]
+    assert figures[:2] == ["0.48", "0.48"]
 
 
 def test_a_verdict_on_runs_of_other_lengths_names_them(tmp_path, capsys):

@@ -728,7 +728,7 @@ def test_labelling_on_the_terminal(typist, settings, tmp_path):
     person.press("-")
     assert "(4 left)" in person.question(), "the next batch"
     person.press("u")
-    assert "nothing to undo: that batch has been trained on" in person.question()
+    assert "nothing to undo: you have labelled nothing in this batch" in person.question()
     person.press("+")
     person.question()
     person.press("\x03")

@@ -385,6 +385,15 @@ def test_cost_is_estimated_where_the_server_does_not_say(
     ] * told  # fmt: skip
 
 
+def test_what_is_under_way_costs_what_answers_have_cost(server, judge, monkeypatch):
+    """A model that thinks first takes more tokens than its answer shows: here 100 each."""
+    usage = {"prompt_tokens": 0, "completion_tokens": 100}
+    scripted(monkeypatch, *[(200, completion('{"score": 1}', usage=usage))] * 12)
+    one = judge(max_cost=700, prices=(0, 1e6), concurrency=4)
+    assert ask(one, ["a", "b", "c", "d"]).count(None) == 0, "whose cost nobody knows yet"
+    assert ask(one, list("efghijkl")).count(None) == 5, "not four at once, for 800"
+
+
 def test_what_was_asked_is_estimated_too(server, judge, monkeypatch, tmp_path):
     scripted(monkeypatch, (200, completion('{"score": 1}')))
     ask(judge(), ["a"])
@@ -636,6 +645,9 @@ def test_one_text_that_is_rejected_is_missing_and_ends_nothing(server, judge, mo
     assert len(server.seen) == 3, "not tried again"
     said = f"it answered {status}: Error code: {status} - filtered ({server.url}/chat/completions)"
     assert one.trouble == said
+    told: dict = {}
+    asyncio.run(judge()(["p"], ["nasty"], log_metric=told.__setitem__))
+    assert told["judge/rejected"] == 1
     assert ask(judge(), ["nasty", "a b", "c"]) == [None, 1 / 9, 0.0], "nor does a resumed run end"
     assert ask(judge(), ["nasty"]) == [None], "nor one that asks of nothing else"
 

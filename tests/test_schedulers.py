@@ -893,6 +893,20 @@ def test_a_word_is_neither_true_nor_false(name):
         AdaptiveScheduler(SGD([torch.zeros(1)]), **{name: "no"})
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((SGD([torch.zeros(1)]), float), "scheduler is SGD .*it must be an AdaptiveScheduler"),
+        ((AdaptiveScheduler(SGD([torch.zeros(1)])), 3), "reward_fn is 3; it must be a function"),
+    ],
+)
+def test_a_callback_of_something_else_is_refused(arguments, said):
+    with pytest.raises(TypeError, match=f"(?s){said}"):
+        RewardObserveCallback(*arguments)
+    with pytest.raises(TypeError, match="reward is 3; it must be a reward function"):
+        RewardTap(3)
+
+
 def test_a_callback_whose_rewards_nothing_reads_says_so(caplog):
     RewardObserveCallback(AdaptiveOptimizer(SGD([torch.zeros(1)]), reward_rule="trend"), float)
     RewardObserveCallback(RewardAdaptiveScheduler(SGD([torch.zeros(1)])), float)

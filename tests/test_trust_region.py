@@ -742,6 +742,11 @@ def test_arguments_that_cannot_be_are_refused(wrong, message):
         make(**wrong)
 
 
+def test_a_target_that_is_a_text_is_refused():
+    with pytest.raises(TypeError, match="kl is 'a'; it must be one number"):
+        make(kl="a")
+
+
 def test_what_is_no_optimizer_is_refused():
     with pytest.raises(TypeError, match=r"optimizer is -1; it must be a torch\.optim\.Optimizer"):
         TrustRegion(-1)

@@ -149,7 +149,7 @@ def test_a_second_answer_and_an_undo_too_many_change_nothing(reward):
     late = "that one was labelled already, or timed out"
     assert sent("/label", {"key": key, "value": "-"}) == (late, 1)
     assert sent("/undo", {}) == (None, 2)
-    expired = "nothing to undo: that batch has been trained on"
+    expired = "nothing to undo: you have labelled nothing in this batch"
     assert sent("/undo", {}) == (expired, 2)
     assert sent("/label", {"key": key, "value": "-"}) == (None, 1)
     (other,) = reward.queue.open

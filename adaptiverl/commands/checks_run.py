@@ -43,6 +43,8 @@ def _ended(run: Run) -> Iterator[Finding]:
                 kind, what = "judge", f"the judge {named[1]!r}"
                 keys = f"BASE_URL, MODEL, KEY_ENV of {named[1]!r}, MAX_MISSING"
                 advice = f"see that its endpoint answers ({keys})"
+                if "its budget is spent" in message:
+                    advice = f"raise MAX_COST or MAX_CALLS of {named[1]!r}, whichever is used up"
             yield Finding(
                 kind,
                 f"{what} failed, so the run paused",

@@ -33,8 +33,8 @@ BLOCKS = 8  # of neighbouring steps, which depend on each other: the error is th
 INTERVAL = 2.365  # standard errors: 95 % with BLOCKS - 1 = 7 degrees of freedom
 LAST = 10  # steps that a figure at the end is the mean of
 FIGURES_NOTE = (
-    f"Means over the last {LAST} steps that have a value, fewer in a shorter run. ± is one "
-    "standard error."
+    f"Means over the last {LAST} steps that have a value, fewer in a shorter run; eval/… is of the "
+    "last evaluation. ± is one standard error."
 )
 OWN = {"OUTPUT_DIR", "$schema", "RESUME"}  # keys in which any two runs differ
 
@@ -178,7 +178,7 @@ def _figures(runs: Runs) -> Table:
         steps, known = reached(run), len(run.metrics)
         line = [own, str(steps) if known == steps else f"{known} of {steps}"]
         for name in names:
-            last = run.values(name)[-LAST:]
+            last = run.values(name)[-1 if name.startswith("eval/") else -LAST :]
             text = number(statistics.mean(last)) if last else "—"
             if len(last) > 2:
                 text += f" ± {number(statistics.stdev(last) / math.sqrt(len(last)), 2)}"

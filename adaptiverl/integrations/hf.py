@@ -64,6 +64,16 @@ class RewardObserveCallback(_LogsRates):
         scheduler: AdaptiveScheduler | AdaptiveOptimizer | Online,
         reward_fn: Callable[[int], float | None],
     ):
+        if not isinstance(scheduler, AdaptiveScheduler | AdaptiveOptimizer | Online):
+            raise TypeError(
+                f"scheduler is {scheduler!r:.60}; it must be an AdaptiveScheduler, an "
+                "AdaptiveOptimizer or an online optimizer"
+            )
+        if not callable(reward_fn):
+            raise TypeError(
+                f"reward_fn is {reward_fn!r:.60}; it must be a function of the step, such as "
+                "RewardTap.last"
+            )
         self.scheduler, self.reward_fn = scheduler, reward_fn
         self.applied: Any = None
         if isinstance(scheduler, AdaptiveScheduler):

@@ -106,6 +106,8 @@ class AdaptiveOptimizer(_Wrapper):
             raise ValueError(
                 f'trust_region_schedule is {trust_region_schedule!r}; it is "linear" or "constant"'
             )
+        if isinstance(base, AdaptiveOptimizer):
+            raise TypeError("base is an AdaptiveOptimizer already: give the rules of both to one")
         _check_min_kl(min_kl)
         for name, value in (("measure_kl", measure_kl), ("record", record)):
             if value is not None and not callable(value):

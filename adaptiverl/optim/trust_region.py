@@ -89,7 +89,7 @@ class TrustRegion:
             )
         self.bounds = lr_bounds(min_lr, max_lr)
         check_steps(steps)
-        kl = default_kl(steps) if kl is None else kl
+        kl = default_kl(steps) if kl is None else numbers(kl=kl)["kl"]
         if not 0 < kl < math.inf:
             raise ValueError(f"kl is {kl}; it must be in (0, inf): nats per token of an update")
         if not 0 <= self.bounds[0] <= self.bounds[1]:

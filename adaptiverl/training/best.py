@@ -52,8 +52,8 @@ class Best:
         reward, kl = self._mean("reward"), self._mean("kl_per_completion")
         if c.STOP_PATIENCE and self.since >= c.STOP_PATIENCE:
             return (
-                f"STOP_PATIENCE: {self.since} evaluations without a better score than "
-                f"{self.best_score:.3f}, of step {self.best_step}"
+                f"STOP_PATIENCE: {self.since} evaluations without a better eval/score (reward less "
+                f"KL penalty) than {self.best_score:.3f}, of step {self.best_step}"
             )
         if c.STOP_KL is not None and kl is not None and kl >= c.STOP_KL:
             return (
