@@ -392,7 +392,10 @@ def test_the_card_says_what_the_run_was_and_its_code_runs(trained, command, tmp_
     assert namespace["text"].startswith("Your prompt")
     # Of another step than was evaluated
     assert command("export", trained, tmp_path / "first", "--checkpoint", 1)[0] == 0
-    assert "This step was not evaluated" in (tmp_path / "first/README.md").read_text()
+    assert (
+        "`adaptiverl evaluate` was not run on this step"
+        in (tmp_path / "first/README.md").read_text()
+    )
 
 
 def test_an_export_never_overwrites(full, command, tmp_path):
@@ -744,6 +747,15 @@ def test_a_card_of_one_completion_and_of_no_kl(copy, command, tmp_path):
     card = (tmp_path / "out/README.md").read_text()
     assert "\n1 completion of 1 prompt of `prompts.json`" in card
     assert "| 0.000 |" in card and "-0.000" not in card
+
+
+def test_a_card_has_the_evaluation_that_the_run_made_of_its_step(copy, command, tmp_path):
+    file = copy / "metrics.jsonl"
+    rows = [row | {"eval/reward": row["step"] / 7} for row in read_jsonl(file)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert command("export", copy, tmp_path / "out", "--checkpoint", 1)[0] == 0
+    card = (tmp_path / "out/README.md").read_text()
+    assert "own evaluation of it gave a mean reward of 0.143.\nThe rewards in the table" in card
 
 
 def test_a_card_says_what_a_reward_scores_where_that_is_its_default():

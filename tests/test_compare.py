@@ -106,6 +106,10 @@ def test_figures_say_of_which_steps_they_are_the_mean(tmp_path, capsys):
     assert "equally long" not in out.read_text()
 
 
+def test_an_axis_of_zeros_begins_at_zero():
+    assert chart("share", [Series("a", [(1, 0.0), (2, 0.0)])]).y_ticks[0] == (100.0, "0")
+
+
 def test_an_evaluation_is_compared_by_the_last_one(tmp_path, capsys):
     """They lie many steps apart, so that a mean of several is one over the whole run."""
     runs = [a_run(tmp_path / name, 0.2, 1) for name in ("a", "b")]

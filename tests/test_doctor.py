@@ -785,3 +785,12 @@ def test_of_too_few_steps_the_verdict_says_so(tmp_path):
     assert "little: no completion had a reward." in verdict(
         Run(tmp_path, {}, [{"step": 1, "reward": None}], [], [], [], []), []
     )
+
+
+def test_a_verdict_has_the_evaluations():
+    """In a short run most of the rise may lie within the first third of its steps."""
+    rows = [{"step": k, "reward": 0.5, "entropy": 2.0} for k in range(1, 41)]
+    for k, value in ((9, 0.6), (19, 0.7), (39, 0.9)):
+        rows[k]["eval/reward"] = value
+    text = verdict(Run(Path("x"), {"STEPS": 40}, rows, [], [], [], []), [])
+    assert "; evaluations went from 0.6 (step 10) to 0.9 (step 40)." in text

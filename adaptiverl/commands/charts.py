@@ -165,7 +165,9 @@ class _Axis:
         if log:
             return cls(low / 1.15, high * 1.15, size, log)
         if size == HEIGHT:
-            margin = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
+            if low == high == 0:  # of a share, say, which is never below
+                return cls(0.0, 1.0, size, log)
+            margin = (high - low) * 0.06 or abs(high) * 0.1
             return cls(low - margin, high + margin, size, log)
         return cls(low, high if high > low else low + 1, size, log)
 

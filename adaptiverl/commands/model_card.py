@@ -83,6 +83,9 @@ def model_card(
         heads=[CURVE[key] for key in keys],
         curve=_curve(rows, keys),
         evaluation=_evaluation(run, checkpoint),
+        own_evaluation=next(
+            (row.get("eval/reward") for row in rows if row["step"] == checkpoint.step), None
+        ),
     )
 
 

@@ -11,7 +11,7 @@ ERRORS = "± is one standard error of the difference"
 
 
 def verdict(run: Run, found: Sequence[Finding]) -> str:
-    """Reward, KL, held-out rewards, and the first finding; a short run is said to be short."""
+    """Reward, KL, held-out rewards, evaluations and the first finding, and that a run is short."""
     wrong = ""
     if found:
         more = f" (and {len(found) - 1} more below)" if len(found) > 1 else ""
@@ -35,6 +35,10 @@ def verdict(run: Run, found: Sequence[Finding]) -> str:
     for name in run.names("held_out/rewards/", "/mean"):
         if held := run.change(name):
             said += "; " + moved(f"the held-out {name.split('/')[2]}", held, spans(run, name))
+    if len(evaluated := run.series("eval/reward")) > 1:
+        (first, before), (last, now) = evaluated[0], evaluated[-1]
+        said += f"; evaluations went from {number(before)} (step {first})"
+        said += f" to {number(now)} (step {last})"
     begin = f"In {steps} steps "
     if steps < SHORT:
         begin = f"This is a short run, of {steps} step{'s' * (steps > 1)}, which says little: "
