@@ -482,3 +482,25 @@ def test_so_is_a_comparison(tmp_path, opened, scheme, width):
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     ratio, where = page.evaluate(CONTRAST)
     assert ratio >= 4.5, where
+
+
+def test_events_of_steps_that_were_taken_back_say_so(tmp_path):
+    """Steps 5 to 8 were made twice; what the second step 6 said holds."""
+    run = a_run(tmp_path / "run")
+    rows = [(3, "warn"), (6, "warn"), (8, "rollback"), (6, "warn"), (8, "warn")]
+    (run / "events.jsonl").write_text(
+        "".join(
+            json.dumps({"step": step, "kind": f"e{k}", "message": "m", "action": action}) + "\n"
+            for k, (step, action) in enumerate(rows)
+        )
+    )
+    change = {
+        "step": 5, "hyperparameter": "lr", "rule": "rollback", "signal": "collapse", "value": 8,
+        "old": 1e-2, "new": 1e-3,
+    }  # fmt: skip
+    (run / "controller.jsonl").write_text(json.dumps(change) + "\n")
+    page = write_report(run).read_text()
+    for k, said in enumerate(
+        ("step 3", "step 6, taken back", "step 8, taken back", "step 6", "step 8")
+    ):
+        assert f'"quiet">{said}</span><span><span class="tag">e{k}</span>' in page

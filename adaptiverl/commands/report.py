@@ -71,9 +71,7 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
                 ("Step", 0, kept.steps),
             ],
         },
-        "events": [
-            (f"step {each['step']}", each["kind"], each["message"]) for each in run.events[:EVENTS]
-        ],
+        "events": _events(run)[:EVENTS],
         "movers": [(name, movers(run, name)) for name in hyperparameters(run)],
         "changes": _changes(run),
         "changed": changed,
@@ -84,6 +82,19 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
         "left_out": _left_out(run),
     }
     return write_page("report.html", out or folder / "report.html", values)
+
+
+def _events(run: Run) -> list[tuple[str, str, str]]:
+    """Step, kind and message; it is said of steps that a rollback took back."""
+    to = [change["step"] - 1 for change in run.changes if change["rule"] == "rollback"]
+    at = [place for place, each in enumerate(run.events) if each["action"] == "rollback"]
+    rows = []
+    for place, each in enumerate(run.events):
+        gone = any(
+            place <= later and each["step"] > step for later, step in zip(at, to, strict=False)
+        )
+        rows.append((f"step {each['step']}{', taken back' * gone}", each["kind"], each["message"]))
+    return rows
 
 
 def _subtitle(run: Run, times: list[PartOfTime]) -> str:
