@@ -168,7 +168,9 @@ class BalanceMonitor:
 def _imbalances(names: Sequence[str], parts: Tensor, raw: Tensor, group_size: int) -> Iterator[str]:
     for name, column in zip(names, raw.T, strict=True):
         known = column[~column.isnan()]
-        if len(known) and known.max() == known.min():
+        if not len(known):
+            yield f"reward {name!r} is missing: it gives no completion a score"
+        elif known.max() == known.min():
             yield f"reward {name!r} is saturated: it gives all completions the same score"
     for name, share in zip(names, shares(parts, group_size).tolist(), strict=True):
         if share > DOMINATES:

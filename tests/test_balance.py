@@ -242,6 +242,7 @@ def test_state_goes_on_where_it_was():
     ("columns", "said"),
     [
         ({"a": [1.0, 1.0], "b": [0.0, 1.0]}, "reward 'a' is saturated: it gives all"),
+        ({"a": [None, None], "b": [0.0, 1.0]}, "reward 'a' is missing: it gives no completion a"),
         ({"a": [0.0, 100.0], "b": [0.0, 1.0]}, "reward 'a' dominates: it makes 99%"),
         ({"a": [0.0, 1.0], "b": [1.1, 0.0]}, "rewards 'a' and 'b' conflict: their correlation is"),
     ],
