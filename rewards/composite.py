@@ -121,7 +121,8 @@ class CompositeReward:
         def check(name: str, answer: Any) -> Column:
             scores, odd = checked(name, answer, completions, name in self.told)
             self.quarantined[name] += odd
-            self.told |= {name} if odd else set()
+            if odd:
+                self.told.add(name)
             return scores
 
         wait = begin_calls(self.rewards, given, check)

@@ -490,7 +490,7 @@ def test_rows_of_samples_that_lack_something_are_told(tmp_path):
     lacking = {name: value for name, value in whole.items() if name != "completion"}
     run = a_run(tmp_path, samples=[whole, lacking, whole, *[lacking] * 4])
     (found,) = (each for each in findings(read_run(run)) if each.kind == "odd samples")
-    assert found.evidence == "line 2, 4, 5, 6 and 1 more"
+    assert found.evidence == "line 2, 4, 5, 6 and 1 line more"
     assert facts_of(read_run(run), []).count == 2
 
 

@@ -1,7 +1,7 @@
 """The doctor's checks of the run itself: how it ended, its files, its prompts, its batch."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from adaptiverl.commands.curves import Row, Run, damaged, mend_config
 from adaptiverl.commands.endings import ENDED, in_words, lost
@@ -132,9 +132,7 @@ def _when(run: Run, back: list[Row]) -> str:
 def _torn(run: Run) -> Iterator[Finding]:
     if not run.torn or run.state == "running":
         return
-    named = [f"line {each.line} of {each.file}" for each in run.torn]
-    more = f" and {len(named) - SHOWN} lines more" if len(named) > SHOWN else ""
-    where = ", ".join(named[:SHOWN]) + more
+    where = _few([f"line {each.line} of {each.file}" for each in run.torn])
     gone = lost(run)
     lacks = f"; metrics.jsonl lacks {in_words(gone)}" if gone else ""
     if all(each.is_last for each in run.torn):  # else something else has written there
@@ -157,13 +155,18 @@ def _torn(run: Run) -> Iterator[Finding]:
         )
 
 
+def _few(lines: Sequence[str], between: str = ", ") -> str:
+    """The first of them, and how many more there are."""
+    more = f" and {counted(len(lines) - SHOWN, 'line')} more" if len(lines) > SHOWN else ""
+    return between.join(lines[:SHOWN]) + more
+
+
 def _odd(run: Run) -> Iterator[Finding]:
     if run.odd:
-        more = f", and {len(run.odd) - SHOWN} lines more" if len(run.odd) > SHOWN else ""
         yield Finding(
             "no number",
             "a file has values that are no finite numbers, or steps twice: they are left out",
-            "; ".join(run.odd[:SHOWN]) + more,
+            _few(run.odd, "; "),
             "a run writes no such values: see which other program wrote there, and put the file "
             "back from a copy if there is one",
         )
@@ -171,11 +174,10 @@ def _odd(run: Run) -> Iterator[Finding]:
 
 def _odd_samples(facts: SampleFacts) -> Iterator[Finding]:
     if facts.odd:
-        more = f" and {len(facts.odd) - SHOWN} more" if len(facts.odd) > SHOWN else ""
         yield Finding(
             "odd samples",
             "samples.jsonl has rows without a step, a prompt or a completion: they are left out",
-            f"line {', '.join(map(str, facts.odd[:SHOWN]))}{more}",
+            f"line {_few([*map(str, facts.odd)])}",
             "a run writes no such rows: see which other program wrote there, and put the file back "
             "from a copy if there is one",
         )
